@@ -1,0 +1,217 @@
+"""What watches a run: metrics.csv, the progress bar, checkpoints and reconstruction pictures."""
+
+import csv
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from tqdm import tqdm
+
+from mae.data import ImageData, WholeSamples, raise_errors
+from mae.pictures import panel, reconstruct
+from mae.pretrain import HELD_OUT_SEED, Pretrain
+from mae.randomness import HELD_OUT_EPOCH, sample_noise
+from mae.tracking import log_panel
+
+
+class MetricsCSV(Logger):
+    """`metrics.csv`: one row an optimiser step that was logged, one column a metric, empty where not measured.
+
+    A run that goes on keeps the rows before its first new one; those from there on it measures again.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self.path = path
+        self.columns = ["step"]
+        self.rows: list[dict[str, Any]] = []
+        self.resumed = False
+
+    @property
+    def name(self) -> str:
+        return "csv"
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Settings are in config.yaml."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if not self.rows and self.path.exists():
+            with self.path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.rows = [row for row in reader if int(row["step"]) < step]
+                self.columns = list(reader.fieldnames or self.columns)
+            self.rewrite()
+        new_columns = [key for key in metrics if key not in self.columns]
+        self.columns += new_columns
+        if self.rows and int(self.rows[-1]["step"]) == step:
+            self.rows[-1].update(metrics)
+            self.rewrite()
+        elif new_columns:
+            self.rows.append({"step": step, **metrics})
+            self.rewrite()
+        else:
+            self.rows.append({"step": step, **metrics})
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(self.rows[-1])
+
+    def rewrite(self) -> None:
+        unfinished = self.path.with_suffix(".partial")
+        with unfinished.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        unfinished.replace(self.path)
+
+
+class Progress(ProgressBar):
+    """A bar over the whole run: loss, learning rate, images/s, time left; a line now and then if that is a file."""
+
+    LINE_SECONDS = 10.0  # at most one line in this time
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bar: tqdm[None] | None = None
+        self.enabled = True
+        self.last_line = 0.0
+
+    def disable(self) -> None:  # Lightning calls it on all ranks but 0
+        self.enabled = False
+
+    def enable(self) -> None:
+        self.enabled = True
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.start, self.first_step = time.perf_counter(), trainer.global_step
+        self.total = int(trainer.estimated_stepping_batches)
+        if self.enabled and sys.stderr.isatty():
+            self.bar = tqdm(total=self.total, initial=self.first_step, unit="step", dynamic_ncols=True, desc="pretrain")
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        assert isinstance(pl_module, Pretrain)
+        step = trainer.global_step
+        if self.bar is not None and step > self.bar.n:
+            self.bar.set_postfix_str(self.figures(pl_module), refresh=False)
+            self.bar.update(step - self.bar.n)
+        elif self.bar is None and self.enabled and step != self.first_step:
+            now = time.perf_counter()
+            if now - self.last_line > self.LINE_SECONDS or step == self.total:
+                self.last_line = now
+                left = (now - self.start) / (step - self.first_step) * (self.total - step)
+                figures = self.figures(pl_module)
+                print(f"step {step}/{self.total} | {figures} | {tqdm.format_interval(left)} left", flush=True)
+
+    def figures(self, module: Pretrain) -> str:
+        seen = module.metrics
+        names = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "images_per_s": "{:.0f} images/s"}
+        return " | ".join([t.format(seen[k]) for k, t in names.items() if k in seen] + [f"lr {module.lr:.2e}"])
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        tqdm.write(" ".join(map(str, args)))
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps `checkpoints/last.ckpt`, from which `--ckpt_path last` goes on.
+
+    Args:
+        every_n_epochs: Write at the end of each so many epochs.
+        every_n_steps: Write after each so many optimiser steps, too.
+        dirpath: Of the run folder; set by it.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None, dirpath: str = "checkpoints"):
+        super().__init__(
+            dirpath=dirpath,
+            filename="last",
+            every_n_epochs=every_n_epochs,
+            save_on_train_epoch_end=True,
+            enable_version_counter=False,
+        )
+        self.every_n_steps = every_n_steps
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        step = trainer.global_step
+        due = self.every_n_steps is not None and step and step % self.every_n_steps == 0
+        if due and self._last_global_step_saved != step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A run of so many steps ends within an epoch; its end is worth a checkpoint, too.
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class Panels(Callback):
+    """Reconstruction pictures of the same images under the same masks all run: PNG files, and W&B.
+
+    Args:
+        every_n_epochs: How often; one is made at the end of training, too.
+        images: How many, spread over the held-out images (or the training images where there are none).
+    """
+
+    def __init__(self, every_n_epochs: int = 20, images: int = 8):
+        self.every_n_epochs, self.images = every_n_epochs, images
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        source = data.val_source or data.train_source
+        assert source is not None
+        count = min(self.images, len(source))
+        batch = WholeSamples(source, data.image_size, data.crop_pct)[[i * len(source) // count for i in range(count)]]
+        raise_errors(batch)
+        self.batch = data.prepare(batch)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+            self.draw(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.draw(trainer, pl_module)
+
+    @rank_zero_only
+    def draw(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Pretrain)
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        assert data.mean is not None
+        assert data.std is not None
+        path = Path(trainer.default_root_dir) / "reconstructions" / f"step_{trainer.global_step:07d}.png"
+        if path.exists():
+            return  # the last epoch's, drawn a moment ago
+        path.parent.mkdir(parents=True, exist_ok=True)
+        indices = self.batch.indices.tolist()
+        noise = sample_noise(HELD_OUT_SEED, [HELD_OUT_EPOCH] * len(indices), indices, module.model.num_patches)
+        model = module.model
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), trainer.precision_plugin.forward_context():
+            images = self.batch.images.to(module.device)
+            columns = reconstruct(model, images, noise.to(module.device), module.mask_ratio, data.mean, data.std)
+        model.train(was_training)
+        panel(columns, path)
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_panel(logger, "reconstructions", path, "; ".join(columns), trainer.global_step)

@@ -1,0 +1,174 @@
+"""Weights on disk: what a file holds, loading it strictly, writing it so that timm can read the encoder."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mae.errors import UserError
+from mae.model import MaskedAutoencoder
+
+ENCODER = "encoder."
+State = dict[str, Tensor]
+
+
+class Weights(NamedTuple):
+    """What SRC holds, under the names of MaskedAutoencoder; without a decoder only names that begin with `encoder.`"""
+
+    source: Path
+    state: State
+    description: dict[str, Any]  # model: arguments of MaskedAutoencoder; mean, std, step, images_seen, ...
+
+    @property
+    def has_decoder(self) -> bool:
+        return "mask_token" in self.state
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.description["model"]
+        return config
+
+    def build(self) -> MaskedAutoencoder:
+        """The network of this size, with these weights; its decoder stays random where there is none."""
+        model = MaskedAutoencoder(**self.config)
+        loaded = model.load_state_dict(self.state, strict=self.has_decoder)
+        missing = [key for key in loaded.missing_keys if key.startswith(ENCODER)]
+        if missing or loaded.unexpected_keys:
+            raise UserError(f"{self.source} does not fit its own description: {(missing + loaded.unexpected_keys)[:3]}")
+        return model.eval()
+
+
+def load(src: str | Path) -> MaskedAutoencoder:
+    """The whole autoencoder, in eval mode.
+
+    Args:
+        src: A run folder, a .ckpt or a .safetensors file of this project.
+
+    Raises:
+        UserError: There is no such file, it is of another kind, or it has no decoder.
+    """
+    weights = read(src)
+    if not weights.has_decoder:
+        raise UserError(
+            f"{weights.source} holds an encoder without decoder; use model.safetensors or a .ckpt of the run"
+        )
+    return weights.build()
+
+
+def load_encoder(src: str | Path) -> VisionTransformer:
+    """The encoder, ready for features: timm's VisionTransformer in eval mode, frozen; `forward_features(images)` gives
+    (B, 1 + N, D), class token first. `src` as in `load`, or an exported encoder.
+    """
+    return read(src).build().encoder.requires_grad_(False)
+
+
+def read(src: str | Path) -> Weights:
+    """Recognise SRC by its content.
+
+    Raises:
+        UserError: It does not exist or holds no weights of this project.
+    """
+    path = Path(src).expanduser()
+    if path.is_dir():
+        candidates = [path / "model.safetensors", path / "checkpoints" / "last.ckpt", path / "encoder.safetensors"]
+        found = [candidate for candidate in candidates if candidate.is_file()]
+        if not found:
+            raise UserError(f"{path} is no run folder: it holds none of {', '.join(c.name for c in candidates)}")
+        path = found[0]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: not a dict
+        description = json.loads(metadata["mae"]) if "mae" in metadata else None
+        if description and description["kind"] == "encoder":
+            state = {ENCODER + key: value for key, value in state.items()}
+    except SafetensorError:
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{path} is neither a .safetensors file nor a checkpoint that is safe to load: {reason}"
+            ) from None
+        description = checkpoint.get("mae") if isinstance(checkpoint, dict) else None
+        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()} if description else {}
+    if description is None:
+        raise UserError(f"{path} was not written by this project; other formats cannot be read yet")
+    return Weights(path, state, description)
+
+
+def export(model: MaskedAutoencoder, description: dict[str, Any], folder: Path) -> list[Path]:
+    """Write encoder.safetensors (timm's names and layout) and model.safetensors (encoder and decoder)."""
+    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
+    paths = []
+    for kind, tensors in (("encoder", encoder), ("model", state)):
+        path = folder / f"{kind}.safetensors"
+        unfinished = path.with_suffix(".partial")
+        save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps({"kind": kind, **description})})
+        unfinished.replace(path)
+        paths.append(path)
+    return paths
+
+
+def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
+    """Copy the weights of `src` into `model`; returns what was loaded, resampled or left random, in words.
+
+    Encoder and, where it fits, decoder are copied. Positions of another grid are not copied: ours are fixed and
+    computed for the grid at hand.
+
+    Raises:
+        UserError: The encoder of src is of another architecture.
+    """
+    weights = read(src)
+    own, given = model.config, weights.config
+    for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
+        if own[key] != given[key]:
+            raise UserError(
+                f"--model.init {weights.source} is another architecture: {key} {given[key]}, this model has {own[key]}"
+            )
+    state, said = dict(weights.state), ["encoder loaded"]
+    if own["image_size"] != given["image_size"]:
+        state = {key: value for key, value in state.items() if not key.endswith("pos_embed")}
+        said.append(f"positions recomputed for {own['image_size']} (were {given['image_size']})")
+    same_decoder = all(own[key] == given[key] for key in own if key.startswith("decoder_"))
+    if weights.has_decoder and same_decoder:
+        said.append("decoder loaded")
+    else:
+        state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
+        said.append("decoder left random: " + ("of another size" if weights.has_decoder else "the file has none"))
+    unexpected = model.load_state_dict(state, strict=False).unexpected_keys
+    if unexpected:
+        raise UserError(f"{weights.source} holds unknown tensors: {', '.join(unexpected[:3])}")
+    return f"--model.init {weights.source}: {', '.join(said)}"
+
+
+def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> None:
+    """Copy tensors under the official names (`blocks.0...`, `decoder_blocks.0...`) into `model`, strictly.
+
+    Raises:
+        ValueError: Names what is missing, extra or of another shape.
+    """
+    given = {key if key.startswith(("decoder_", "mask_token")) else ENCODER + key: v for key, v in state_dict.items()}
+    own = model.state_dict()
+    wrong = [f"missing {official_name(key)}" for key in own if key not in given]
+    wrong += [f"extra {official_name(key)}" for key in given if key not in own]
+    wrong += [
+        f"{official_name(key)} is {tuple(given[key].shape)}, wanted {tuple(own[key].shape)}"
+        for key in own
+        if key in given and given[key].shape != own[key].shape
+    ]
+    if wrong:
+        raise ValueError(f"official weights do not fit: {'; '.join(wrong[:10])}" + (" ..." if len(wrong) > 10 else ""))
+    model.load_state_dict(given)
+
+
+def official_name(key: str) -> str:
+    return key.removeprefix(ENCODER)

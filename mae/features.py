@@ -1,0 +1,103 @@
+"""Is the encoder any good? Features of whole images, weighted k-NN, and a linear probe on them."""
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_accuracy
+
+from mae.data import ImageData, Source, raise_errors
+
+STRENGTHS = tuple(10.0**e for e in range(-5, 2))  # of scikit-learn's C, the inverse of the L2 penalty
+
+
+class Features(NamedTuple):
+    """One data set's two splits, encoded."""
+
+    train: Tensor  # (n, D) float32 on the CPU
+    train_labels: Tensor  # (n,) int64
+    test: Tensor  # (m, D)
+    test_labels: Tensor  # (m,)
+    num_classes: int
+
+
+def mean_of_patches(tokens: Tensor) -> Tensor:
+    """(B, 1 + N, D) -> (B, D), the class token left out."""
+    return tokens[:, 1:].mean(dim=1)
+
+
+def class_token(tokens: Tensor) -> Tensor:
+    """(B, 1 + N, D) -> (B, D)."""
+    return tokens[:, 0]
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {"mean": mean_of_patches, "class": class_token}
+
+
+@torch.no_grad()
+def extract(
+    encode: Callable[[Tensor], Tensor], data: ImageData, source: Source, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Features (n, D) and labels (n,) of every image, in order; `encode` takes (B, C, H, W), normalised."""
+    features, labels = [], []
+    for batch in data.whole(source):
+        raise_errors(batch)
+        images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images
+        features.append(encode(images).float().cpu())
+        labels.append(batch.labels)
+    return torch.cat(features), torch.cat(labels)
+
+
+def extract_splits(encode: Callable[[Tensor], Tensor], data: ImageData, device: torch.device) -> Features:
+    """Both labelled splits, standardised: each feature has mean 0 and std 1 over the training images."""
+    train_source, test_source = data.require_labels()
+    data.setup("predict")
+    train, train_labels = extract(encode, data, train_source, device)
+    test, test_labels = extract(encode, data, test_source, device)
+    std, mean = torch.std_mean(train, dim=0)
+    # A feature that never changes in training says nothing: leave it at 0 instead of blowing up its noise.
+    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
+    train, test = (train - mean) * scale, (test - mean) * scale
+    return Features(train, train_labels, test, test_labels, len(train_source.classes))
+
+
+def knn(features: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
+    """Accuracy in percent of weighted k-NN: the k nearest by cosine vote with exp(cosine / temperature)."""
+    train, votes = F.normalize(features.train), F.one_hot(features.train_labels, features.num_classes).float()
+    predictions = []
+    for test in F.normalize(features.test).split(chunk):
+        cosine, nearest = (test @ train.T).topk(min(k, len(train)), dim=1)  # (chunk, k)
+        weight = (cosine / temperature).exp()[:, :, None]
+        predictions.append((weight * votes[nearest]).sum(dim=1).argmax(dim=1))
+    return accuracy(torch.cat(predictions), features)
+
+
+def linear_probe(features: Features) -> tuple[float, float]:
+    """Accuracy in percent of logistic regression, and the strength C that was chosen.
+
+    C is chosen on every fifth training image, held out for it; the final fit is on all of them. Test labels are
+    used for nothing but the accuracy.
+    """
+    held_out = torch.arange(len(features.train)) % 5 == 4
+    fit, check = features.train[~held_out], features.train[held_out]
+    fit_labels, check_labels = features.train_labels[~held_out], features.train_labels[held_out]
+    scores = {c: logistic(c, fit, fit_labels).score(check.numpy(), check_labels.numpy()) for c in STRENGTHS}
+    best = max(scores, key=lambda c: (scores[c], -c))
+    predictions = logistic(best, features.train, features.train_labels).predict(features.test.numpy())
+    return accuracy(torch.from_numpy(predictions), features), best
+
+
+def logistic(strength: float, features: Tensor, labels: Tensor) -> LogisticRegression:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties stop at max_iter: early stopping
+        return LogisticRegression(C=strength, max_iter=300).fit(features.numpy(), labels.numpy())
+
+
+def accuracy(predictions: Tensor, features: Features) -> float:
+    share = multiclass_accuracy(predictions, features.test_labels, features.num_classes, average="micro")
+    return 100 * share.item()

@@ -1,0 +1,73 @@
+"""Shared pieces: small folders of real image files, and the real command in a subprocess."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import Tensor
+
+REFERENCE = Path(__file__).parent / "reference"
+
+# A network and a run small enough for a test, as settings of `mae pretrain`.
+TINY = [
+    *("--model.size=nano", "--model.embed_dim=32", "--model.depth=1", "--model.num_heads=2", "--model.patch_size=7"),
+    *("--model.decoder_embed_dim=16", "--model.decoder_depth=1", "--model.decoder_num_heads=2"),
+    *("--model.warmup_epochs=0.01", "--wandb.mode=disabled", "--trainer.accelerator=cpu"),
+]
+DIGITS = ["--data.dataset=digits", "--data.crop_scale=[0.5,1]", "--data.num_workers=0"]
+
+
+@pytest.fixture(autouse=True)
+def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No W&B account of the person who runs the tests, and two threads at most."""
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+
+
+def reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and metadata of a file of official figures."""
+    with safe_open(REFERENCE / f"{name}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
+
+
+def mae(*args: object, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The real command, in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "mae.cli", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environ},
+        check=False,
+    )
+
+
+def save_images(folder: Path, count: int, size: tuple[int, int] = (12, 16), seed: int = 0) -> list[Path]:
+    """Write `count` RGB PNG files of (height, width) pixels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw = torch.Generator().manual_seed(seed)
+    paths = []
+    for i in range(count):
+        pixels = torch.randint(0, 256, (*size, 3), dtype=torch.uint8, generator=draw)
+        paths.append(folder / f"{i:03d}.png")
+        Image.fromarray(pixels.numpy()).save(paths[-1])
+    return paths
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> Path:
+    """root/train/{cat,dog}/*.png and root/val/{cat,dog}/*.png, 8 and 4 a class."""
+    root = tmp_path / "images"
+    for split, count in (("train", 8), ("val", 4)):
+        for seed, name in enumerate(("cat", "dog")):
+            save_images(root / split / name, count, seed=seed)
+    return root

@@ -1,0 +1,281 @@
+"""The training that `mae pretrain` runs: the official run step by step, resume, and when it must stop."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import DIGITS, TINY, reference
+from torch import Tensor
+
+import mae.data
+import mae.pretrain
+from mae.checkpoint import load_official_state_dict, official_name
+from mae.cli import PretrainCLI
+from mae.data import ArraySource, load_digits
+from mae.errors import TrainingFailed, UserError
+from mae.optim import WarmupCosine
+from mae.randomness import EpochSampler
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def run(run_dir: Path, *settings: str) -> PretrainCLI:
+    cli = PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.log_every_n_steps=1", *settings])
+    cli.fit()
+    return cli
+
+
+def weights(cli: PretrainCLI) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in cli.model.parameters()])
+
+
+def test_fifty_steps_of_the_official_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, facts = reference("pretrain_50_steps")
+    source = ArraySource(tensors["images_u8"], [0] * 160, ["any"])
+    monkeypatch.setattr(mae.data, "load_torchvision", lambda *_: (source, None))
+
+    def stored_order(self: EpochSampler) -> Any:
+        return ([(self.epoch, 16 * step + i) for i in range(16)] for step in range(10))
+
+    monkeypatch.setattr(EpochSampler, "__iter__", stored_order)
+
+    def stored_noise(seed: int, epochs: list[int], indices: list[int], num_patches: int) -> Tensor:
+        return tensors["noise"][10 * epochs[0] + indices[0] // 16]
+
+    monkeypatch.setattr(mae.pretrain, "sample_noise", stored_noise)
+    cli = PretrainCLI(
+        [
+            *("--data.dataset=cifar10", f"--data.root={tmp_path}", "--data.crop_scale=null", "--data.hflip=0"),
+            *(f"--data.mean={facts['mean']}", f"--data.std={facts['std']}", "--data.num_workers=0"),
+            *("--data.batch_size_per_device=16", "--model.patch_size=4", "--model.embed_dim=48", "--model.depth=2"),
+            *("--model.num_heads=3", "--model.decoder_embed_dim=32", "--model.decoder_depth=2"),
+            *("--model.decoder_num_heads=4", f"--model.base_lr={facts['base_lr']}", "--model.warmup_epochs=1"),
+            *("--trainer.max_epochs=5", "--trainer.log_every_n_steps=1", "--trainer.accelerator=cpu"),
+            *("--wandb.mode=disabled", f"--run_dir={tmp_path / 'run'}"),
+        ]
+    )
+    network = cli.model.model
+    load_official_state_dict(network, {k.removeprefix("init."): v for k, v in tensors.items() if k.startswith("init.")})
+    cli.fit()
+
+    logged = rows(tmp_path / "run")
+    assert [float(row["lr"]) for row in logged] == facts["lrs"]  # to the last bit
+    for row, loss in zip(logged, facts["losses"], strict=True):
+        assert float(row["train/loss"]) == pytest.approx(loss, rel=1e-4)
+    whole = torch.cat([value.flatten() for key, value in tensors.items() if key.startswith("final.")]).norm()
+    for name, value in network.state_dict().items():
+        wanted = tensors["final." + official_name(name)]
+        if name.endswith("qkv.bias"):
+            # The key bias' gradient is zero in theory, so Adam makes steps of rounding noise: held against the whole.
+            keys = slice(len(value) // 3, 2 * len(value) // 3)
+            assert (value[keys] - wanted[keys]).norm() <= 1e-3 * whole, name
+            value, wanted = (torch.cat(t.chunk(3)[::2]) for t in (value, wanted))
+        assert (value - wanted).norm() <= 1e-3 * wanted.norm(), name
+
+
+@pytest.mark.parametrize(("epoch", "lr"), [(0, 0), (20, 0.0012), (40, 0.0024), (100, 0.002363280319127196)])
+def test_schedule_of_the_paper(epoch: int, lr: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.5e-4 * 4096 / 256)
+    schedule = WarmupCosine(optimizer, steps_per_epoch=312, epochs=800, warmup_epochs=40)
+    assert schedule.lr_at(epoch * 312, 0.0024) == pytest.approx(lr, rel=1e-12)
+
+
+def test_min_lr_is_where_the_cosine_ends() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmupCosine(optimizer, 10, epochs=5, warmup_epochs=1, min_lr=0.1)
+    assert schedule.lr_at(50, 1.0) == pytest.approx(0.1)
+
+
+def test_default_recipe_decays_what_the_official_one_decays(tmp_path: Path) -> None:
+    cli = run(tmp_path / "run", "--trainer.max_steps=2", "--model.warmup_epochs=0.01")
+    optimizer = cli.trainer.optimizers[0]
+    names = {id(p): name for name, p in cli.model.model.named_parameters()}
+    decay = {names[id(p)]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert decay["encoder.cls_token"] == decay["mask_token"] == 0.05
+    assert decay["encoder.patch_embed.proj.weight"] == decay["decoder_pred.weight"] == 0.05
+    assert all(value == 0 for name, value in decay.items() if name.endswith("bias") or "norm" in name)
+    assert not any(name.endswith("pos_embed") for name in decay)
+    assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = [
+        "--data.batch_size_per_device=100",
+        "--trainer.accumulate_grad_batches=2",
+        "--checkpoint.every_n_steps=13",
+    ]
+    whole = run(tmp_path / "whole", *settings, "--trainer.max_epochs=2")  # 20 steps an epoch
+
+    class Killed(BaseException):
+        pass
+
+    cli = PretrainCLI(
+        [
+            *DIGITS,
+            *TINY,
+            *settings,
+            f"--run_dir={tmp_path / 'cut'}",
+            "--trainer.log_every_n_steps=1",
+            "--trainer.max_epochs=2",
+        ]
+    )
+
+    def die(*_: Any) -> None:
+        if cli.model.global_step == 15:
+            raise Killed
+
+    cli.model.on_before_zero_grad = die  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        cli.fit()
+    again = run(tmp_path / "cut", *settings, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert torch.equal(weights(whole), weights(again))
+    logged, wanted = rows(tmp_path / "cut"), rows(tmp_path / "whole")
+    assert [row["step"] for row in logged] == [str(step) for step in range(1, 41)]
+    assert [row["train/loss"] for row in logged] == [row["train/loss"] for row in wanted]
+
+
+def test_accumulation_averages_the_window(tmp_path: Path) -> None:
+    once = run(tmp_path / "once", "--data.batch_size_per_device=32", "--trainer.max_steps=4")
+    twice = run(
+        tmp_path / "twice",
+        "--data.batch_size_per_device=16",
+        "--trainer.accumulate_grad_batches=2",
+        "--trainer.max_steps=4",
+    )
+    for a, b in zip(rows(tmp_path / "once"), rows(tmp_path / "twice"), strict=True):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), rel=1e-5)
+        assert (a["lr"], a["images_seen"]) == (b["lr"], b["images_seen"])
+    assert torch.allclose(weights(once), weights(twice), atol=1e-5)
+
+
+def test_held_out_loss_has_the_same_images_and_masks_each_time(tmp_path: Path) -> None:
+    # With the learning rate at nought nothing changes, so any difference would come from the images or the masks.
+    run(tmp_path / "run", "--model.base_lr=0", "--data.batch_size_per_device=400", "--trainer.max_epochs=2")
+    losses = [row["val/loss"] for row in rows(tmp_path / "run") if row["val/loss"]]
+    assert len(losses) == 2
+    assert losses[0] == losses[1]
+    run(tmp_path / "other", "--model.base_lr=0", "--data.batch_size_per_device=300", "--trainer.max_epochs=1")
+    other = [row["val/loss"] for row in rows(tmp_path / "other") if row["val/loss"]]
+    assert float(other[0]) == pytest.approx(float(losses[0]), rel=1e-6)  # however it is cut into batches
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_writes_nothing_more(tmp_path: Path) -> None:
+    cli = PretrainCLI(
+        [*DIGITS, *TINY, f"--run_dir={tmp_path}", "--trainer.max_steps=40", "--checkpoint.every_n_steps=5"]
+    )
+    forward = cli.model.model.forward
+
+    def poisoned(*args: Any) -> Any:
+        out = forward(*args)
+        return out._replace(loss=out.loss * float("nan")) if cli.model.global_step == 11 else out
+
+    cli.model.model.forward = poisoned  # type: ignore[method-assign]
+    with pytest.raises(TrainingFailed, match=r"not finite at step 12 \(learning rate .*last.ckpt"):
+        cli.fit()
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 10
+    assert not (tmp_path / "encoder.safetensors").exists()
+
+
+def test_an_overflow_that_the_scaler_handles_is_counted(tmp_path: Path) -> None:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    cli = PretrainCLI(
+        [*DIGITS, *TINY, f"--run_dir={tmp_path}", "--trainer.max_steps=6", "--trainer.log_every_n_steps=1"]
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    precision = MixedPrecision("16-mixed", "cpu", scaler)
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(cli.trainer.strategy, "precision_plugin", precision)
+    hook = cli.model.model.mask_token.register_hook(
+        lambda grad: grad * float("inf") if cli.model.global_step == 3 else grad
+    )
+    cli.fit()
+    hook.remove()
+    monkey.undo()
+    assert [float(row["skipped_steps"]) for row in rows(tmp_path)][-1] >= 1
+    assert all(p.isfinite().all() for p in cli.model.parameters())
+
+
+def test_an_unreadable_image_has_no_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, _ = load_digits()
+    lost = {3, 17}
+
+    class Damaged(ArraySource):
+        def load(self, index: int) -> Tensor:
+            if index in lost:
+                raise mae.data.BadImage(f"{index}.png", "truncated")
+            return super().load(index)
+
+    few = Damaged(train.images[:32], train.labels[:32], train.classes)
+    monkeypatch.setattr(mae.data, "load_digits", lambda: (few, None))
+    settings = ["--data.batch_size_per_device=32", "--trainer.max_steps=3"]
+    run(tmp_path / "run", *settings, "--data.max_bad_images=2")
+    logged = rows(tmp_path / "run")
+    assert [float(row["bad_images"]) for row in logged] == [2, 2, 2]
+
+    cli = run(tmp_path / "again", *settings, "--data.max_bad_images=2", "--trainer.max_steps=2", "--model.base_lr=0")
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    assert sorted(batch.indices[batch.weight == 0].tolist()) == sorted(lost)
+    prepared = cli.datamodule.prepare(batch)
+    noise = mae.pretrain.sample_noise(0, batch.epochs.tolist(), batch.indices.tolist(), cli.model.model.num_patches)
+    good = batch.weight > 0
+    wanted = cli.model.model(prepared.images[good], noise[good]).loss.item()
+    assert float(rows(tmp_path / "again")[0]["train/loss"]) == pytest.approx(wanted, rel=1e-5)
+
+    with pytest.raises(UserError, match=r"2 unreadable training images, --data.max_bad_images is 1: 17.png.*3.png"):
+        run(tmp_path / "strict", *settings, "--data.max_bad_images=1")
+    assert not (tmp_path / "strict" / "checkpoints").exists()
+
+
+def test_warm_start_says_what_it_did_and_refuses_another_architecture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run(tmp_path / "first", "--trainer.max_steps=3")
+    settings = ["--trainer.max_steps=2", "--model.base_lr=0"]
+    warm = run(tmp_path / "warm", *settings, f"--model.init={tmp_path / 'first'}")
+    assert "encoder loaded, decoder loaded" in capsys.readouterr().out
+    assert torch.equal(weights(first), weights(warm))
+    assert rows(tmp_path / "warm")[0]["step"] == "1"
+
+    run(
+        tmp_path / "wide",
+        *settings,
+        "--data.image_size=35",
+        f"--model.init={tmp_path / 'first' / 'encoder.safetensors'}",
+    )
+    said = capsys.readouterr().out
+    assert "positions recomputed for [35, 35]" in said
+    assert "decoder left random: the file has none" in said
+
+    with pytest.raises(UserError, match="another architecture: depth 1, this model has 2"):
+        run(tmp_path / "deep", *settings, "--model.depth=2", f"--model.init={tmp_path / 'first'}")
+
+
+def test_the_recipe_is_said_at_the_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(tmp_path, "--trainer.max_steps=2", "--trainer.accumulate_grad_batches=2", "--data.batch_size_per_device=48")
+    said = capsys.readouterr().out
+    assert "48 a device x 2 accumulated x 1 devices = 96 an optimiser step" in said
+    assert "41 optimiser steps; 64 images of each epoch's order left out" in said
+    assert "0.00015 x 96 / 256 = 5.625e-05 at its peak" in said
+    assert "step 2/2 | loss" in said
+
+
+def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
+    run(tmp_path, "--trainer.max_steps=2", "--seed_everything=3")
+    for name in ("config.yaml", "metrics.csv", "checkpoints/last.ckpt", "encoder.safetensors", "model.safetensors"):
+        assert (tmp_path / name).stat().st_size > 0
+    assert [p.name for p in (tmp_path / "reconstructions").iterdir()] == ["step_0000002.png"]
+    assert "seed_everything: 3" in (tmp_path / "config.yaml").read_text()
+
+
+def test_seed_changes_weights_order_and_masks(tmp_path: Path) -> None:
+    a, b, again = (run(tmp_path / n, "--trainer.max_steps=2", f"--seed_everything={n}") for n in ("0", "1", "00"))
+    assert (a.datamodule.seed, a.model.seed, b.datamodule.seed, b.model.seed) == (0, 0, 1, 1)
+    assert not torch.equal(weights(a), weights(b))
+    assert torch.equal(weights(a), weights(again))
