@@ -150,6 +150,20 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     return f"--model.init {weights.source}: {', '.join(said)}"
 
 
+def require_same(model: MaskedAutoencoder, src: str | Path) -> None:
+    """Refuse to go on from a checkpoint of another network.
+
+    Raises:
+        UserError: Names the first setting that differs.
+    """
+    weights = read(src)
+    for key, own in model.config.items():
+        if weights.config[key] != own:
+            raise UserError(
+                f"--ckpt_path {weights.source} is of another architecture: {key} {weights.config[key]}, this model has {own}"
+            )
+
+
 def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> None:
     """Copy tensors under the official names (`blocks.0...`, `decoder_blocks.0...`) into `model`, strictly.
 

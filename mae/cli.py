@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae import checkpoint, features, pictures
@@ -95,6 +97,15 @@ class ToolParser(OneLineErrors, ArgumentParser):
 # ---- mae pretrain ------------------------------------------------------------------------------------------------
 
 
+# Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
+WHOLE_STEPS_ONLY = {
+    "limit_train_batches": 1.0,
+    "overfit_batches": 0.0,
+    "fast_dev_run": False,
+    "use_distributed_sampler": False,
+}
+
+
 class PretrainCLI(LightningCLI):
     """Settings and objects of a pre-training run; `fit` runs it."""
 
@@ -145,7 +156,10 @@ class PretrainCLI(LightningCLI):
         self.run_dir = Path(config.run_dir)
 
     def before_instantiate_classes(self) -> None:
-        """What can be wrong with the run folder is said before anything is built."""
+        """What can be wrong with the settings and the run folder is said before anything is built."""
+        for key, usual in WHOLE_STEPS_ONLY.items():
+            if (value := self.config.trainer[key]) not in (None, usual):
+                raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
         existing = self.run_dir / "checkpoints" / "last.ckpt"
         self.ckpt_path = self.config.ckpt_path
         if self.ckpt_path == "last":
@@ -162,20 +176,25 @@ class PretrainCLI(LightningCLI):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         if is_first_rank():
             self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
-        loggers: list[Logger] = [MetricsCSV(self.run_dir / "metrics.csv")]
-        settings = WandbSettings(**self.config.wandb.as_dict())
-        if wandb := wandb_logger(self.run_dir, settings, self.config.as_dict()):
-            loggers.append(wandb)
         given = self.config_init.trainer
+        loggers: list[Logger] = [MetricsCSV(self.run_dir / "metrics.csv")]
+        if given.logger is not False:
+            settings = WandbSettings(**self.config.wandb.as_dict())
+            merged = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+            if wandb := wandb_logger(self.run_dir, settings, merged):
+                loggers.append(wandb)
+            loggers += given.logger if isinstance(given.logger, list) else [given.logger] if given.logger else []
         if given.precision is None:
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
-        extra = given.logger if isinstance(given.logger, list) else [given.logger] if given.logger else []
-        return super().instantiate_trainer(
-            callbacks=callbacks, logger=loggers + extra, default_root_dir=str(self.run_dir), **kwargs
-        )
+        try:
+            return super().instantiate_trainer(
+                callbacks=callbacks, logger=loggers, default_root_dir=str(self.run_dir), **kwargs
+            )
+        except MisconfigurationException as error:
+            raise UserError(f"--trainer: {error}") from None
 
     def fit(self) -> None:
         """Train to the end and export the weights.
@@ -183,6 +202,8 @@ class PretrainCLI(LightningCLI):
         Raises:
             KeyboardInterrupt: After Ctrl-C, which Lightning turns into exit code 1.
         """
+        if self.ckpt_path is not None:
+            checkpoint.require_same(self.model.model, self.ckpt_path)
         if self.config.model.init and self.ckpt_path is None:
             said = checkpoint.warm_start(self.model.model, self.config.model.init)
             if is_first_rank():
@@ -209,10 +230,14 @@ def knn(args: Sequence[str]) -> None:
     parser = feature_parser("knn", "Weighted k-NN accuracy of frozen features, no training.", "encoder")
     parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
     parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
+    parser.add_argument(
+        "--standardize", type=bool, default=True, help="Give each feature mean 0 and std 1 over the training images first."
+    )
     config = parser.parse_args(list(args))
     found = encoded(config.encoder, config)
-    score = features.knn(found, config.k, config.temperature)
-    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}; {sizes(found)})")
+    score = features.knn(features.standardized(found) if config.standardize else found, config.k, config.temperature)
+    scale = "standardised" if config.standardize else "raw"
+    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, {scale} features; {sizes(found)})")
 
 
 def probe(args: Sequence[str]) -> None:

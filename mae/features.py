@@ -54,16 +54,20 @@ def extract(
 
 
 def extract_splits(encode: Callable[[Tensor], Tensor], data: ImageData, device: torch.device) -> Features:
-    """Both labelled splits, standardised: each feature has mean 0 and std 1 over the training images."""
+    """Features of both labelled splits."""
     train_source, test_source = data.require_labels()
     data.setup("predict")
     train, train_labels = extract(encode, data, train_source, device)
     test, test_labels = extract(encode, data, test_source, device)
-    std, mean = torch.std_mean(train, dim=0)
+    return Features(train, train_labels, test, test_labels, len(train_source.classes))
+
+
+def standardized(features: Features) -> Features:
+    """Each feature with mean 0 and std 1 over the training images."""
+    std, mean = torch.std_mean(features.train, dim=0)
     # A feature that never changes in training says nothing: leave it at 0 instead of blowing up its noise.
     scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
-    train, test = (train - mean) * scale, (test - mean) * scale
-    return Features(train, train_labels, test, test_labels, len(train_source.classes))
+    return features._replace(train=(features.train - mean) * scale, test=(features.test - mean) * scale)
 
 
 def knn(features: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
@@ -78,11 +82,12 @@ def knn(features: Features, k: int = 20, temperature: float = 0.07, chunk: int =
 
 
 def linear_probe(features: Features) -> tuple[float, float]:
-    """Accuracy in percent of logistic regression, and the strength C that was chosen.
+    """Accuracy in percent of logistic regression on standardised features, and the strength C that was chosen.
 
     C is chosen on every fifth training image, held out for it; the final fit is on all of them. Test labels are
     used for nothing but the accuracy.
     """
+    features = standardized(features)
     held_out = torch.arange(len(features.train)) % 5 == 4
     fit, check = features.train[~held_out], features.train[held_out]
     fit_labels, check_labels = features.train_labels[~held_out], features.train_labels[held_out]

@@ -105,6 +105,8 @@ def test_runs_that_are_too_short(tmp_path: Path, image_folder: Path, capsys: pyt
     assert "--model.warmup_epochs 40.0 is 160" in fails(
         train(tmp_path, image_folder, "--model.warmup_epochs=40"), capsys
     )
+    assert "shorten with --trainer.max_steps" in fails(train(tmp_path, image_folder, "--trainer.limit_train_batches=2"), capsys)
+    assert "--trainer: " in fails(train(tmp_path, image_folder, "--trainer.enable_checkpointing=false"), capsys)
     assert "fewer than one" in fails(train(tmp_path, image_folder, "--data.batch_size_per_device=17"), capsys)
 
 
@@ -113,6 +115,8 @@ def test_a_run_folder_in_use_and_checkpoints_that_are_not_there(
 ) -> None:
     again = ["pretrain", *DIGITS, *TINY, f"--run_dir={finished}", "--trainer.max_steps=3"]
     assert "add --ckpt_path last" in fails(again, capsys)
+    deeper = ["pretrain", *DIGITS, *TINY, f"--run_dir={finished}", "--ckpt_path=last", "--model.depth=2"]
+    assert "another architecture: depth 1, this model has 2" in fails(deeper, capsys)
     assert "gone.ckpt does not exist" in fails(train(tmp_path, image_folder, "--ckpt_path=gone.ckpt"), capsys)
     assert "image_size" in fails(
         ["knn", "--encoder", finished, "--data.root", image_folder, "--data.image_size=14"], capsys
@@ -181,6 +185,9 @@ def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["knn", f"--encoder={finished}", *data]) == 0
     said = capsys.readouterr().out
     assert "200 training images, 50 test images" in said
+    for setting in ("--standardize=false", "--k=200", "--temperature=5", "--pool=class"):
+        assert main(["knn", f"--encoder={finished}", *data, setting]) == 0
+        assert capsys.readouterr().out != said
     assert float(said.split("top-1 ")[1].split(" %")[0]) > 20  # of ten classes; the encoder is all but random
     assert main(["probe", f"--model.encoder={finished}", *data]) == 0
     assert float(capsys.readouterr().out.split("top-1 ")[1].split(" %")[0]) > 40
@@ -266,3 +273,29 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert "Traceback" not in process.communicate()[1].decode()
+
+
+def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path) -> None:
+    import json
+
+    from wandb_records import read_records
+
+    settings = [*DIGITS, *TINY, "--wandb.mode=auto", "--trainer.log_every_n_steps=2", "--trainer.max_steps=4"]
+    done = command("pretrain", *settings, "--run_dir", tmp_path, WANDB_MODE="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("W&B:") == 1
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    records = list(read_records(file))
+    config = {item.key: json.loads(item.value_json) for r in records for item in r.run.config.update}
+    assert config["model"]["embed_dim"] == 32
+    assert config["seed_everything"] == 0
+    rows = [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in r.history.item}
+        for r in records
+        if r.HasField("history")
+    ]
+    logged = [row for row in rows if "train/loss" in row]
+    assert [(row["trainer/global_step"], row["images_seen"]) for row in logged] == [(2, 128), (4, 256)]
+    assert all(row["lr"] > 0 for row in logged)
+    assert any("reconstructions/filenames" in row for row in rows)
+    assert list((tmp_path / "reconstructions").glob("*.png"))

@@ -5,7 +5,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-
 from conftest import DIGITS, TINY, mae, save_images
 
 pytestmark = pytest.mark.slow

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from PIL import Image
-
 from conftest import mae
+from PIL import Image
 
 
 def test_demo_gives_the_same_table_twice(tmp_path: Path) -> None:

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# The figures of docs/cifar10.md: pre-train, then k-NN and linear probe on the test images, which nothing else reads.
+# Usage: scripts/reproduce_cifar10.sh DIR     DIR/train/CLASS/* and DIR/test/CLASS/*
+set -euo pipefail
+root=${1:?the folder that holds train/CLASS/* and test/CLASS/*}
+cd "$(dirname "$0")/.."
+run=runs/pretrain_micro_cifar10
+
+mae pretrain --config configs/pretrain_micro_cifar10.yaml --data.root "$root" --ckpt_path last
+mae knn --encoder "$run" --data.root "$root" --data.val_dir test
+mae probe --model.encoder "$run" --data.root "$root" --data.val_dir test
