@@ -85,7 +85,7 @@ def read(src: str | Path) -> Weights:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118: not a dict
+            state = {key: file.get_tensor(key) for key in file.keys()}  # a safetensors file, no dict
         description = json.loads(metadata["mae"]) if "mae" in metadata else None
         if description and description["kind"] == "encoder":
             state = {ENCODER + key: value for key, value in state.items()}
@@ -160,7 +160,8 @@ def require_same(model: MaskedAutoencoder, src: str | Path) -> None:
     for key, own in model.config.items():
         if weights.config[key] != own:
             raise UserError(
-                f"--ckpt_path {weights.source} is of another architecture: {key} {weights.config[key]}, this model has {own}"
+                f"--ckpt_path {weights.source} is of another architecture: "
+                f"{key} {weights.config[key]}, this model has {own}"
             )
 
 

@@ -231,7 +231,10 @@ def knn(args: Sequence[str]) -> None:
     parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
     parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
     parser.add_argument(
-        "--standardize", type=bool, default=True, help="Give each feature mean 0 and std 1 over the training images first."
+        "--standardize",
+        type=bool,
+        default=True,
+        help="Give each feature mean 0 and std 1 over the training images first.",
     )
     config = parser.parse_args(list(args))
     found = encoded(config.encoder, config)

@@ -101,7 +101,7 @@ class FolderSource:
         paths = find_images(root)
         if not paths:
             raise UserError(f"{root} holds no image")
-        self.paths = np.array([path.encode() for path in paths])
+        self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels: list[int] | None = None
         self.classes: list[str] = []
         if all("/" in path for path in paths):
@@ -114,7 +114,7 @@ class FolderSource:
         return len(self.paths)
 
     def load(self, index: int) -> Tensor:
-        return decode_image(self.root / self.paths[index].decode(), self.in_chans)
+        return decode_image(self.root / os.fsdecode(self.paths[index]), self.in_chans)
 
     def relabel(self, classes: list[str], train_root: Path) -> None:
         """Number the labels as the training folder does."""

@@ -66,24 +66,10 @@ def find_images(root: str | Path) -> list[str]:
     they lead back into themselves; a dangling link to an image is listed, so that it is reported and not lost.
     A folder that cannot be read is a UserError.
     """
-    return sorted(_walk(Path(root)))
-
-
-def find_classes(root: str | Path) -> list[str]:
-    """The direct sub-folders of `root` that hold an image at any depth, sorted. Reads no more than it takes to know."""
     root = Path(root)
-    return sorted(name for name in _folders(root) if next(_walk(root, name), None) is not None)
-
-
-def _folders(root: Path) -> list[str]:
-    return [entry.name for entry in _scan(root) if _is_dir(entry)]
-
-
-def _walk(root: Path, start: str = "") -> Iterator[str]:
-    """Image files below root/start, relative to root, in no particular order; the same files as a full walk finds."""
-    root_id = _folder_id(root)
+    found = []
     # Each folder waits with the identities of the folders above it: a link to one of those would never end.
-    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [(start, frozenset([root_id]) if start else frozenset())]
+    stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         folder, above = stack.pop()
         folder_id = _folder_id(root / folder)
@@ -95,7 +81,8 @@ def _walk(root: Path, start: str = "") -> Iterator[str]:
             if _is_dir(entry):
                 stack.append((prefix + entry.name, above))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
-                yield prefix + entry.name
+                found.append(prefix + entry.name)
+    return sorted(found)
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:

@@ -105,7 +105,9 @@ def test_runs_that_are_too_short(tmp_path: Path, image_folder: Path, capsys: pyt
     assert "--model.warmup_epochs 40.0 is 160" in fails(
         train(tmp_path, image_folder, "--model.warmup_epochs=40"), capsys
     )
-    assert "shorten with --trainer.max_steps" in fails(train(tmp_path, image_folder, "--trainer.limit_train_batches=2"), capsys)
+    assert "shorten with --trainer.max_steps" in fails(
+        train(tmp_path, image_folder, "--trainer.limit_train_batches=2"), capsys
+    )
     assert "--trainer: " in fails(train(tmp_path, image_folder, "--trainer.enable_checkpointing=false"), capsys)
     assert "fewer than one" in fails(train(tmp_path, image_folder, "--data.batch_size_per_device=17"), capsys)
 

@@ -22,7 +22,6 @@ from mae.images import (
     BadImage,
     center_box,
     decode_image,
-    find_classes,
     find_images,
     random_crop_box,
     resized_crop,
@@ -654,22 +653,13 @@ def test_find_images_follows_links_but_not_in_circles(tmp_path):
     (root / "file.jpg").symlink_to(elsewhere / "2.jpg")
     (root / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
     assert find_images(root) == ["a/1.jpg", "b/2.jpg", "b/sub/3.jpg", "c/1.jpg", "file.jpg", "gone.jpg", "self.jpg"]
-    assert find_classes(root) == ["a", "b", "c"]
     bad(root / "gone.jpg")
     bad(root / "self.jpg")
-
-
-def test_find_classes(tmp_path):
-    touch(tmp_path, "n02/x/y/1.jpg", "n01/1.png", "empty/readme.txt", ".git/1.jpg", "stray.jpg", "N03/1.npy")
-    (tmp_path / "hollow").mkdir()
-    assert find_classes(tmp_path) == ["N03", "n01", "n02"]
-    assert find_classes(tmp_path) == sorted({name.split("/")[0] for name in find_images(tmp_path) if "/" in name})
 
 
 def test_a_folder_that_is_not_there(tmp_path):
     touch(tmp_path, "file.jpg")
     for root in (tmp_path / "nowhere", tmp_path / "file.jpg"):
-        for find in (find_images, find_classes):
-            with pytest.raises(UserError, match=root.name) as caught:
-                find(root)
-            assert "\n" not in str(caught.value)
+        with pytest.raises(UserError, match=root.name) as caught:
+            find_images(root)
+        assert "\n" not in str(caught.value)
