@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from mae import features, pictures
-from mae.cli import PretrainCLI, ToolParser
 from mae.model import MaskedAutoencoder
+from mae.runs import PretrainCLI, ToolParser
 
 DEFAULT_DIR = "runs/demo"
 STEPS_PER_EPOCH = 4000 // 64

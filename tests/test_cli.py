@@ -12,8 +12,9 @@ from conftest import mae as command
 from PIL import Image
 
 import mae
-from mae.cli import COMMANDS, PretrainCLI, main
+from mae.cli import COMMANDS, main
 from mae.errors import UserError
+from mae.runs import PretrainCLI
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 

@@ -17,11 +17,10 @@ ALLOWED = {
     "pretrain": {"data", "errors", "model", "optim", "randomness"},
     "features": {"data"},
     "callbacks": {"data", "pictures", "pretrain", "randomness", "tracking"},
-    "cli": {
-        *("callbacks", "checkpoint", "data", "demo", "errors", "features", "images", "model", "pictures", "pretrain"),
-        *("randomness", "tracking"),
-    },
-    "demo": {"cli", "features", "model", "pictures"},
+    "runs": {"callbacks", "checkpoint", "data", "errors", "pretrain", "tracking"},
+    "tools": {"checkpoint", "data", "errors", "features", "images", "model", "pictures", "randomness", "runs"},
+    "demo": {"features", "model", "pictures", "runs"},
+    "cli": {"demo", "errors", "runs", "tools"},
     "__init__": {"checkpoint", "errors", "model"},
 }
 

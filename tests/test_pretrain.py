@@ -12,11 +12,11 @@ from torch import Tensor
 import mae.data
 import mae.pretrain
 from mae.checkpoint import load_official_state_dict, official_name
-from mae.cli import PretrainCLI
 from mae.data import ArraySource, load_digits
 from mae.errors import TrainingFailed, UserError
 from mae.optim import WarmupCosine
 from mae.randomness import EpochSampler
+from mae.runs import PretrainCLI
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:

@@ -1,0 +1,149 @@
+"""What is done with weights: mae knn, mae probe, mae reconstruct; and mae stats."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from mae import checkpoint, features, pictures
+from mae.data import ImageData, normalize
+from mae.errors import UserError
+from mae.images import BadImage, center_box, decode_image, resized_crop
+from mae.model import MaskedAutoencoder
+from mae.randomness import HELD_OUT_EPOCH, sample_noise
+from mae.runs import ToolParser
+
+
+def knn(args: Sequence[str]) -> None:
+    parser = feature_parser("knn", "Weighted k-NN accuracy of frozen features, no training.", "encoder")
+    parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
+    parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
+    parser.add_argument(
+        "--standardize",
+        type=bool,
+        default=True,
+        help="Give each feature mean 0 and std 1 over the training images first.",
+    )
+    config = parser.parse_args(list(args))
+    if config.k < 1 or config.temperature <= 0:
+        raise UserError(f"--k {config.k}, --temperature {config.temperature}: wanted are at least 1 and above 0")
+    found = encoded(config.encoder, config)
+    score = features.knn(features.standardized(found) if config.standardize else found, config.k, config.temperature)
+    scale = "standardised" if config.standardize else "raw"
+    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, {scale} features; {sizes(found)})")
+
+
+def probe(args: Sequence[str]) -> None:
+    parser = feature_parser("probe", "Linear probe: logistic regression on frozen, cached features.", "model.encoder")
+    config = parser.parse_args(list(args))
+    found = encoded(config.model.encoder, config)
+    score, strength = features.linear_probe(found)
+    print(
+        f"linear probe top-1 {score:.2f} % (C {strength:g}, chosen on a fifth of the training images; {sizes(found)})"
+    )
+
+
+def feature_parser(command: str, description: str, encoder: str) -> ToolParser:
+    parser = ToolParser(prog=f"mae {command}", description=description)
+    parser.add_argument("--config", action="config")
+    parser.add_argument(f"--{encoder}", type=str, required=True, help="A run folder, .ckpt or .safetensors file.")
+    parser.add_argument(
+        "--pool", type=str, default="mean", choices=list(features.POOLS), help="Patch mean or class token."
+    )
+    parser.add_class_arguments(ImageData, "data")
+    return parser
+
+
+def encoded(src: str, config: Namespace) -> features.Features:
+    """Features of both splits under the encoder; size, channels, mean and std are the encoder's own unless set."""
+    weights = checkpoint.read(src)
+    settings = config.data.as_dict()
+    own = {"image_size": weights.config["image_size"], "in_chans": weights.config["in_chans"]}
+    own |= {key: weights.description[key] for key in ("mean", "std")}
+    data = ImageData(**settings | {key: value for key, value in own.items() if settings[key] is None})
+    for key in ("image_size", "in_chans"):
+        if as_list(getattr(data, key)) != as_list(own[key]):
+            raise UserError(f"--data.{key} {getattr(data, key)} does not fit the encoder {src}, which takes {own[key]}")
+    data.require_labels()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, pool = weights.build().to(device), features.POOLS[config.pool]
+    return features.extract_splits(lambda images: pool(model.encode(images)), data, device)
+
+
+def as_list(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def sizes(found: features.Features) -> str:
+    return f"{len(found.train)} training images, {len(found.test)} test images"
+
+
+def stats(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae stats", description="Mean and std of the training images' channels, for a config.")
+    parser.add_argument("--config", action="config")
+    parser.add_class_arguments(ImageData, "data")
+    data = ImageData(**parser.parse_args(list(args)).data.as_dict())
+    for key, values in zip(("mean", "std"), data.statistics(), strict=True):
+        print(f"--data.{key} '[{', '.join(f'{value:.4f}' for value in values)}]'")
+
+
+def reconstruct(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae reconstruct", description="Original, masked and reconstructed images, side by side.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files.")
+    parser.add_argument("--model", type=str, required=True, help="A run folder, .ckpt or model.safetensors.")
+    parser.add_argument("--out", type=str, required=True, help="The PNG to write.")
+    parser.add_argument("--mask_ratio", type=float | None, default=None, help="Fraction to hide; as in pre-training.")
+    parser.add_argument(
+        "--mask", type=str | None, default=None, help="PNG, white = hidden: a pixel a patch, or image-sized."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the random masks.")
+    config = parser.parse_args(list(args))
+    weights = checkpoint.read(config.model)
+    model = checkpoint.load(config.model)
+    if config.mask and config.mask_ratio is not None:
+        raise UserError("--mask and --mask_ratio exclude each other: a mask says how much is hidden")
+    try:
+        pixels = [decode_image(path, model.in_chans) for path in config.images]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    cropped = [resized_crop(p, center_box(p.shape[1], p.shape[2], model.image_size), model.image_size) for p in pixels]
+    count = len(cropped)
+    if config.mask:
+        noise, ratio = given_mask(Path(config.mask), model)
+        noise = noise.expand(count, -1)
+    else:
+        noise = sample_noise(config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.num_patches)
+        ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
+    mean, std = weights.description["mean"], weights.description["std"]
+    images = normalize(torch.stack(cropped), torch.tensor(mean), torch.tensor(std))
+    try:
+        with torch.no_grad():
+            columns = pictures.reconstruct(model, images, noise, ratio, mean, std)
+    except ValueError as error:
+        raise UserError(f"--mask_ratio: {error}") from None
+    pictures.panel(columns, Path(config.out))
+    print(f"wrote {config.out}: {', '.join(columns)}")
+
+
+def given_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:
+    """Scores (1, N) that hide what is white in the file, and the ratio that goes with them."""
+    try:
+        white = (decode_image(path, in_chans=1) > 127)[0]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    if white.shape == model.image_size:
+        (rows, columns), (ph, pw) = model.grid, model.patch_size
+        white = white.reshape(rows, ph, columns, pw).float().mean(dim=(1, 3)) > 0.5
+    if white.shape != model.grid:
+        raise UserError(
+            f"--mask {path} is {tuple(white.shape)} pixels; wanted {model.grid}, a pixel a patch, or {model.image_size}"
+        )
+    hidden = int(white.sum())
+    if not 0 < hidden < model.num_patches:
+        raise UserError(
+            f"--mask {path} hides {hidden} of {model.num_patches} patches; some must be hidden and some visible"
+        )
+    # Half a patch off: int(N * (1 - ratio)) then has no rounding error to fear.
+    return white.flatten()[None].float(), (hidden - 0.5) / model.num_patches
