@@ -76,7 +76,7 @@ class MetricsCSV(Logger):
 
 
 class Progress(ProgressBar):
-    """A bar over the whole run: loss, learning rate, images/s, time left; a line now and then if that is a file."""
+    """A bar over the whole run: loss, images/s, learning rate, time left; in a log file, a line now and then."""
 
     LINE_SECONDS = 10.0  # at most one line in this time
 

@@ -1,5 +1,6 @@
 """Pre-training: the network, its recipe and what is logged, as a LightningModule (arXiv:2111.06377, Table 8)."""
 
+import time
 from typing import Any
 
 import torch
@@ -142,7 +143,8 @@ class Pretrain(LightningModule):
         self.all_reduce(self.val_sum)
         loss, images = self.val_sum.tolist()
         if not self.trainer.sanity_checking:
-            self.write({"val/loss": loss / images})
+            # Lightning's own record is for callbacks that watch a metric; its loggers would count steps from 0.
+            self.log_dict(self.write({"val/loss": loss / images}), logger=False)
 
     # ---- the optimiser --------------------------------------------------------------------------------------------
 
@@ -206,6 +208,7 @@ class Pretrain(LightningModule):
         self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
         self.step_loss = self.window_loss
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
+        self.clock, self.clock_step = time.perf_counter(), self.global_step  # of the last row written
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
@@ -227,7 +230,21 @@ class Pretrain(LightningModule):
         bad = ~self.step_loss.isfinite() & self.first_bad_step.isinf()
         self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
         if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self.write({**self.agree(), "lr": self.lr})
+            self.log_dict(self.write(self.step_metrics()), logger=False)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the optimiser step just taken; and how fast it has gone since the last call, held-out loss not counted."""
+        metrics = {**self.agree(), "lr": self.lr}  # reading the loss waits for the device, so the clock is right
+        now, step = time.perf_counter(), self.global_step
+        metrics["images_per_s"] = (step - self.clock_step) * self.images_per_step / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        return metrics
+
+    def on_validation_start(self) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self.clock += time.perf_counter() - self.validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training:
@@ -235,7 +252,8 @@ class Pretrain(LightningModule):
         checkpoint["mae"] = self.description()
 
     def on_train_end(self) -> None:
-        self.agree()
+        if self.global_step != self.clock_step:
+            self.write(self.step_metrics())  # the last step is always logged
 
     def agree(self) -> dict[str, float]:
         """The last step's loss over all ranks; every rank stops here if one of them has reason to.
@@ -267,17 +285,15 @@ class Pretrain(LightningModule):
             )
         return {"train/loss": loss, "bad_images": float(len(paths))}
 
-    def write(self, metrics: dict[str, float]) -> None:
-        """To every logger, under the number of optimiser steps taken."""
+    def write(self, metrics: dict[str, float]) -> dict[str, float]:
+        """To every logger, under the number of optimiser steps taken; returns all that was written."""
         metrics = {**metrics, "epoch": self.current_epoch, "images_seen": self.global_step * self.images_per_step}
         if getattr(self.trainer.precision_plugin, "scaler", None):
             metrics["skipped_steps"] = self.skipped_steps
         self.metrics.update(metrics)
-        self.log_dict(
-            {k: float(v) for k, v in metrics.items()}, logger=False
-        )  # for callbacks; loggers are written below
         for logger in self.loggers:
             logger.log_metrics(metrics, step=self.global_step)
+        return metrics
 
     def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if self.trainer.world_size > 1:

@@ -278,13 +278,14 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     assert "Traceback" not in process.communicate()[1].decode()
 
 
-def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path) -> None:
+def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
     from wandb_records import read_records
 
-    settings = [*DIGITS, *TINY, "--wandb.mode=auto", "--trainer.log_every_n_steps=2", "--trainer.max_steps=4"]
-    done = command("pretrain", *settings, "--run_dir", tmp_path, WANDB_MODE="")
+    settings = [*DIGITS, *TINY, "--wandb.mode=auto", "--trainer.log_every_n_steps=2", "--trainer.max_steps=5"]
+    monkeypatch.delenv("WANDB_MODE")
+    done = command("pretrain", *settings, "--run_dir", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("W&B:") == 1
     (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
@@ -298,7 +299,7 @@ def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path) -> N
         if r.HasField("history")
     ]
     logged = [row for row in rows if "train/loss" in row]
-    assert [(row["trainer/global_step"], row["images_seen"]) for row in logged] == [(2, 128), (4, 256)]
+    assert [(row["trainer/global_step"], row["images_seen"]) for row in logged] == [(2, 128), (4, 256), (5, 320)]
     assert all(row["lr"] > 0 for row in logged)
     assert any("reconstructions/filenames" in row for row in rows)
     assert list((tmp_path / "reconstructions").glob("*.png"))
