@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from mae.data import ImageData, WholeSamples, raise_errors
+from mae.errors import UserError
 from mae.pictures import panel, reconstruct
-from mae.pretrain import HELD_OUT_SEED, Pretrain
+from mae.pretrain import HELD_OUT_SEED, Pretrain, last_checkpoint
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.tracking import log_panel
 
@@ -31,7 +32,6 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step"]
         self.rows: list[dict[str, Any]] = []
-        self.resumed = False
 
     @property
     def name(self) -> str:
@@ -94,7 +94,8 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
-        self.total = int(trainer.estimated_stepping_batches)
+        assert isinstance(pl_module, Pretrain)
+        self.total = pl_module.total_steps
         if self.enabled and sys.stderr.isatty():
             self.bar = tqdm(total=self.total, initial=self.first_step, unit="step", dynamic_ncols=True, desc="pretrain")
 
@@ -132,35 +133,32 @@ class Progress(ProgressBar):
         tqdm.write(" ".join(map(str, args)))
 
 
-class Checkpoints(ModelCheckpoint):
-    """Keeps `checkpoints/last.ckpt`, from which `--ckpt_path last` goes on.
+class Checkpoints(Checkpoint):
+    """Keeps `checkpoints/last.ckpt`, from which `--ckpt_path last` goes on; the last step writes it, too.
+
+    Always at the end of an optimiser step, never inside an accumulation window, and before Lightning closes an epoch:
+    from there it resumes the same way wherever in the epoch that is.
 
     Args:
         every_n_epochs: Write at the end of each so many epochs.
         every_n_steps: Write after each so many optimiser steps, too.
-        dirpath: Of the run folder; set by it.
     """
 
-    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None, dirpath: str = "checkpoints"):
-        super().__init__(
-            dirpath=dirpath,
-            filename="last",
-            every_n_epochs=every_n_epochs,
-            save_on_train_epoch_end=True,
-            enable_version_counter=False,
-        )
-        self.every_n_steps = every_n_steps
+    def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None):
+        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1):
+            raise UserError(f"--checkpoint.every_n_epochs {every_n_epochs}, every_n_steps {every_n_steps}: at least 1")
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
 
-    def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, Pretrain)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:
+            return
         step = trainer.global_step
-        due = self.every_n_steps is not None and step and step % self.every_n_steps == 0
-        if due and self._last_global_step_saved != step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A run of so many steps ends within an epoch; its end is worth a checkpoint, too.
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+        intervals = [self.every_n_epochs * pl_module.steps_per_epoch, pl_module.total_steps, self.every_n_steps]
+        if any(interval and step % interval == 0 for interval in intervals):
+            trainer.save_checkpoint(last_checkpoint(trainer.default_root_dir))
 
 
 class Panels(Callback):
@@ -172,21 +170,26 @@ class Panels(Callback):
     """
 
     def __init__(self, every_n_epochs: int = 20, images: int = 8):
+        if every_n_epochs < 1 or images < 1:
+            raise UserError(f"--panels.every_n_epochs {every_n_epochs}, images {images}: at least 1")
         self.every_n_epochs, self.images = every_n_epochs, images
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         source = data.val_source or data.train_source
         assert source is not None
         count = min(self.images, len(source))
-        batch = WholeSamples(source, data.image_size, data.crop_pct)[[i * len(source) // count for i in range(count)]]
-        raise_errors(batch)
-        self.batch = data.prepare(batch)
+        samples = WholeSamples(source, data.image_size, data.crop_pct)
+        loaded = [samples[[i * len(source) // count]] for i in range(count)]
+        if data.val_source:
+            for batch in loaded:
+                raise_errors(batch)
+        # Of training images some may be unreadable, and tolerated.
+        self.batches = [data.prepare(batch) for batch in loaded if not batch.errors]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % self.every_n_epochs == 0:
+        assert isinstance(pl_module, Pretrain)
+        if trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch) == 0:
             self.draw(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -199,16 +202,16 @@ class Panels(Callback):
         assert data.mean is not None
         assert data.std is not None
         path = Path(trainer.default_root_dir) / "reconstructions" / f"step_{trainer.global_step:07d}.png"
-        if path.exists():
-            return  # the last epoch's, drawn a moment ago
+        if path.exists() or not self.batches:
+            return  # drawn a moment ago, at the end of the last epoch; or nothing to draw
         path.parent.mkdir(parents=True, exist_ok=True)
-        indices = self.batch.indices.tolist()
+        indices = [int(batch.indices) for batch in self.batches]
         noise = sample_noise(HELD_OUT_SEED, [HELD_OUT_EPOCH] * len(indices), indices, module.model.num_patches)
         model = module.model
         was_training = model.training
         model.eval()
         with torch.no_grad(), trainer.precision_plugin.forward_context():
-            images = self.batch.images.to(module.device)
+            images = torch.cat([batch.images for batch in self.batches]).to(module.device)
             columns = reconstruct(model, images, noise.to(module.device), module.mask_ratio, data.mean, data.std)
         model.train(was_training)
         panel(columns, path)

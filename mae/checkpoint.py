@@ -33,6 +33,12 @@ class Weights(NamedTuple):
         config: dict[str, Any] = self.description["model"]
         return config
 
+    def require_decoder(self) -> None:
+        if not self.has_decoder:
+            raise UserError(
+                f"{self.source} holds an encoder without decoder; a run's model.safetensors or .ckpt has one"
+            )
+
     def build(self) -> MaskedAutoencoder:
         """The network of this size, with these weights; its decoder stays random where there is none."""
         model = MaskedAutoencoder(**self.config)
@@ -53,10 +59,7 @@ def load(src: str | Path) -> MaskedAutoencoder:
         UserError: There is no such file, it is of another kind, or it has no decoder.
     """
     weights = read(src)
-    if not weights.has_decoder:
-        raise UserError(
-            f"{weights.source} holds an encoder without decoder; use model.safetensors or a .ckpt of the run"
-        )
+    weights.require_decoder()
     return weights.build()
 
 
@@ -150,19 +153,20 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     return f"--model.init {weights.source}: {', '.join(said)}"
 
 
-def require_same(model: MaskedAutoencoder, src: str | Path) -> None:
-    """Refuse to go on from a checkpoint of another network.
+def require_resumable(src: Path, model: MaskedAutoencoder) -> dict[str, Any]:
+    """The recipe of the run that wrote `src`, by key of the command line.
 
     Raises:
-        UserError: Names the first setting that differs.
+        UserError: It is no checkpoint of a run, or one of another network.
     """
     weights = read(src)
+    if src.suffix == ".safetensors" or "recipe" not in weights.description:
+        raise UserError(f"--ckpt_path {src} holds weights without the state of a run; --model.init starts from weights")
     for key, own in model.config.items():
         if weights.config[key] != own:
-            raise UserError(
-                f"--ckpt_path {weights.source} is of another architecture: "
-                f"{key} {weights.config[key]}, this model has {own}"
-            )
+            raise UserError(f"--ckpt_path {src} is of another architecture: {key} {weights.config[key]}, here {own}")
+    recipe: dict[str, Any] = weights.description["recipe"]
+    return recipe
 
 
 def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> None:

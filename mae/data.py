@@ -238,7 +238,8 @@ class Shard(torch.utils.data.Sampler[list[int]]):
     """Every index below n once over all ranks, in lists of batch_size: evaluation pads nothing."""
 
     def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1):
-        self.batches = torch.arange(rank, n, world_size).split(batch_size)
+        mine = torch.arange(rank, n, world_size)
+        self.batches = mine.split(batch_size) if len(mine) else ()
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -254,7 +255,7 @@ class ImageData(LightningDataModule):
         dataset: `folder`: image files below `root`. `digits`: 5,000 handwritten digits that come with this package's
             dependencies. `cifar10`, `fashion_mnist`: torchvision's files below `root`.
         root: Folder of the data. With sub-folders train/ and val/ these are the splits, each with a folder a class
-            (`root/train/CLASS/*`) or with images only; else all images below it are for training, without labels.
+            (`root/train/CLASS/*`) or with images only; else all images below it are for training.
         train_dir: Name of the training split's folder below root (default: train, where there is one).
         val_dir: Name of the held-out split's folder below root (default: val, where there is one).
         image_size: Pixels, a side or [height, width] (default: the data set's own; 224 for folders).
@@ -406,6 +407,8 @@ class ImageData(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train_source is not None
         sampler = self.train_sampler()
+        if self.trainer is not None:
+            sampler.seek(self.trainer.global_step)  # restored by now: only the training loop asks for this loader
         samples = TrainSamples(self.train_source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip)
         return self.loader(ReplayLoader, samples, sampler)
 

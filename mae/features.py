@@ -72,12 +72,13 @@ def standardized(features: Features) -> Features:
 
 def knn(features: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
     """Accuracy in percent of weighted k-NN: the k nearest by cosine vote with exp(cosine / temperature)."""
-    train, votes = F.normalize(features.train), F.one_hot(features.train_labels, features.num_classes).float()
+    train = F.normalize(features.train)
     predictions = []
     for test in F.normalize(features.test).split(chunk):
         cosine, nearest = (test @ train.T).topk(min(k, len(train)), dim=1)  # (chunk, k)
-        weight = (cosine / temperature).exp()[:, :, None]
-        predictions.append((weight * votes[nearest]).sum(dim=1).argmax(dim=1))
+        weight = ((cosine - cosine[:, :1]) / temperature).exp()  # relative to the nearest: nothing overflows
+        votes = torch.zeros(len(test), features.num_classes)
+        predictions.append(votes.scatter_add_(1, features.train_labels[nearest], weight).argmax(dim=1))
     return accuracy(torch.cat(predictions), features)
 
 

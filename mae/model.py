@@ -167,6 +167,19 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
         self.patch_size = ph, pw = as_pair(patch_size)
+        for name, value in {
+            "image_size": min(h, w),
+            "patch_size": min(ph, pw),
+            "in_chans": in_chans,
+            "embed_dim": embed_dim,
+            "depth": depth,
+            "num_heads": num_heads,
+            "decoder_embed_dim": decoder_embed_dim,
+            "decoder_depth": decoder_depth,
+            "decoder_num_heads": decoder_num_heads,
+        }.items():
+            if value < 1:
+                raise ValueError(f"{name} {value}: at least 1")
         if h % ph or w % pw:
             raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
         for width, heads, whose in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):

@@ -38,6 +38,10 @@ class WarmupCosine(LRScheduler):
         self.min_lr = min_lr
         super().__init__(optimizer)
 
+    def state_dict(self) -> dict[str, int]:
+        """The place alone: peak and length are settings, and those of a resumed run count."""
+        return {"last_epoch": self.last_epoch, "_step_count": self._step_count}
+
     def get_lr(self) -> list[float]:  # type: ignore[override]
         return [self.lr_at(self.last_epoch, float(peak)) for peak in self.base_lrs]
 

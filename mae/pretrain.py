@@ -1,6 +1,7 @@
 """Pre-training: the network, its recipe and what is logged, as a LightningModule (arXiv:2111.06377, Table 8)."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +10,18 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mae.data import Batch
+from mae.data import Batch, ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.model import SIZES, MaskedAutoencoder, Pair
 from mae.optim import WarmupCosine, adamw, scaled_lr
 from mae.randomness import sample_noise
 
 HELD_OUT_SEED = 0  # masks of the held-out loss are the same in every run, so that runs can be compared
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return Path(run_dir) / "checkpoints" / "last.ckpt"
 
 
 class Pretrain(LightningModule):
@@ -68,15 +74,21 @@ class Pretrain(LightningModule):
         super().__init__()
         if size not in SIZES:
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
+        rates = {"base_lr": base_lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
+        for key, value in rates.items():
+            if not value >= 0:
+                raise UserError(f"--model.{key} {value}: wanted is 0 or more")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise UserError(f"--model.betas {list(betas)}: wanted is 0 <= beta < 1")
         encoder = SIZES[size]
         try:
             self.model = MaskedAutoencoder(
                 image_size=image_size,
                 patch_size=patch_size,
                 in_chans=in_chans,
-                embed_dim=embed_dim or encoder.embed_dim,
-                depth=depth or encoder.depth,
-                num_heads=num_heads or encoder.num_heads,
+                embed_dim=encoder.embed_dim if embed_dim is None else embed_dim,
+                depth=encoder.depth if depth is None else depth,
+                num_heads=encoder.num_heads if num_heads is None else num_heads,
                 decoder_embed_dim=decoder_embed_dim,
                 decoder_depth=decoder_depth,
                 decoder_num_heads=decoder_num_heads,
@@ -101,6 +113,7 @@ class Pretrain(LightningModule):
         self.skipped_steps = 0  # optimiser steps that the fp16 scaler left out
         self.bad_images: set[str] = set()  # path and reason of each, of this rank
         self.metrics: dict[str, float] = {}  # as last logged, for the progress bar
+        self.clock, self.clock_step = time.perf_counter(), 0  # when the last row of metrics was written
 
     # ---- the batch ------------------------------------------------------------------------------------------------
 
@@ -115,7 +128,8 @@ class Pretrain(LightningModule):
         loss = out.loss if self.max_bad_images == 0 else self.weighted_loss(out.per_image, batch.weight)
         for error in set(batch.errors) - self.bad_images:
             self.bad_images.add(error)
-            print(f"mae: warning: unreadable image, its slot has weight 0: {error}", flush=True)
+            if self.max_bad_images:
+                print(f"mae: warning: unreadable image, its slot has weight 0: {error}", flush=True)
         self.window_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
@@ -151,7 +165,13 @@ class Pretrain(LightningModule):
     def configure_optimizers(self) -> Any:
         trainer = self.trainer
         per_epoch = self.steps_per_epoch = trainer.datamodule.train_sampler().steps_per_epoch  # type: ignore[attr-defined]
-        steps = int(trainer.estimated_stepping_batches)
+        # Lightning's estimate would start the loader now, before a resumed run knows its place.
+        limits = [trainer.max_steps, (trainer.max_epochs or -1) * per_epoch]
+        if max(limits) < 0:
+            raise UserError("the run has no end: set --trainer.max_epochs or --trainer.max_steps")
+        steps = self.total_steps = min(limit for limit in limits if limit >= 0)
+        # The end is a number of steps: Lightning's count of epochs can be off by one after a restart.
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, steps
         warmup = self.warmup_epochs * per_epoch
         if warmup >= steps:
             raise UserError(
@@ -177,7 +197,7 @@ class Pretrain(LightningModule):
     def recipe(self) -> str:
         """The arithmetic of batch and learning rate, to be read before days are spent on it."""
         trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
-        images, steps = len(data.train_source), int(trainer.estimated_stepping_batches)
+        images = len(data.train_source)
         unused = images - self.steps_per_epoch * self.images_per_step
         peak = scaled_lr(self.base_lr, self.images_per_step)
         return "\n".join(
@@ -188,7 +208,7 @@ class Pretrain(LightningModule):
                 f"{trainer.world_size} devices = {self.images_per_step} an optimiser step",
                 f"epoch         {self.steps_per_epoch} optimiser steps; {unused} images of each epoch's order left out",
                 f"learning rate {self.base_lr:g} x {self.images_per_step} / 256 = {peak:g} at its peak, after "
-                f"{self.warmup_epochs * self.steps_per_epoch:g} steps of warm-up; {steps} steps in all",
+                f"{self.warmup_epochs * self.steps_per_epoch:g} steps of warm-up; {self.total_steps} steps in all",
                 f"parameters    {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M, of which encoder "
                 f"{sum(p.numel() for p in self.model.encoder.parameters()) / 1e6:.2f} M",
             ]
@@ -201,14 +221,19 @@ class Pretrain(LightningModule):
     # ---- what is logged, and when a run must stop ------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        # A resumed run goes on within its epoch; only now is the number of steps restored.
-        loader = self.trainer.train_dataloader
-        assert loader is not None
-        loader.sampler.start_step = self.global_step % self.steps_per_epoch
         self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
         self.step_loss = self.window_loss
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
-        self.clock, self.clock_step = time.perf_counter(), self.global_step  # of the last row written
+        self.clock, self.clock_step = time.perf_counter(), self.global_step
+
+        # A resumed optimiser comes back with the rate of its old schedule, which a longer run does not have.
+        for group, rate in zip(self.trainer.optimizers[0].param_groups, self.schedule.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def on_train_epoch_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        assert loader is not None
+        loader.sampler.seek(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         self.lr = optimizer.param_groups[0]["lr"]
@@ -220,16 +245,15 @@ class Pretrain(LightningModule):
         # The scaler lowers its scale exactly where it found an overflow and left the step out.
         if scaler and scaler.get_scale() < before:
             self.skipped_steps += 1
+        self.step_loss, self.window_loss = self.window_loss, torch.zeros_like(self.window_loss)
+        # Kept on the device: reading it here would make every step wait for the last.
+        bad = ~self.step_loss.isfinite() & self.first_bad_step.isinf()
+        self.first_bad_step = torch.where(bad, float(self.global_step + 1), self.first_bad_step)
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
             return
-        step = self.global_step
-        self.step_loss, self.window_loss = self.window_loss, torch.zeros_like(self.window_loss)
-        # Kept on the device: reading it here would make every step wait for the last.
-        bad = ~self.step_loss.isfinite() & self.first_bad_step.isinf()
-        self.first_bad_step = torch.where(bad, float(step), self.first_bad_step)
-        if step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log_dict(self.write(self.step_metrics()), logger=False)
 
     def step_metrics(self) -> dict[str, float]:
@@ -250,6 +274,11 @@ class Pretrain(LightningModule):
         if self.trainer.training:
             self.agree()  # nothing is written after a step that went wrong
         checkpoint["mae"] = self.description()
+        checkpoint["mae_counts"] = {"bad_images": self.all_bad_images(), "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.bad_images = set(checkpoint["mae_counts"]["bad_images"])
+        self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
 
     def on_train_end(self) -> None:
         if self.global_step != self.clock_step:
@@ -269,15 +298,15 @@ class Pretrain(LightningModule):
         loss, bad = (mean / self.trainer.world_size).tolist()
         if step.isfinite():
             lr = self.schedule.lr_at(int(step) - 1, float(self.schedule.base_lrs[0]))
-            callback = self.trainer.checkpoint_callback
-            last = (callback.best_model_path if callback else "") or "none was written"  # type: ignore[attr-defined]
+            path = last_checkpoint(self.trainer.default_root_dir)
+            last = path if path.is_file() else "none was written"
             raise TrainingFailed(
                 f"the loss is not finite at step {int(step)} (learning rate {lr:g}); last good checkpoint: {last}. "
                 "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"
             )
         if bad == 0:
             return {"train/loss": loss}
-        paths = sorted({error for errors in self.gather(self.bad_images) for error in errors})
+        paths = self.all_bad_images()
         if len(paths) > self.max_bad_images:
             raise UserError(
                 f"{len(paths)} unreadable training images, --data.max_bad_images is {self.max_bad_images}: "
@@ -285,14 +314,19 @@ class Pretrain(LightningModule):
             )
         return {"train/loss": loss, "bad_images": float(len(paths))}
 
+    def all_bad_images(self) -> list[str]:
+        """Path and reason of each, of all ranks."""
+        return sorted({error for errors in self.gather(self.bad_images) for error in errors})
+
     def write(self, metrics: dict[str, float]) -> dict[str, float]:
         """To every logger, under the number of optimiser steps taken; returns all that was written."""
-        metrics = {**metrics, "epoch": self.current_epoch, "images_seen": self.global_step * self.images_per_step}
+        step = self.global_step
+        metrics = {**metrics, "epoch": step / self.steps_per_epoch, "images_seen": step * self.images_per_step}
         if getattr(self.trainer.precision_plugin, "scaler", None):
             metrics["skipped_steps"] = self.skipped_steps
         self.metrics.update(metrics)
         for logger in self.loggers:
-            logger.log_metrics(metrics, step=self.global_step)
+            logger.log_metrics(metrics, step=step)
         return metrics
 
     def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
@@ -317,4 +351,19 @@ class Pretrain(LightningModule):
             "mask_ratio": self.mask_ratio,
             "step": self.global_step,
             "images_seen": self.global_step * self.images_per_step,
+            "recipe": self.settings(data, self.images_per_step),
+        }
+
+    def settings(self, data: ImageData, effective_batch: int) -> dict[str, Any]:
+        """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
+        own = ("mask_ratio", "base_lr", "weight_decay", "warmup_epochs", "min_lr")
+        return {f"model.{key}": getattr(self, key) for key in own} | {
+            "model.betas": list(self.betas),
+            "seed_everything": self.seed,
+            "data.crop_scale": None if data.crop is None else list(data.crop.scale),
+            "data.hflip": data.hflip,
+            "data.mean": data.mean,
+            "data.std": data.std,
+            "number of training images": len(data.train_source or ()),
+            "effective batch": effective_batch,
         }

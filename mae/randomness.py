@@ -47,7 +47,8 @@ class EpochSampler(Sampler[list[Key]]):
     Its tail, shorter than one step, is left out, so that no step averages fewer images. Each step's images are cut
     first by micro-batch, then by rank: any split of the same images_per_step draws the same global batches.
 
-    `start_step` skips the first optimiser steps of the next pass only: the place where a resumed run goes on.
+    The place in the run is its number of optimiser steps, set by `seek` before each pass; Lightning's own count of
+    epochs is not used, as it differs after some restarts.
     """
 
     def __init__(
@@ -66,20 +67,19 @@ class EpochSampler(Sampler[list[Key]]):
         self.rank = rank
         self.world_size = world_size
         self.seed = seed
-        self.epoch = 0
-        self.start_step = 0
+        self.step = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch's first batch."""
-        self.epoch = epoch
+    def seek(self, step: int) -> None:
+        """The next pass goes on after this many optimiser steps of the run, to the end of that epoch."""
+        self.step = step
 
     def __len__(self) -> int:
         return self.steps_per_epoch * self.accumulate
 
     def __iter__(self) -> Iterator[list[Key]]:
-        start, self.start_step = self.start_step, 0
-        order = torch.randperm(self.num_images, generator=generator(self.seed, self.epoch, 0, "order"))
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(self.num_images, generator=generator(self.seed, epoch, 0, "order"))
         used = order[: self.steps_per_epoch * self.images_per_step]
         mine = used.view(self.steps_per_epoch * self.accumulate, self.world_size, self.batch_size)[:, self.rank]
         for indices in mine[start * self.accumulate :].tolist():
-            yield [(self.epoch, index) for index in indices]
+            yield [(epoch, index) for index in indices]

@@ -10,14 +10,15 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae import checkpoint
 from mae.callbacks import Checkpoints, MetricsCSV, Panels, Progress
 from mae.data import ImageData
-from mae.errors import UserError
-from mae.pretrain import Pretrain
+from mae.errors import TrainingFailed, UserError
+from mae.model import MaskedAutoencoder
+from mae.pretrain import Pretrain, last_checkpoint
 from mae.tracking import WandbSettings, wandb_logger
 
 
@@ -87,7 +88,6 @@ class PretrainCLI(LightningCLI):
         parser.add_lightning_class_args(Panels, "panels")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("run_dir", "checkpoint.dirpath", lambda run_dir: f"{run_dir}/checkpoints")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
 
@@ -102,9 +102,15 @@ class PretrainCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """What can be wrong with the settings and the run folder is said before anything is built."""
         for key, usual in WHOLE_STEPS_ONLY.items():
-            if (value := self.config.trainer[key]) not in (None, usual):
+            # As text: 1 is one batch, 1.0 is all of them.
+            if str(value := self.config.trainer[key]) not in ("None", str(usual)):
                 raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
-        existing = self.run_dir / "checkpoints" / "last.ckpt"
+        if self.config.seed_everything < 0:
+            raise UserError(f"--seed_everything {self.config.seed_everything}: wanted is 0 or more")
+        for key in ("accumulate_grad_batches", "log_every_n_steps"):
+            if (number := self.config.trainer[key]) is not None and number < 1:
+                raise UserError(f"--trainer.{key} {number}: at least 1")
+        existing = last_checkpoint(self.run_dir)
         self.ckpt_path = self.config.ckpt_path
         if self.ckpt_path == "last":
             self.ckpt_path = str(existing) if existing.exists() else None
@@ -116,10 +122,19 @@ class PretrainCLI(LightningCLI):
             )
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        self.datamodule.setup("fit")  # a wrong folder is an error now, before a run folder or a process is started
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        if is_first_rank():
-            self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
+        # Wrong data or weights are an error now, before anything is written or a process is started.
+        self.datamodule.setup("fit")
+        self.resumed_recipe: dict[str, Any] = {}
+        if self.ckpt_path:
+            self.resumed_recipe = checkpoint.require_resumable(Path(self.ckpt_path), self.network)
+        elif self.config.model.init:
+            said = checkpoint.warm_start(self.network, self.config.model.init)
+            if is_first_rank():
+                print(said, flush=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--run_dir {self.run_dir} cannot be made: {error.strerror}") from None
         given = self.config_init.trainer
         loggers: list[Logger] = [MetricsCSV(self.run_dir / "metrics.csv")]
         if given.logger is not False:
@@ -127,7 +142,8 @@ class PretrainCLI(LightningCLI):
             merged = yaml.safe_load(self.parser.dump(self.config))
             if wandb := wandb_logger(self.run_dir, settings, merged):
                 loggers.append(wandb)
-            loggers += given.logger if isinstance(given.logger, list) else [given.logger] if given.logger else []
+            if given.logger not in (None, True):
+                loggers += given.logger if isinstance(given.logger, list) else [given.logger]
         if given.precision is None:
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
         callbacks = list(given.callbacks or [])
@@ -137,8 +153,13 @@ class PretrainCLI(LightningCLI):
             return super().instantiate_trainer(
                 callbacks=callbacks, logger=loggers, default_root_dir=str(self.run_dir), **kwargs
             )
-        except MisconfigurationException as error:
+        except (MisconfigurationException, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
+
+    @property
+    def network(self) -> MaskedAutoencoder:
+        network: MaskedAutoencoder = self.model.model
+        return network
 
     def fit(self) -> None:
         """Train to the end and export the weights.
@@ -146,18 +167,37 @@ class PretrainCLI(LightningCLI):
         Raises:
             KeyboardInterrupt: After Ctrl-C, which Lightning turns into exit code 1.
         """
-        if self.ckpt_path is not None:
-            checkpoint.require_same(self.model.model, self.ckpt_path)
-        if self.config.model.init and self.ckpt_path is None:
-            said = checkpoint.warm_start(self.model.model, self.config.model.init)
-            if is_first_rank():
-                print(said, flush=True)
+        trainer = self.trainer
+        self.refuse_another_recipe()
+        if is_first_rank():
+            self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
         try:
-            self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+        except MisconfigurationException as error:
+            raise UserError(f"--trainer: {error}") from None
+        except SIGTERMException:
+            raise SystemExit(143) from None
         except SystemExit:
-            if self.trainer.interrupted:
+            if trainer.interrupted:
                 raise KeyboardInterrupt from None
             raise
+        except (UserError, TrainingFailed):
+            # Every rank ends by itself with this error. Lightning's observer would kill this one, half-way through its
+            # last words, as soon as it sees another gone.
+            getattr(trainer.strategy.launcher, "procs", []).clear()
+            raise
         if self.trainer.is_global_zero:
-            for path in checkpoint.export(self.model.model, self.model.description(), self.run_dir):
+            for path in checkpoint.export(self.network, self.model.description(), self.run_dir):
                 print(f"wrote {path}", flush=True)
+
+    def refuse_another_recipe(self) -> None:
+        """Going on with other settings would be another run under the same name."""
+        trainer, data = self.trainer, self.datamodule
+        effective_batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        own = self.model.settings(data, effective_batch)
+        for key, given in self.resumed_recipe.items():
+            if own[key] != given:
+                raise UserError(
+                    f"{key} is {own[key]}, but {given} in the run that {self.ckpt_path} belongs to; "
+                    "another --run_dir starts a new one"
+                )

@@ -101,7 +101,10 @@ def reconstruct(args: Sequence[str]) -> None:
     parser.add_argument("--seed", type=int, default=0, help="Of the random masks.")
     config = parser.parse_args(list(args))
     weights = checkpoint.read(config.model)
-    model = checkpoint.load(config.model)
+    weights.require_decoder()
+    model = weights.build()
+    if not Path(config.out).parent.is_dir():
+        raise UserError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
     if config.mask and config.mask_ratio is not None:
         raise UserError("--mask and --mask_ratio exclude each other: a mask says how much is hidden")
     try:

@@ -40,7 +40,7 @@ def test_fifty_steps_of_the_official_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(mae.data, "load_torchvision", lambda *_: (source, None))
 
     def stored_order(self: EpochSampler) -> Any:
-        return ([(self.epoch, 16 * step + i) for i in range(16)] for step in range(10))
+        return ([(self.step // 10, 16 * step + i) for i in range(16)] for step in range(10))
 
     monkeypatch.setattr(EpochSampler, "__iter__", stored_order)
 
@@ -103,40 +103,69 @@ def test_default_recipe_decays_what_the_official_one_decays(tmp_path: Path) -> N
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
-def test_stopped_in_the_middle_of_an_epoch_and_resumed_it_ends_with_the_same_bits(tmp_path: Path) -> None:
-    settings = [
-        "--data.batch_size_per_device=100",
-        "--trainer.accumulate_grad_batches=2",
-        "--checkpoint.every_n_steps=13",
-    ]
-    whole = run(tmp_path / "whole", *settings, "--trainer.max_epochs=2")  # 20 steps an epoch
+class Killed(BaseException):
+    pass
 
-    class Killed(BaseException):
-        pass
 
-    cli = PretrainCLI(
-        [
-            *DIGITS,
-            *TINY,
-            *settings,
-            f"--run_dir={tmp_path / 'cut'}",
-            "--trainer.log_every_n_steps=1",
-            "--trainer.max_epochs=2",
-        ]
-    )
+def killed_at(step: int, run_dir: Path, *settings: str) -> None:
+    """Run until this optimiser step has been taken, and die there as by SIGKILL."""
+    cli = PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.log_every_n_steps=1", *settings])
 
     def die(*_: Any) -> None:
-        if cli.model.global_step == 15:
+        if cli.model.global_step == step:
             raise Killed
 
     cli.model.on_before_zero_grad = die  # type: ignore[method-assign]
     with pytest.raises(Killed):
         cli.fit()
-    again = run(tmp_path / "cut", *settings, "--trainer.max_epochs=2", "--ckpt_path=last")
+
+
+@pytest.mark.parametrize(
+    ("limit", "kills", "own"),
+    [
+        ("--trainer.max_epochs=3", [15, 17], ["--checkpoint.every_n_steps=7"]),  # within an epoch, twice
+        ("--trainer.max_epochs=3", [12, 25], []),  # back to the end of an epoch, twice
+        ("--trainer.max_steps=28", [12, 25], []),
+        ("--trainer.max_steps=28", [13], ["--trainer.check_val_every_n_epoch=2"]),
+        ("--trainer.max_steps=28", [15, 22], ["--checkpoint.every_n_steps=7", "--trainer.limit_val_batches=0"]),
+        ("--trainer.max_epochs=3", [15], ["--checkpoint.every_n_steps=7", "--data.num_workers=2"]),
+        ("--trainer.max_steps=28", [12], ["--data.num_workers=2"]),
+    ],
+)
+def test_killed_and_resumed_it_ends_with_the_same_bits(
+    tmp_path: Path, limit: str, kills: list[int], own: list[str]
+) -> None:
+    settings = ["--data.batch_size_per_device=200", "--trainer.accumulate_grad_batches=2", limit, *own]  # 10 an epoch
+    whole = run(tmp_path / "whole", *settings)
+    for step in kills:
+        killed_at(step, tmp_path / "cut", *settings, "--ckpt_path=last")
+    again = run(tmp_path / "cut", *settings, "--ckpt_path=last")
+    assert again.model.global_step == whole.model.global_step
     assert torch.equal(weights(whole), weights(again))
     logged, wanted = rows(tmp_path / "cut"), rows(tmp_path / "whole")
-    assert [row["step"] for row in logged] == [str(step) for step in range(1, 41)]
+    assert [row["step"] for row in logged] == [str(step) for step in range(1, whole.model.global_step + 1)]
     assert [row["train/loss"] for row in logged] == [row["train/loss"] for row in wanted]
+
+
+def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path: Path) -> None:
+    settings = ["--data.batch_size_per_device=400"]
+    run(tmp_path, *settings, "--trainer.max_epochs=1")
+    cli = run(tmp_path, *settings, "--trainer.max_epochs=2", "--ckpt_path=last")
+    logged = rows(tmp_path)
+    assert [int(row["step"]) for row in logged] == list(range(1, 21))
+    assert float(logged[10]["lr"]) == cli.model.schedule.lr_at(10, 1.5e-4 * 400 / 256)  # of the longer schedule
+    before = (tmp_path / "config.yaml").read_text()
+    for setting, said in {
+        "--model.base_lr=1": "model.base_lr is 1.0, but 0.00015",
+        "--data.batch_size_per_device=100": "effective batch is 100, but 400",
+        "--seed_everything=5": "seed_everything is 5, but 0",
+        "--model.depth=2": "another architecture",
+    }.items():
+        with pytest.raises(UserError, match=said):
+            run(tmp_path, *settings, "--trainer.max_epochs=3", "--ckpt_path=last", setting)
+    assert (tmp_path / "config.yaml").read_text() == before
+    with pytest.raises(UserError, match="without the state of a run"):
+        run(tmp_path, *settings, f"--ckpt_path={tmp_path / 'model.safetensors'}")
 
 
 def test_accumulation_averages_the_window(tmp_path: Path) -> None:
@@ -172,10 +201,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_nothing_more(tmp_pat
 
     def poisoned(*args: Any) -> Any:
         out = forward(*args)
-        return out._replace(loss=out.loss * float("nan")) if cli.model.global_step == 11 else out
+        return out._replace(loss=out.loss * float("nan")) if cli.model.global_step == 14 else out
 
     cli.model.model.forward = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TrainingFailed, match=r"not finite at step 12 \(learning rate .*last.ckpt"):
+    with pytest.raises(TrainingFailed, match=r"not finite at step 15 \(learning rate .*last.ckpt"):
         cli.fit()
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 10
@@ -198,7 +227,7 @@ def test_an_overflow_that_the_scaler_handles_is_counted(tmp_path: Path) -> None:
     cli.fit()
     hook.remove()
     monkey.undo()
-    assert [float(row["skipped_steps"]) for row in rows(tmp_path)][-1] >= 1
+    assert [float(row["skipped_steps"]) for row in rows(tmp_path)] == [0, 0, 0, 1, 1, 1]
     assert all(p.isfinite().all() for p in cli.model.parameters())
 
 
@@ -219,8 +248,10 @@ def test_an_unreadable_image_has_no_weight(tmp_path: Path, monkeypatch: pytest.M
     logged = rows(tmp_path / "run")
     assert [float(row["bad_images"]) for row in logged] == [2, 2, 2]
 
-    cli = run(tmp_path / "again", *settings, "--data.max_bad_images=2", "--trainer.max_steps=2", "--model.base_lr=0")
-    batch = next(iter(cli.datamodule.train_dataloader()))
+    cli = run(tmp_path / "again", *settings, "--data.max_bad_images=2", "--model.base_lr=0")
+    loader = cli.datamodule.train_dataloader()
+    loader.sampler.seek(0)
+    batch = next(iter(loader))
     assert sorted(batch.indices[batch.weight == 0].tolist()) == sorted(lost)
     prepared = cli.datamodule.prepare(batch)
     noise = mae.pretrain.sample_noise(0, batch.epochs.tolist(), batch.indices.tolist(), cli.model.model.num_patches)
