@@ -179,6 +179,9 @@ class PretrainCLI(LightningCLI):
             raise SystemExit(143) from None
         except SystemExit:
             if trainer.interrupted:
+                kept = last_checkpoint(self.run_dir)
+                hint = f"--ckpt_path last goes on from {kept}" if kept.is_file() else "there is no checkpoint yet"
+                print(f"stopped at step {trainer.global_step}; {hint}", flush=True)
                 raise KeyboardInterrupt from None
             raise
         except (UserError, TrainingFailed):

@@ -24,9 +24,12 @@ TINY = [
 DIGITS = ["--data.dataset=digits", "--data.crop_scale=[0.5,1]", "--data.num_workers=0"]
 
 
+torch.set_num_threads(1)  # the networks here are too small for more
+
+
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No W&B account of the person who runs the tests, and two threads at most."""
+    """No W&B account of the person who runs the tests."""
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)

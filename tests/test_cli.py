@@ -278,7 +278,9 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
-    assert "Traceback" not in process.communicate()[1].decode()
+    said, complaints = (stream.decode() for stream in process.communicate())
+    assert "there is no checkpoint yet" in said or "--ckpt_path last goes on from" in said
+    assert "Traceback" not in complaints
 
 
 def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
