@@ -64,7 +64,7 @@ def run(args: Sequence[str]) -> None:
     for name, encode in rows.items():
         found = features.extract_splits(encode, cli.datamodule, torch.device("cpu"))
         score, _ = features.linear_probe(found)
-        # k-NN on features as they are: standardised, raw pixels would be 4 points worse than they can be.
+        # k-NN on features as they are: raw pixels are at their best so.
         lines.append(f"{name:<10} {score:>12.2f} {features.knn(found):>6.2f}")
 
     print("3/3 drawing", flush=True)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 
 from mae.data import ImageData, Source, raise_errors
 
+Scaling = Literal["none", "standardize", "whiten"]
 STRENGTHS = tuple(10.0**e for e in range(-5, 2))  # of scikit-learn's C, the inverse of the L2 penalty
 
 
@@ -62,12 +63,26 @@ def extract_splits(encode: Callable[[Tensor], Tensor], data: ImageData, device: 
     return Features(train, train_labels, test, test_labels, len(train_source.classes))
 
 
-def standardized(features: Features) -> Features:
-    """Each feature with mean 0 and std 1 over the training images."""
-    std, mean = torch.std_mean(features.train, dim=0)
-    # A feature that never changes in training says nothing: leave it at 0 instead of blowing up its noise.
-    scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0.0)
-    return features._replace(train=(features.train - mean) * scale, test=(features.test - mean) * scale)
+def scaled(features: Features, how: Scaling) -> Features:
+    """Features in another scale, fitted on the training images, labels unused.
+
+    Args:
+        how: "none"; "standardize": each feature has mean 0 and std 1; "whiten": their covariance is the identity, so
+            that cosines do not hang on the few directions in which all images differ most (brightness, contrast).
+    """
+    if how == "none":
+        return features
+    train = features.train - (mean := features.train.mean(dim=0))
+    if how == "standardize":
+        variance, matrix = train.square().mean(dim=0), None
+    else:
+        variance, matrix = torch.linalg.eigh(train.double().T @ train.double() / len(train))
+    # A direction that hardly changes in training says nothing: it becomes 0, instead of its noise being blown up.
+    scale = torch.where(variance > 1e-10 * variance.max(), variance.rsqrt(), 0.0)
+    if matrix is None:
+        return features._replace(train=train * scale, test=(features.test - mean) * scale)
+    matrix = (matrix * scale).float()
+    return features._replace(train=train @ matrix, test=(features.test - mean) @ matrix)
 
 
 def knn(features: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
@@ -88,7 +103,7 @@ def linear_probe(features: Features) -> tuple[float, float]:
     C is chosen on every fifth training image, held out for it; the final fit is on all of them. Test labels are
     used for nothing but the accuracy.
     """
-    features = standardized(features)
+    features = scaled(features, "standardize")
     held_out = torch.arange(len(features.train)) % 5 == 4
     fit, check = features.train[~held_out], features.train[held_out]
     fit_labels, check_labels = features.train_labels[~held_out], features.train_labels[held_out]

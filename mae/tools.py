@@ -21,18 +21,14 @@ def knn(args: Sequence[str]) -> None:
     parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
     parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
     parser.add_argument(
-        "--standardize",
-        type=bool,
-        default=True,
-        help="Give each feature mean 0 and std 1 over the training images first.",
+        "--scaling", type=features.Scaling, default="whiten", help="Of the features, fitted on the training images."
     )
     config = parser.parse_args(list(args))
     if config.k < 1 or config.temperature <= 0:
         raise UserError(f"--k {config.k}, --temperature {config.temperature}: wanted are at least 1 and above 0")
     found = encoded(config.encoder, config)
-    score = features.knn(features.standardized(found) if config.standardize else found, config.k, config.temperature)
-    scale = "standardised" if config.standardize else "raw"
-    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, {scale} features; {sizes(found)})")
+    score = features.knn(features.scaled(found, config.scaling), config.k, config.temperature)
+    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, scaling {config.scaling}; {sizes(found)})")
 
 
 def probe(args: Sequence[str]) -> None:

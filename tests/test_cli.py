@@ -189,7 +189,7 @@ def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["knn", f"--encoder={finished}", *data]) == 0
     said = capsys.readouterr().out
     assert "200 training images, 50 test images" in said
-    for setting in ("--standardize=false", "--k=200", "--temperature=5", "--pool=class"):
+    for setting in ("--scaling=none", "--scaling=standardize", "--k=200", "--temperature=5", "--pool=class"):
         assert main(["knn", f"--encoder={finished}", *data, setting]) == 0
         assert capsys.readouterr().out != said
     assert float(said.split("top-1 ")[1].split(" %")[0]) > 20  # of ten classes; the encoder is all but random

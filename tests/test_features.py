@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mae import features
 from mae.data import ImageData
@@ -49,7 +50,7 @@ def test_the_penalty_is_chosen_without_the_test_labels() -> None:
 def test_features_are_standardised_with_training_statistics() -> None:
     data = ImageData("digits", num_workers=0, batch_size_per_device=500)
     plain = features.extract_splits(lambda images: images.flatten(1), data, torch.device("cpu"))
-    found = features.standardized(plain)
+    found = features.scaled(plain, "standardize")
     assert found.train.shape == (4000, 784)
     changing = found.train.std(dim=0) > 0
     assert torch.allclose(found.train[:, changing].std(dim=0), torch.ones(int(changing.sum())), atol=1e-3)
@@ -58,6 +59,19 @@ def test_features_are_standardised_with_training_statistics() -> None:
     assert found.test.isfinite().all()
     assert 85 < features.knn(found) < 92
     assert 92 < features.knn(plain) < 97
+
+
+def test_whitened_features_have_unit_covariance_and_forget_linear_maps() -> None:
+    found = blobs(1.0)
+    white = features.scaled(found, "whiten")
+    assert torch.allclose(white.train.T @ white.train / len(white.train), torch.eye(16), atol=1e-4)
+    mixing = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    mixed = found._replace(train=found.train @ mixing + 5, test=found.test @ mixing + 5)
+    again = features.scaled(mixed, "whiten")
+    assert torch.allclose(white.test @ white.train.T, again.test @ again.train.T, atol=1e-2)
+    constant = found._replace(train=F.pad(found.train, (0, 1), value=3), test=F.pad(found.test, (0, 1), value=4))
+    assert torch.allclose(features.scaled(constant, "whiten").test.norm(dim=1), white.test.norm(dim=1), atol=1e-3)
+    assert torch.equal(features.scaled(found, "none").train, found.train)
 
 
 def test_pooling() -> None:
