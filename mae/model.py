@@ -4,7 +4,7 @@ Shapes: B images of C channels and H x W pixels; N patches an image, of P = ph *
 D encoder width, E decoder width. `mask` is True where a patch is hidden, here and everywhere in the package.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -167,30 +167,8 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
         self.patch_size = ph, pw = as_pair(patch_size)
-        for name, value in {
-            "image_size": min(h, w),
-            "patch_size": min(ph, pw),
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "decoder_embed_dim": decoder_embed_dim,
-            "decoder_depth": decoder_depth,
-            "decoder_num_heads": decoder_num_heads,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name} {value}: at least 1")
-        if h % ph or w % pw:
-            raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
-        for width, heads, whose in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
-            if width % heads:
-                raise ValueError(f"{whose}embed_dim {width} is not divisible by {whose}num_heads {heads}")
-        self.in_chans = in_chans
-        self.grid = h // ph, w // pw
-        self.num_patches = self.grid[0] * self.grid[1]
-        self.norm_pix_loss = norm_pix_loss
         # All that is needed to build this network again; plain types, stored with every checkpoint.
-        self.config = {
+        self.config: dict[str, Any] = {
             "image_size": [h, w],
             "patch_size": [ph, pw],
             "in_chans": in_chans,
@@ -203,6 +181,18 @@ class MaskedAutoencoder(nn.Module):
             "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
         }
+        for name, value in self.config.items():
+            if name not in ("mlp_ratio", "norm_pix_loss") and min(value if isinstance(value, list) else [value]) < 1:
+                raise ValueError(f"{name} {value}: at least 1")
+        if h % ph or w % pw:
+            raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
+        for width, heads, whose in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
+            if width % heads:
+                raise ValueError(f"{whose}embed_dim {width} is not divisible by {whose}num_heads {heads}")
+        self.in_chans = in_chans
+        self.grid = h // ph, w // pw
+        self.num_patches = self.grid[0] * self.grid[1]
+        self.norm_pix_loss = norm_pix_loss
 
         self.encoder = VisionTransformer(
             img_size=self.image_size,
