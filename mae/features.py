@@ -37,7 +37,16 @@ def class_token(tokens: Tensor) -> Tensor:
     return tokens[:, 0]
 
 
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {"mean": mean_of_patches, "class": class_token}
+def mean_and_class(tokens: Tensor) -> Tensor:
+    """(B, 1 + N, D) -> (B, 2 * D)."""
+    return torch.cat([mean_of_patches(tokens), class_token(tokens)], dim=1)
+
+
+POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "mean": mean_of_patches,
+    "class": class_token,
+    "both": mean_and_class,
+}
 
 
 @torch.no_grad()

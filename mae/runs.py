@@ -96,6 +96,8 @@ class PretrainCLI(LightningCLI):
         if config.run_dir is None:
             name = Path(str(config.config[0])).stem if config.config else "pretrain"
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
+        if config.seed_everything < 0:
+            raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")
         self.config = config
         self.run_dir = Path(config.run_dir)
 
@@ -105,8 +107,10 @@ class PretrainCLI(LightningCLI):
             # As text: 1 is one batch, 1.0 is all of them.
             if str(value := self.config.trainer[key]) not in ("None", str(usual)):
                 raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
-        if self.config.seed_everything < 0:
-            raise UserError(f"--seed_everything {self.config.seed_everything}: wanted is 0 or more")
+        if self.config.trainer.enable_checkpointing is False:
+            raise UserError(
+                "--trainer.enable_checkpointing: every run keeps one; --checkpoint.every_n_epochs says how often"
+            )
         for key in ("accumulate_grad_batches", "log_every_n_steps"):
             if (number := self.config.trainer[key]) is not None and number < 1:
                 raise UserError(f"--trainer.{key} {number}: at least 1")

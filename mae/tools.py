@@ -46,7 +46,11 @@ def feature_parser(command: str, description: str, encoder: str) -> ToolParser:
     parser.add_argument("--config", action="config")
     parser.add_argument(f"--{encoder}", type=str, required=True, help="A run folder, .ckpt or .safetensors file.")
     parser.add_argument(
-        "--pool", type=str, default="mean", choices=list(features.POOLS), help="Patch mean or class token."
+        "--pool",
+        type=str,
+        default="mean",
+        choices=list(features.POOLS),
+        help="Mean of patch tokens, class token, or both.",
     )
     parser.add_class_arguments(ImageData, "data")
     return parser

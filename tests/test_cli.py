@@ -101,14 +101,31 @@ def test_sizes_and_ratios_that_cannot_be(
     assert "leaves 4 of 4" in fails(train(tmp_path, image_folder, "--model.mask_ratio=0"), capsys)
 
 
-def test_runs_that_are_too_short(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs_and_numbers_that_cannot_be(
+    tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "--model.warmup_epochs 40.0 is 160" in fails(
         train(tmp_path, image_folder, "--model.warmup_epochs=40"), capsys
     )
     assert "shorten with --trainer.max_steps" in fails(
-        train(tmp_path, image_folder, "--trainer.limit_train_batches=1"), capsys
+        train(tmp_path, image_folder, "--trainer.limit_train_batches=2"), capsys
     )
-    assert "--trainer: " in fails(train(tmp_path, image_folder, "--trainer.enable_checkpointing=false"), capsys)
+    for setting in (
+        "--trainer.accumulate_grad_batches=0",
+        "--trainer.enable_checkpointing=false",
+        "--trainer.log_every_n_steps=0",
+        "--checkpoint.every_n_steps=0",
+        "--panels.images=0",
+        "--model.patch_size=0",
+        "--model.decoder_num_heads=0",
+        "--model.depth=0",
+        "--model.base_lr=-1",
+        "--trainer.strategy=nonsense",
+        "--trainer.max_steps=-1 --trainer.max_epochs=-1",
+        "--seed_everything=-1",
+    ):
+        assert main(list(map(str, train(tmp_path, image_folder, *setting.split())))) == 2, setting
+        assert capsys.readouterr().err.startswith("mae: error: "), setting
     assert "fewer than one" in fails(train(tmp_path, image_folder, "--data.batch_size_per_device=17"), capsys)
 
 
@@ -118,7 +135,7 @@ def test_a_run_folder_in_use_and_checkpoints_that_are_not_there(
     again = ["pretrain", *DIGITS, *TINY, f"--run_dir={finished}", "--trainer.max_steps=3"]
     assert "add --ckpt_path last" in fails(again, capsys)
     deeper = ["pretrain", *DIGITS, *TINY, f"--run_dir={finished}", "--ckpt_path=last", "--model.depth=2"]
-    assert "another architecture: depth 1, this model has 2" in fails(deeper, capsys)
+    assert "another architecture: depth 1, here 2" in fails(deeper, capsys)
     assert "gone.ckpt does not exist" in fails(train(tmp_path, image_folder, "--ckpt_path=gone.ckpt"), capsys)
     assert "image_size" in fails(
         ["knn", "--encoder", finished, "--data.root", image_folder, "--data.image_size=14"], capsys

@@ -78,6 +78,7 @@ def test_pooling() -> None:
     tokens = torch.randn(2, 5, 3)
     assert torch.equal(features.POOLS["class"](tokens), tokens[:, 0])
     assert torch.equal(features.POOLS["mean"](tokens), tokens[:, 1:].mean(dim=1))
+    assert torch.equal(features.POOLS["both"](tokens), torch.cat([tokens[:, 1:].mean(dim=1), tokens[:, 0]], dim=1))
 
 
 @pytest.mark.parametrize("batch", [7, 1000])
