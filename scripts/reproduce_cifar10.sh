@@ -7,5 +7,5 @@ cd "$(dirname "$0")/.."
 run=runs/pretrain_micro_cifar10
 
 mae pretrain --config configs/pretrain_micro_cifar10.yaml --data.root "$root" --ckpt_path last
-mae knn --encoder "$run" --data.root "$root" --data.val_dir test
-mae probe --model.encoder "$run" --data.root "$root" --data.val_dir test
+mae knn --encoder "$run" --data.root "$root" --data.val_dir test --pool both
+mae probe --model.encoder "$run" --data.root "$root" --data.val_dir test --pool both

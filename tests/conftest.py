@@ -42,7 +42,7 @@ def reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, json.loads((file.metadata() or {}).get("json", "{}"))
 
 
-def mae(*args: object, timeout: float = 120, **environ: str) -> subprocess.CompletedProcess[str]:
+def mae(*args: object, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess[str]:
     """The real command, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "mae.cli", *map(str, args)],

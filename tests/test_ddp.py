@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 def pretrain(run_dir: Path, processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
     return mae(
         "pretrain", *TINY, f"--run_dir={run_dir}", "--trainer.log_every_n_steps=1",
-        f"--trainer.devices={processes}", "--trainer.strategy=auto", *settings, timeout=200,
+        f"--trainer.devices={processes}", "--trainer.strategy=auto", *settings, timeout=400,
     )  # fmt: skip
 
 
