@@ -287,14 +287,23 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         "--trainer.max_steps=1000000",
         "--trainer.log_every_n_steps=1",
     ]
-    process = subprocess.Popen([sys.executable, "-m", "mae.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mae.cli", *args],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # A test run in the background of a script ignores Ctrl-C, and what it starts would, too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 240
     while not (tmp_path / "metrics.csv").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.stderr
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    assert process.wait(240) == 130
+    try:
+        assert process.wait(120) == 130
+    finally:
+        process.kill()
     said, complaints = (stream.decode() for stream in process.communicate())
     assert "there is no checkpoint yet" in said or "--ckpt_path last goes on from" in said
     assert "Traceback" not in complaints
