@@ -55,14 +55,14 @@ class MetricsCSV(Logger):
             self.rewrite()
         new_columns = [key for key in metrics if key not in self.columns]
         self.columns += new_columns
-        if self.rows and int(self.rows[-1]["step"]) == step:
+        same_row = bool(self.rows) and int(self.rows[-1]["step"]) == step
+        if same_row:
             self.rows[-1].update(metrics)
-            self.rewrite()
-        elif new_columns:
-            self.rows.append({"step": step, **metrics})
-            self.rewrite()
         else:
             self.rows.append({"step": step, **metrics})
+        if same_row or new_columns:
+            self.rewrite()
+        else:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(self.rows[-1])
 

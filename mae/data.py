@@ -137,14 +137,8 @@ class TrainSamples(Dataset[Batch]):
     """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys."""
 
     def __init__(self, source: Source, size: Pair, in_chans: int, seed: int, crop: Crop | None, flip: float):
-        self.source, self.size, self.in_chans, self.seed, self.crop, self.flip = (
-            source,
-            size,
-            in_chans,
-            seed,
-            crop,
-            flip,
-        )
+        self.source, self.size, self.in_chans = source, size, in_chans
+        self.seed, self.crop, self.flip = seed, crop, flip
 
     def __getitem__(self, keys: list[Key]) -> Batch:
         images, errors, weights, flips = [], [], [], []
@@ -161,12 +155,12 @@ class TrainSamples(Dataset[Batch]):
                 images.append(torch.zeros(self.in_chans, *self.size, dtype=torch.uint8))
                 weights.append(0.0)
                 errors.append(str(error))
-        labels = self.source.labels
+        epochs, indices = zip(*keys, strict=True)
         return Batch(
             stack(images),
-            torch.tensor([-1 if labels is None else labels[index] for _, index in keys]),
-            torch.tensor([index for _, index in keys]),
-            torch.tensor([epoch for epoch, _ in keys]),
+            labels_of(self.source, indices),
+            torch.tensor(indices),
+            torch.tensor(epochs),
             torch.tensor(flips),
             torch.tensor(weights),
             errors,
@@ -190,16 +184,21 @@ class WholeSamples(Dataset[Batch]):
             images.append(
                 resized_crop(image, center_box(image.shape[1], image.shape[2], self.size, self.crop_pct), self.size)
             )
-        labels, n = self.source.labels, len(indices)
+        n = len(indices)
         return Batch(
             stack(images),
-            torch.tensor([-1 if labels is None else labels[index] for index in indices]),
+            labels_of(self.source, indices),
             torch.tensor(indices),
             torch.full((n,), HELD_OUT_EPOCH),
             torch.zeros(n, dtype=torch.bool),
             torch.ones(n),
             [],
         )
+
+
+def labels_of(source: Source, indices: Sequence[int]) -> Tensor:
+    """(B,) int64, -1 where there are no labels."""
+    return torch.tensor([-1 if source.labels is None else source.labels[index] for index in indices])
 
 
 def failed_batch(error: str) -> Batch:

@@ -34,8 +34,9 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, order and masks.")
     config = parser.parse_args(list(args))
     run_dir = Path(config.run_dir)
-    if config.run_dir == DEFAULT_DIR and (run_dir / "config.yaml").exists():
-        shutil.rmtree(run_dir)  # an earlier demo; a folder that the user named is never removed
+    settings = run_dir / "config.yaml"
+    if config.run_dir == DEFAULT_DIR and settings.exists() and "dataset: digits" in settings.read_text():
+        shutil.rmtree(run_dir)  # an earlier demo; a folder that the user named, or a run on other data, stays
 
     print("1/3 pre-training on handwritten digits", flush=True)
     start = time.perf_counter()
