@@ -13,12 +13,15 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
+from mae import features
 from mae.data import ImageData, WholeSamples, raise_errors
 from mae.errors import UserError
+from mae.labelled import Part
 from mae.pictures import panel, reconstruct
-from mae.pretrain import HELD_OUT_SEED, Pretrain, last_checkpoint
+from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.tracking import log_panel
+from mae.training import Stage, last_checkpoint
 
 
 class MetricsCSV(Logger):
@@ -94,13 +97,19 @@ class Progress(ProgressBar):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.start, self.first_step = time.perf_counter(), trainer.global_step
-        assert isinstance(pl_module, Pretrain)
+        assert isinstance(pl_module, Stage)
         self.total = pl_module.total_steps
         if self.enabled and sys.stderr.isatty():
-            self.bar = tqdm(total=self.total, initial=self.first_step, unit="step", dynamic_ncols=True, desc="pretrain")
+            self.bar = tqdm(
+                total=self.total,
+                initial=self.first_step,
+                unit="step",
+                dynamic_ncols=True,
+                desc=type(pl_module).__name__.lower(),
+            )
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        assert isinstance(pl_module, Pretrain)
+        assert isinstance(pl_module, Stage)
         step = trainer.global_step
         if self.bar is not None and step > self.bar.n:
             self.bar.set_postfix_str(self.figures(pl_module), refresh=False)
@@ -113,9 +122,10 @@ class Progress(ProgressBar):
                 figures = self.figures(pl_module)
                 print(f"step {step}/{self.total} | {figures} | {tqdm.format_interval(left)} left", flush=True)
 
-    def figures(self, module: Pretrain) -> str:
+    def figures(self, module: Stage) -> str:
         seen = module.metrics
-        names = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "images_per_s": "{:.0f} images/s"}
+        names = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
+        names["images_per_s"] = "{:.0f} images/s"
         return " | ".join([t.format(seen[k]) for k, t in names.items() if k in seen] + [f"lr {module.lr:.2e}"])
 
     def close(self) -> None:
@@ -152,7 +162,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, Pretrain)
+        assert isinstance(pl_module, Stage)
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
         step = trainer.global_step
@@ -218,3 +228,58 @@ class Panels(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_panel(logger, "reconstructions", path, "; ".join(columns), trainer.global_step)
+
+
+class Online(Callback):
+    """Looks at features while they are learnt: k-NN and a linear probe on labelled images, in `metrics.csv` and W&B.
+
+    The encoder sees whole images, unmasked, in eval mode; no gradient and no random number of the training is touched.
+    Off where one of the splits has no labels.
+
+    Args:
+        every_n_epochs: How often.
+        train_images: How many, spread over the training images, vote in k-NN and fit the probe.
+        held_out_images: How many, spread over the held-out images, are classified.
+    """
+
+    def __init__(self, every_n_epochs: int = 20, train_images: int = 10_000, held_out_images: int = 5_000):
+        if min(every_n_epochs, train_images, held_out_images) < 1:
+            raise UserError(
+                f"--online.every_n_epochs {every_n_epochs}, train_images {train_images}, held_out_images "
+                f"{held_out_images}: at least 1"
+            )
+        self.every_n_epochs, self.train_images, self.held_out_images = every_n_epochs, train_images, held_out_images
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pretrain)
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        labelled = all(
+            source is not None and source.labels is not None for source in (data.train_source, data.val_source)
+        )
+        if labelled and trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch) == 0:
+            start = time.perf_counter()
+            self.evaluate(trainer, pl_module, data)
+            pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
+
+    def evaluate(self, trainer: Trainer, module: Pretrain, data: ImageData) -> None:
+        assert data.train_source is not None
+        assert data.val_source is not None
+        model = module.model
+        was_training = model.training
+        model.eval()
+        encode = features.mean_of_patches
+        found = []
+        for source, count in ((data.train_source, self.train_images), (data.val_source, self.held_out_images)):
+            count = min(count, len(source))
+            part = Part(source, [i * len(source) // count for i in range(count)])
+            batches = data.whole(part, trainer.global_rank, trainer.world_size)
+            with trainer.precision_plugin.forward_context():
+                mine = features.extract(lambda images: encode(model.encode(images)), data, batches, module.device)
+            gathered = module.gather(mine)
+            found += [torch.cat([part[i] for part in gathered]) for i in range(2)]
+        model.train(was_training)
+        if trainer.is_global_zero:
+            train, train_labels, test, test_labels = found
+            both = features.Features(train, train_labels, test, test_labels, len(data.train_source.classes))
+            neighbours = features.knn(features.scaled(both, "whiten"))
+            module.write({"online/knn": neighbours, "online/probe": features.linear_probe(both)[0]})

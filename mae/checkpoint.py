@@ -18,7 +18,10 @@ State = dict[str, Tensor]
 
 
 class Weights(NamedTuple):
-    """What SRC holds, under the names of MaskedAutoencoder; without a decoder only names that begin with `encoder.`"""
+    """What SRC holds, under the names of MaskedAutoencoder; without a decoder only names that begin with `encoder.`
+
+    Of a classifier these are its timm names behind `encoder.`, head included.
+    """
 
     source: Path
     state: State
@@ -33,17 +36,50 @@ class Weights(NamedTuple):
         config: dict[str, Any] = self.description["model"]
         return config
 
+    @property
+    def classifier(self) -> dict[str, Any] | None:
+        """classes, pool and head of a classifier; None of a pre-trained model."""
+        return self.description.get("classifier")
+
+    @property
+    def timm_state(self) -> State:
+        """The encoder, or whole classifier, under timm's names."""
+        return {key.removeprefix(ENCODER): value for key, value in self.state.items() if key.startswith(ENCODER)}
+
     def require_decoder(self) -> None:
         if not self.has_decoder:
+            kind = "a classifier" if self.classifier else "an encoder"
             raise UserError(
-                f"{self.source} holds an encoder without decoder; a run's model.safetensors or .ckpt has one"
+                f"{self.source} holds {kind} without decoder; a pre-training's model.safetensors or .ckpt has one"
             )
 
+    def require_pretrained(self, allow_finetuned: bool) -> None:
+        """A classifier's encoder has seen labels: as a starting point or for features it must be asked for."""
+        if self.classifier and not allow_finetuned:
+            raise UserError(
+                f"{self.source} is a classifier of {len(self.classifier['classes'])} classes, its encoder trained with "
+                "labels, where a pre-trained encoder is expected; allow it with the setting allow_finetuned true"
+            )
+
+    def require_classifier(self) -> dict[str, Any]:
+        if self.classifier is None:
+            raise UserError(
+                f"{self.source} has no classifier head; `mae probe` and `mae finetune` write models that have one"
+            )
+        return self.classifier
+
     def build(self) -> MaskedAutoencoder:
-        """The network of this size, with these weights; its decoder stays random where there is none."""
+        """The network of this size, with these weights; its decoder stays random where there is none.
+
+        A classifier by mean pooling has no final norm for its tokens: theirs is then the plain one, weight 1, bias 0.
+        """
         model = MaskedAutoencoder(**self.config)
-        loaded = model.load_state_dict(self.state, strict=self.has_decoder)
-        missing = [key for key in loaded.missing_keys if key.startswith(ENCODER)]
+        state, may_miss = self.state, set[str]()
+        if self.classifier:
+            state = {k: v for k, v in state.items() if not k.startswith((f"{ENCODER}head.", f"{ENCODER}fc_norm."))}
+            may_miss = {f"{ENCODER}norm.weight", f"{ENCODER}norm.bias"}
+        loaded = model.load_state_dict(state, strict=self.has_decoder)
+        missing = [key for key in loaded.missing_keys if key.startswith(ENCODER) and key not in may_miss]
         if missing or loaded.unexpected_keys:
             raise UserError(f"{self.source} does not fit its own description: {(missing + loaded.unexpected_keys)[:3]}")
         return model.eval()
@@ -63,11 +99,13 @@ def load(src: str | Path) -> MaskedAutoencoder:
     return weights.build()
 
 
-def load_encoder(src: str | Path) -> VisionTransformer:
+def load_encoder(src: str | Path, allow_finetuned: bool = False) -> VisionTransformer:
     """The encoder, ready for features: timm's VisionTransformer in eval mode, frozen; `forward_features(images)` gives
-    (B, 1 + N, D), class token first. `src` as in `load`, or an exported encoder.
+    (B, 1 + N, D), class token first. `src` as in `load`, or an exported encoder; or, where allowed, a classifier.
     """
-    return read(src).build().encoder.requires_grad_(False)
+    weights = read(src)
+    weights.require_pretrained(allow_finetuned)
+    return weights.build().encoder.requires_grad_(False)
 
 
 def read(src: str | Path) -> Weights:
@@ -90,7 +128,7 @@ def read(src: str | Path) -> Weights:
             metadata = file.metadata() or {}
             state = {key: file.get_tensor(key) for key in file.keys()}  # a safetensors file, no dict
         description = json.loads(metadata["mae"]) if "mae" in metadata else None
-        if description and description["kind"] == "encoder":
+        if description and description["kind"] != "model":  # encoders and classifiers are stored under timm's names
             state = {ENCODER + key: value for key, value in state.items()}
     except SafetensorError:
         try:
@@ -101,24 +139,62 @@ def read(src: str | Path) -> Weights:
                 f"{path} is neither a .safetensors file nor a checkpoint that is safe to load: {reason}"
             ) from None
         description = checkpoint.get("mae") if isinstance(checkpoint, dict) else None
-        state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items()} if description else {}
+        state = state_of_run(checkpoint["state_dict"], description) if description else {}
     if description is None:
         raise UserError(f"{path} was not written by this project; other formats cannot be read yet")
     return Weights(path, state, description)
+
+
+def state_of_run(state: State, description: dict[str, Any]) -> State:
+    """From a run's .ckpt: of a classifier the averaged weights where there are any, with adapters merged."""
+    averaged = {key.removeprefix("ema.module."): value for key, value in state.items() if key.startswith("ema.module.")}
+    state = averaged or {key.removeprefix("model."): value for key, value in state.items() if key.startswith("model.")}
+    if "classifier" not in description:
+        return state
+    return {ENCODER + key: value for key, value in merge_lora(state, description["classifier"]["lora_scale"]).items()}
+
+
+def merge_lora(state: State, scale: float) -> State:
+    """Low-rank adapters, as peft names them, added to the weights that they adapt; other states come back as they are.
+
+    Args:
+        scale: lora_alpha / rank.
+    """
+    merged = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        if key.endswith(".base_layer.weight"):
+            layer = key.removesuffix(".base_layer.weight")
+            down, up = state[f"{layer}.lora_A.default.weight"], state[f"{layer}.lora_B.default.weight"]
+            value = value + scale * up @ down
+        merged[key.replace(".base_layer.", ".")] = value
+    return merged
 
 
 def export(model: MaskedAutoencoder, description: dict[str, Any], folder: Path) -> list[Path]:
     """Write encoder.safetensors (timm's names and layout) and model.safetensors (encoder and decoder)."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
-    paths = []
-    for kind, tensors in (("encoder", encoder), ("model", state)):
-        path = folder / f"{kind}.safetensors"
-        unfinished = path.with_suffix(".partial")
-        save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps({"kind": kind, **description})})
-        unfinished.replace(path)
-        paths.append(path)
+    paths = [folder / "encoder.safetensors", folder / "model.safetensors"]
+    for kind, tensors, path in zip(("encoder", "model"), (encoder, state), paths, strict=True):
+        save(tensors, {"kind": kind, **description}, path)
     return paths
+
+
+def export_classifier(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
+    """Write model.safetensors: a classifier under timm's names, with classes, pool, mean, std and crop described."""
+    path = folder / "model.safetensors"
+    merged = merge_lora(state, description["classifier"]["lora_scale"])
+    plain = {key: value.detach().cpu().contiguous() for key, value in merged.items()}
+    save(plain, {"kind": "classifier", **description}, path)
+    return [path]
+
+
+def save(tensors: State, description: dict[str, Any], path: Path) -> None:
+    unfinished = path.with_suffix(".partial")
+    save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
+    unfinished.replace(path)
 
 
 def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
@@ -131,6 +207,7 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
         UserError: The encoder of src is of another architecture.
     """
     weights = read(src)
+    weights.require_pretrained(allow_finetuned=False)
     own, given = model.config, weights.config
     for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
         if own[key] != given[key]:
@@ -153,7 +230,7 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     return f"--model.init {weights.source}: {', '.join(said)}"
 
 
-def require_resumable(src: Path, model: MaskedAutoencoder) -> dict[str, Any]:
+def require_resumable(src: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     """The recipe of the run that wrote `src`, by key of the command line.
 
     Raises:
@@ -162,9 +239,12 @@ def require_resumable(src: Path, model: MaskedAutoencoder) -> dict[str, Any]:
     weights = read(src)
     if src.suffix == ".safetensors" or "recipe" not in weights.description:
         raise UserError(f"--ckpt_path {src} holds weights without the state of a run; --model.init starts from weights")
-    for key, own in model.config.items():
-        if weights.config[key] != own:
-            raise UserError(f"--ckpt_path {src} is of another architecture: {key} {weights.config[key]}, here {own}")
+    given = {**weights.config, **(weights.classifier or {})}
+    for key, own in architecture.items():
+        if key not in given or given[key] != own:
+            raise UserError(
+                f"--ckpt_path {src} is of another architecture: {key} {given.get(key, 'is missing')}, here {own}"
+            )
     recipe: dict[str, Any] = weights.description["recipe"]
     return recipe
 

@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from mae import demo, runs, tools
+from mae import demo, evaluate, report, runs, tools
 from mae.errors import TrainingFailed, UserError
 
 
@@ -60,11 +60,23 @@ def pretrain(args: Sequence[str]) -> None:
     runs.PretrainCLI(args).fit()
 
 
+def probe(args: Sequence[str]) -> None:
+    runs.ProbeCLI(args).fit()
+
+
+def finetune(args: Sequence[str]) -> None:
+    runs.FinetuneCLI(args).fit()
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "demo": ("pre-train on bundled digits, compare features, draw reconstructions", demo.run),
     "pretrain": ("MAE pre-training", pretrain),
-    "probe": ("linear probe of frozen features", tools.probe),
+    "probe": ("linear probe of frozen features: the paper's recipe, or fast on cached features", probe),
+    "finetune": ("fine-tuning, whole, partial, or from scratch", finetune),
+    "evaluate": ("top-1, top-5 and per-class accuracy of a classifier", evaluate.evaluate),
+    "predict": ("classes and probabilities of images, as CSV", evaluate.predict),
     "knn": ("weighted k-NN of frozen features", tools.knn),
+    "report": ("pretrain, knn, probe and finetune over several seeds, as one page beside published figures", report.run),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
     "stats": ("mean and std of a data set, for its config", tools.stats),
 }

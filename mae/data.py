@@ -7,7 +7,7 @@ are done there, on the whole batch.
 import gzip
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -19,8 +19,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mae.errors import UserError
-from mae.images import BadImage, center_box, decode_image, find_images, random_crop_box, resized_crop
-from mae.randomness import HELD_OUT_EPOCH, EpochSampler, Key, generator
+from mae.images import (
+    BadImage,
+    center_box,
+    decode_image,
+    find_images,
+    random_crop_box,
+    resized_crop,
+    single_draw_box,
+)
+from mae.randomness import HELD_OUT_EPOCH, EpochSampler, Key, generator, seeded
 
 DatasetName = Literal["folder", "digits", "cifar10", "fashion_mnist"]
 Pair = tuple[int, int]
@@ -68,6 +76,10 @@ class Source(Protocol):
         """(C, H, W) uint8 or uint16; raises BadImage."""
         ...
 
+    def name(self, index: int) -> str:
+        """The same on every machine: its path below the root, or its number."""
+        ...
+
 
 class ArraySource:
     """Images held in memory: (n, C, H, W) uint8."""
@@ -81,6 +93,9 @@ class ArraySource:
 
     def load(self, index: int) -> Tensor:
         return self.images[index]
+
+    def name(self, index: int) -> str:
+        return str(index)
 
 
 class FolderSource:
@@ -116,6 +131,9 @@ class FolderSource:
     def load(self, index: int) -> Tensor:
         return decode_image(self.root / os.fsdecode(self.paths[index]), self.in_chans)
 
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
     def relabel(self, classes: list[str], train_root: Path) -> None:
         """Number the labels as the training folder does."""
         if unknown := sorted(set(self.classes) - set(classes)):
@@ -131,30 +149,59 @@ class Crop(NamedTuple):
 
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    single_draw: bool = False  # else up to ten draws, until one fits into the image
+
+    def box(self, draw: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+        choose = single_draw_box if self.single_draw else random_crop_box
+        return choose(draw, height, width, self.scale, self.ratio)
+
+    def __str__(self) -> str:
+        low, high = self.scale
+        return f"random resized crop {low:g} to {high:g} of the area" + (", drawn once" if self.single_draw else "")
+
+
+Distort = Callable[[Tensor], Tensor]  # (C, H, W) uint8 -> the same shape, by the global generators
 
 
 class TrainSamples(Dataset[Batch]):
-    """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys."""
+    """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys.
 
-    def __init__(self, source: Source, size: Pair, in_chans: int, seed: int, crop: Crop | None, flip: float):
+    `distort`, where there is one, sees the flipped crop; else the flip is left to the device.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        size: Pair,
+        in_chans: int,
+        seed: int,
+        crop: Crop | None,
+        flip: float,
+        distort: Distort | None = None,
+    ):
         self.source, self.size, self.in_chans = source, size, in_chans
-        self.seed, self.crop, self.flip = seed, crop, flip
+        self.seed, self.crop, self.flip, self.distort = seed, crop, flip, distort
 
     def __getitem__(self, keys: list[Key]) -> Batch:
         images, errors, weights, flips = [], [], [], []
         for epoch, index in keys:
             draw = generator(self.seed, epoch, index, "augment")
-            flips.append(torch.rand((), generator=draw).item() < self.flip)
+            flip = torch.rand((), generator=draw).item() < self.flip
             try:
                 image = self.source.load(index)
                 _, h, w = image.shape
-                box = random_crop_box(draw, h, w, *self.crop) if self.crop else center_box(h, w, self.size)
-                images.append(resized_crop(image, box, self.size))
+                box = self.crop.box(draw, h, w) if self.crop else center_box(h, w, self.size)
+                image = resized_crop(image, box, self.size)
+                if self.distort:
+                    with seeded(self.seed, epoch, index, "distort"):
+                        image, flip = self.distort(image.flip(2) if flip else image), False
+                images.append(image)
                 weights.append(1.0)
             except BadImage as error:
                 images.append(torch.zeros(self.in_chans, *self.size, dtype=torch.uint8))
                 weights.append(0.0)
                 errors.append(str(error))
+            flips.append(flip)
         epochs, indices = zip(*keys, strict=True)
         return Batch(
             stack(images),
@@ -324,6 +371,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers, self.crop_pct = batch_size_per_device, num_workers, crop_pct
         self.crop = None if crop_scale is None else Crop(crop_scale)
         self.hflip, self.max_bad_images, self.seed = hflip, max_bad_images, seed
+        self.distort: Distort | None = None
         self.train_source: Source | None = None
         self.val_source: Source | None = None
 
@@ -408,8 +456,26 @@ class ImageData(LightningDataModule):
         sampler = self.train_sampler()
         if self.trainer is not None:
             sampler.seek(self.trainer.global_step)  # restored by now: only the training loop asks for this loader
-        samples = TrainSamples(self.train_source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip)
-        return self.loader(ReplayLoader, samples, sampler)
+        return self.loader(ReplayLoader, self.samples(self.train_source), sampler)
+
+    def samples(self, source: Source) -> TrainSamples:
+        size, distort = self.image_size, self.distort
+        return TrainSamples(source, size, self.in_chans, self.seed, self.crop, self.hflip, distort)
+
+    def augmentations(self) -> list[str]:
+        """What happens to a training image, in order."""
+        crop = "centre crop" if self.crop is None else str(self.crop)
+        return [f"{crop}, bicubic"] + ([f"flip with probability {self.hflip:g}"] if self.hflip else [])
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run must not change, by key of the command line."""
+        return {
+            "data.crop_scale": None if self.crop is None else self.crop.scale,
+            "data.hflip": self.hflip,
+            "data.mean": self.mean,
+            "data.std": self.std,
+            "number of training images": len(self.train_source or ()),
+        }
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         if self.val_source is None:
@@ -422,6 +488,11 @@ class ImageData(LightningDataModule):
         """A pass over a source without randomness, each image once over all ranks."""
         sampler = Shard(len(source), self.batch_size, rank, world_size)
         return self.loader(DataLoader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
+
+    def crops(self, source: Source, epoch: int) -> DataLoader[Batch]:
+        """A pass over a source in order, each image once, cropped and flipped as training would in that epoch."""
+        keys = torch.arange(len(source)).split(self.batch_size)
+        return self.loader(DataLoader, self.samples(source), [[(epoch, i) for i in batch.tolist()] for batch in keys])
 
     def loader(self, kind: type[DataLoader[Batch]], samples: Dataset[Batch], sampler: Any) -> DataLoader[Batch]:
         # batch_size None: the sampler yields whole batches, which the data set draws and stacks itself.

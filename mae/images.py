@@ -293,6 +293,26 @@ def random_crop_box(
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
 
 
+def single_draw_box(
+    generator: torch.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """As `random_crop_box`, but drawn once: a side that is too long is cut to the image's, whatever ratio that leaves.
+
+    This is the crop of the official linear probe, after the TensorFlow pipeline; it keeps more large crops.
+    """
+    draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    aspect = math.exp(log_low + (log_high - log_low) * draws[1])
+    box_height = max(1, min(height, round(math.sqrt(area / aspect))))
+    box_width = max(1, min(width, round(math.sqrt(area * aspect))))
+    return int(draws[2] * (height - box_height + 1)), int(draws[3] * (width - box_width + 1)), box_height, box_width
+
+
 def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
     """The part of a height x width image that evaluation looks at, to be resized to `size` (height, width).
 

@@ -122,6 +122,25 @@ def sincos_positions(dim: int, grid: Pair) -> Tensor:
     return F.pad(table, (0, 0, 1, 0))[None].float()
 
 
+@torch.no_grad()
+def init_linear(module: nn.Module) -> None:
+    """The reference's initialisation of every linear layer; timm's own would be truncated normals."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+
+@torch.no_grad()
+def init_stem(encoder: VisionTransformer, grid: Pair) -> None:
+    """Patch embedding as a linear layer, class token, sin-cos positions."""
+    assert encoder.cls_token is not None  # timm has encoders without them
+    assert encoder.pos_embed is not None
+    nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.embed_dim, -1))
+    nn.init.normal_(encoder.cls_token, std=0.02)
+    encoder.pos_embed.copy_(sincos_positions(encoder.embed_dim, grid))
+
+
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
     """(B, N, D), (B, K) -> (B, K, D): the tokens at those positions."""
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
@@ -216,16 +235,12 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """The reference's initialisation; timm's own would be truncated normals."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.encoder.patch_embed.proj.weight.view(self.encoder.embed_dim, -1))  # as a Linear
-        nn.init.normal_(self.cls_token, std=0.02)
+        init_linear(self)
+        init_stem(self.encoder, self.grid)
         nn.init.normal_(self.mask_token, std=0.02)
+        self.decoder_pos_embed.copy_(sincos_positions(self.decoder_pos_embed.shape[2], self.grid))
         for positions in (self.pos_embed, self.decoder_pos_embed):
-            positions.copy_(sincos_positions(positions.shape[2], self.grid)).requires_grad_(False)
+            positions.requires_grad_(False)
 
     @property
     def cls_token(self) -> Tensor:

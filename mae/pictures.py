@@ -118,3 +118,35 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
+
+
+def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, str]], path: Path) -> None:
+    """Draw a confusion matrix, as shares of each true class, beside the classes of lowest accuracy.
+
+    Args:
+        counts: (classes, classes), rows are the true classes.
+        worst: Name, accuracy in percent, and the class it is most often taken for.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=left, label="share of the true class", shrink=0.8)
+    left.set_xlabel("predicted")
+    left.set_ylabel("true")
+    if len(classes) <= 30:  # more names than this cannot be read
+        left.set_xticks(range(len(classes)), classes, rotation=90)
+        left.set_yticks(range(len(classes)), classes)
+    names = [f"{name} → {other}" if other else name for name, _, other in worst]
+    bars = right.barh(range(len(worst)), [accuracy for _, accuracy, _ in worst], color="#4878a8")
+    right.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    right.set_yticks(range(len(worst)), names, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(0, 105)
+    right.set_xlabel("top-1 in percent (→ most often taken for)")
+    right.set_title("lowest accuracy")
+    figure.savefig(path, dpi=130)

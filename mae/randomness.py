@@ -8,28 +8,60 @@ Generators live on the CPU whatever the device, so that CPU and CUDA runs draw t
 """
 
 import hashlib
+import random
 import struct
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-Stream = Literal["order", "augment", "mask"]  # independent uses of one sample's randomness
+# Independent uses of one sample's randomness; of "mix" and "drop" the sample is a micro-batch.
+Stream = Literal["order", "augment", "mask", "distort", "erase", "subset", "holdout", "mix", "drop"]
 HELD_OUT_EPOCH = -1  # the "epoch" of fixed masks: held-out loss and pictures see the same masks all run
 
 Key = tuple[int, int]  # (epoch, index of the image in its data set)
 
 
-def generator(seed: int, epoch: int, index: int, stream: Stream) -> torch.Generator:
-    """A CPU generator for one use of one image in one epoch.
+def hashed(seed: int, epoch: int, index: int, stream: Stream) -> int:
+    """63 bits for one use of one image in one epoch.
 
     The hash matters: consecutive seeds would give correlated Mersenne-Twister states, and seed + epoch + index would
     repeat the same draws along its diagonals.
     """
     digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), key=stream.encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+    return int.from_bytes(digest, "little") >> 1
+
+
+def hashed_name(seed: int, name: str, stream: Stream) -> int:
+    """64 bits for one use of an image that is known by its name, whatever its number."""
+    key = struct.pack("<q", seed) + stream.encode()
+    data = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, key=key, digest_size=8).digest(), "little")
+
+
+def generator(seed: int, epoch: int, index: int, stream: Stream) -> torch.Generator:
+    """A CPU generator for one use of one image in one epoch."""
+    return torch.Generator().manual_seed(hashed(seed, epoch, index, stream))
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, index: int, stream: Stream) -> Iterator[None]:
+    """For libraries that take no generator: Python's, numpy's and torch's global ones (CPU) are set, and set back."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = hashed(seed, epoch, index, stream)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def sample_noise(seed: int, epochs: list[int], indices: list[int], num_patches: int) -> Tensor:

@@ -2,24 +2,30 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae import checkpoint
-from mae.callbacks import Checkpoints, MetricsCSV, Panels, Progress
+from mae import cached, checkpoint, pictures
+from mae.cached import CachedSettings
+from mae.callbacks import Checkpoints, MetricsCSV, Online, Panels, Progress
+from mae.checkpoint import Weights
+from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
+from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.model import MaskedAutoencoder
-from mae.pretrain import Pretrain, last_checkpoint
-from mae.tracking import WandbSettings, wandb_logger
+from mae.pretrain import Pretrain
+from mae.scores import Report
+from mae.tracking import WandbSettings, log_panel, wandb_logger
+from mae.training import Stage, last_checkpoint
 
 
 def is_first_rank() -> bool:
@@ -51,23 +57,29 @@ WHOLE_STEPS_ONLY = {
 }
 
 
-class PretrainCLI(LightningCLI):
-    """Settings and objects of a pre-training run; `fit` runs it."""
+class StageCLI(LightningCLI):
+    """Settings and objects of a training run; `fit` runs it. One subclass a stage, each with fixed classes."""
+
+    command: str
+    description: str
+    stage: type[Stage]
+    data: type[ImageData]
+    epochs: int  # of the paper
 
     def __init__(self, args: Sequence[str]):
         super().__init__(
-            Pretrain,
-            ImageData,
+            self.stage,
+            self.data,
             save_config_callback=None,
             trainer_defaults={
-                "max_epochs": 800,
+                "max_epochs": self.epochs,
                 "log_every_n_steps": 50,
                 "use_distributed_sampler": False,  # ours divides the steps itself
                 "num_sanity_val_steps": 0,
                 "enable_model_summary": False,
             },
             seed_everything_default=0,
-            parser_kwargs={"prog": "mae pretrain", "description": "MAE pre-training (arXiv:2111.06377)."},
+            parser_kwargs={"prog": f"mae {self.command}", "description": self.description},
             parser_class=StageParser,
             args=list(args),
             run=False,
@@ -76,7 +88,9 @@ class PretrainCLI(LightningCLI):
         )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, order, crops and masks.")
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="Seed of weights, order and all that is random."
+        )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder; runs/ + the config's name.")
@@ -85,7 +99,6 @@ class PretrainCLI(LightningCLI):
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(Panels, "panels")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
@@ -94,7 +107,7 @@ class PretrainCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         config = parser.parse_args(args)
         if config.run_dir is None:
-            name = Path(str(config.config[0])).stem if config.config else "pretrain"
+            name = Path(str(config.config[0])).stem if config.config else self.command
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
         if config.seed_everything < 0:
             raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")
@@ -107,6 +120,10 @@ class PretrainCLI(LightningCLI):
             # As text: 1 is one batch, 1.0 is all of them.
             if str(value := self.config.trainer[key]) not in ("None", str(usual)):
                 raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
+        if str(limit := self.config.trainer.limit_val_batches) not in ("None", "1.0", "0", "0.0"):
+            raise UserError(
+                f"--trainer.limit_val_batches {limit} would judge by the first held-out images only; 0 leaves it out"
+            )
         if self.config.trainer.enable_checkpointing is False:
             raise UserError(
                 "--trainer.enable_checkpointing: every run keeps one; --checkpoint.every_n_epochs says how often"
@@ -130,11 +147,9 @@ class PretrainCLI(LightningCLI):
         self.datamodule.setup("fit")
         self.resumed_recipe: dict[str, Any] = {}
         if self.ckpt_path:
-            self.resumed_recipe = checkpoint.require_resumable(Path(self.ckpt_path), self.network)
-        elif self.config.model.init:
-            said = checkpoint.warm_start(self.network, self.config.model.init)
-            if is_first_rank():
-                print(said, flush=True)
+            self.resumed_recipe = checkpoint.require_resumable(Path(self.ckpt_path), self.model.architecture())
+        else:
+            self.start()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -160,10 +175,12 @@ class PretrainCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
 
-    @property
-    def network(self) -> MaskedAutoencoder:
-        network: MaskedAutoencoder = self.model.model
-        return network
+    def start(self) -> None:
+        """What a run that is not resumed does first."""
+
+    def finish(self) -> None:
+        """What is left in the run folder when training ends; called on every rank."""
+        raise NotImplementedError
 
     def fit(self) -> None:
         """Train to the end and export the weights.
@@ -193,9 +210,7 @@ class PretrainCLI(LightningCLI):
             # last words, as soon as it sees another gone.
             getattr(trainer.strategy.launcher, "procs", []).clear()
             raise
-        if self.trainer.is_global_zero:
-            for path in checkpoint.export(self.network, self.model.description(), self.run_dir):
-                print(f"wrote {path}", flush=True)
+        self.finish()
 
     def refuse_another_recipe(self) -> None:
         """Going on with other settings would be another run under the same name."""
@@ -203,8 +218,150 @@ class PretrainCLI(LightningCLI):
         effective_batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
         own = self.model.settings(data, effective_batch)
         for key, given in self.resumed_recipe.items():
-            if own[key] != given:
+            if own.get(key) != given:
                 raise UserError(
-                    f"{key} is {own[key]}, but {given} in the run that {self.ckpt_path} belongs to; "
+                    f"{key} is {own.get(key)}, but {given} in the run that {self.ckpt_path} belongs to; "
                     "another --run_dir starts a new one"
                 )
+
+
+class PretrainCLI(StageCLI):
+    command, description = "pretrain", "MAE pre-training (arXiv:2111.06377)."
+    stage, data, epochs = Pretrain, ImageData, 800
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(Panels, "panels")
+        parser.add_lightning_class_args(Online, "online")
+
+    @property
+    def network(self) -> MaskedAutoencoder:
+        network: MaskedAutoencoder = self.model.model
+        return network
+
+    def start(self) -> None:
+        if self.config.model.init:
+            said = checkpoint.warm_start(self.network, self.config.model.init)
+            if is_first_rank():
+                print(said, flush=True)
+
+    def finish(self) -> None:
+        if self.trainer.is_global_zero:
+            for path in checkpoint.export(self.network, self.model.description(), self.run_dir):
+                print(f"wrote {path}", flush=True)
+
+
+class ClassifyCLI(StageCLI):
+    """A run that ends with a classifier and its scores."""
+
+    data: type[LabelledData]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        encoder = self.config.model.encoder
+        if encoder == SCRATCH:
+            return
+        # What the data must look like is the encoder's to say, unless settings do.
+        own = image_settings(checkpoint.read(encoder))
+        for key, value in own.items():
+            if self.config.data[key] is None:
+                self.config.data[key] = value
+
+    def finish(self) -> None:
+        model, data = self.model, self.datamodule
+        if data.val_source is not None and model.report_step != model.global_step:
+            self.trainer.validate(model, datamodule=data, verbose=False)
+        if not self.trainer.is_global_zero:
+            return
+        paths = checkpoint.export_classifier(model.trained_state(), model.description(), self.run_dir)
+        if isinstance(data.train_source, Part):
+            paths.append(self.run_dir / "subset.txt")
+            paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))
+        if model.report is not None:
+            paths += model.report.write(self.run_dir, step=model.global_step, seconds=round(model.seconds, 3))
+            paths.append(self.run_dir / "confusion.png")
+            pictures.confusion(model.report.confusion, model.report.classes, model.report.worst(20), paths[-1])
+            for logger in self.trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    log_panel(logger, "confusion", paths[-1], "rows: true classes", model.global_step)
+        print("\n".join(f"wrote {path}" for path in paths), flush=True)
+        if model.report is not None:
+            title = {"probe": "linear probe", "finetune": "fine-tuned"}[self.command]
+            print(score_line(title, model.report), flush=True)
+
+
+class FinetuneCLI(ClassifyCLI):
+    command, description = "finetune", "Fine-tuning, whole, partial or from scratch (arXiv:2111.06377)."
+    stage, data, epochs = Finetune, FinetuneData, 100
+
+
+class ProbeCLI(ClassifyCLI):
+    command, description = "probe", "Linear probe of frozen features (arXiv:2111.06377)."
+    stage, data, epochs = Probe, ProbeData, 90
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--mode",
+            type=Literal["recipe", "cached", "both"],
+            default="recipe",
+            help="The paper's training, the fast probe on cached features, or both and how they compare.",
+        )
+        parser.add_class_arguments(CachedSettings, "cached")
+
+    def fit(self) -> None:
+        if self.config.mode != "recipe":
+            if self.trainer.world_size > 1:
+                raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
+            fast = self.fit_cached()
+        if self.config.mode != "cached":
+            super().fit()
+        if self.config.mode == "both":
+            self.compare(fast)
+
+    def fit_cached(self) -> cached.CachedResult:
+        settings = CachedSettings(**self.config.cached.as_dict())
+        network, device = self.model.model, self.trainer.strategy.root_device
+        found = cached.run(network, self.datamodule, settings, self.model.seed, device)
+        self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
+        folder = self.run_dir / "cached"
+        seconds = round(found.encoding + found.training, 3)
+        paths = found.report.write(folder, seconds=seconds, feature=found.chosen.feature, rate=found.chosen.rate)
+        (folder / "table.txt").write_text(found.table() + "\n")
+        print(f"{found.table()}\nwrote {paths[0]}")
+        print(
+            f"linear probe (cached features) top-1 {found.report.acc1:.2f} %: {found.chosen.feature}, rate "
+            f"{found.chosen.rate:g}; {found.encoding:.1f} s to encode, {found.training:.1f} s for all heads",
+            flush=True,
+        )
+        return found
+
+    def compare(self, fast: cached.CachedResult) -> None:
+        recipe, seconds = self.model.report, fast.encoding + fast.training
+        difference = fast.report.acc1 - recipe.acc1
+        print(
+            f"mode      top-1  seconds, encoding included\n"
+            f"recipe   {recipe.acc1:>6.2f}  {self.model.seconds:.1f} ({self.model.pool})\n"
+            f"cached   {fast.report.acc1:>6.2f}  {seconds:.1f} ({fast.chosen.feature})\n"
+            f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
+            flush=True,
+        )
+
+
+def score_line(title: str, report: Report) -> str:
+    """The line to quote."""
+    worst = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy, _ in report.worst(3))
+    return (
+        f"{title} top-1 {report.acc1:.2f} %, top-5 {report.acc5:.2f} %, loss {report.loss:.4f} on {report.images} "
+        f"held-out images; worst classes: {worst}"
+    )
+
+
+def image_settings(weights: Weights) -> dict[str, Any]:
+    """What images the encoder was trained on, as settings of the data."""
+    own = {"image_size": tuple(weights.config["image_size"]), "in_chans": weights.config["in_chans"]}
+    return own | {key: weights.description[key] for key in ("mean", "std")}

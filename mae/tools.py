@@ -1,5 +1,6 @@
-"""What is done with weights: mae knn, mae probe, mae reconstruct; and mae stats."""
+"""What is done with weights: mae knn, mae reconstruct; and mae stats."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,22 @@ from mae import checkpoint, features, pictures
 from mae.data import ImageData, normalize
 from mae.errors import UserError
 from mae.images import BadImage, center_box, decode_image, resized_crop
+from mae.labelled import LabelledData
 from mae.model import MaskedAutoencoder
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
-from mae.runs import ToolParser
+from mae.runs import ToolParser, image_settings
 
 
 def knn(args: Sequence[str]) -> None:
-    parser = feature_parser("knn", "Weighted k-NN accuracy of frozen features, no training.", "encoder")
+    parser = ToolParser(prog="mae knn", description="Weighted k-NN accuracy of frozen features, no training.")
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--encoder", type=str, required=True, help="A run folder, .ckpt or .safetensors file.")
+    parser.add_argument(
+        "--pool", default="mean", choices=list(features.POOLS), help="Mean of patch tokens, class token, or both."
+    )
+    parser.add_argument("--allow_finetuned", type=bool, default=False, help="Take the encoder of a classifier, too.")
+    parser.add_argument("--out", type=str | None, default=None, help="Write the figures to this JSON file, too.")
+    parser.add_class_arguments(LabelledData, "data")
     parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
     parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
     parser.add_argument(
@@ -28,41 +38,18 @@ def knn(args: Sequence[str]) -> None:
         raise UserError(f"--k {config.k}, --temperature {config.temperature}: wanted are at least 1 and above 0")
     found = encoded(config.encoder, config)
     score = features.knn(features.scaled(found, config.scaling), config.k, config.temperature)
+    if config.out:
+        Path(config.out).write_text(json.dumps({"acc1": score, "images": len(found.test)}) + "\n")
     print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, scaling {config.scaling}; {sizes(found)})")
-
-
-def probe(args: Sequence[str]) -> None:
-    parser = feature_parser("probe", "Linear probe: logistic regression on frozen, cached features.", "model.encoder")
-    config = parser.parse_args(list(args))
-    found = encoded(config.model.encoder, config)
-    score, strength = features.linear_probe(found)
-    print(
-        f"linear probe top-1 {score:.2f} % (C {strength:g}, chosen on a fifth of the training images; {sizes(found)})"
-    )
-
-
-def feature_parser(command: str, description: str, encoder: str) -> ToolParser:
-    parser = ToolParser(prog=f"mae {command}", description=description)
-    parser.add_argument("--config", action="config")
-    parser.add_argument(f"--{encoder}", type=str, required=True, help="A run folder, .ckpt or .safetensors file.")
-    parser.add_argument(
-        "--pool",
-        type=str,
-        default="mean",
-        choices=list(features.POOLS),
-        help="Mean of patch tokens, class token, or both.",
-    )
-    parser.add_class_arguments(ImageData, "data")
-    return parser
 
 
 def encoded(src: str, config: Namespace) -> features.Features:
     """Features of both splits under the encoder; size, channels, mean and std are the encoder's own unless set."""
     weights = checkpoint.read(src)
     settings = config.data.as_dict()
-    own = {"image_size": weights.config["image_size"], "in_chans": weights.config["in_chans"]}
-    own |= {key: weights.description[key] for key in ("mean", "std")}
-    data = ImageData(**settings | {key: value for key, value in own.items() if settings[key] is None})
+    weights.require_pretrained(config.allow_finetuned)
+    own = image_settings(weights)
+    data = LabelledData(**settings | {key: value for key, value in own.items() if settings[key] is None})
     for key in ("image_size", "in_chans"):
         if as_list(getattr(data, key)) != as_list(own[key]):
             raise UserError(f"--data.{key} {getattr(data, key)} does not fit the encoder {src}, which takes {own[key]}")

@@ -85,6 +85,6 @@ def test_pooling() -> None:
 def test_every_image_once_and_in_order_whatever_the_batch(batch: int) -> None:
     data = ImageData("digits", num_workers=0, batch_size_per_device=batch)
     _, test = data.require_labels()
-    found, labels = features.extract(lambda images: images.flatten(1), data, test, torch.device("cpu"))
+    found, labels = features.extract(lambda images: images.flatten(1), data, data.whole(test), torch.device("cpu"))
     assert labels.tolist() == test.labels
     assert torch.allclose(found[17], ((test.load(17) / 255 - data.mean[0]) / data.std[0]).flatten(), atol=1e-5)  # type: ignore[index]

@@ -1,0 +1,119 @@
+"""The fast linear probe: encode every image once, then train all heads together on the cached features."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+
+from mae import features, heads
+from mae.errors import UserError
+from mae.labelled import LabelledData
+from mae.scores import Report, Scores
+
+
+@dataclass
+class CachedSettings:
+    """The probe on cached features (`--mode cached`).
+
+    Args:
+        layers: Blocks whose output is probed, counted from the end: -1 is the last.
+        pools: Features of each layer: the class token, the mean of patch tokens.
+        crops: Random crops of each training image beside its centre crop; 0: the centre crop alone.
+        rates: Learning rates of the heads; for each feature the best is chosen on `holdout`.
+        epochs: Passes over the cached features.
+        batch_size: Images of a step.
+        holdout: Share of the training images of each class on which rate, layer and pool are chosen; then the heads
+            are fitted on all training images.
+    """
+
+    layers: list[int] = field(default_factory=lambda: [-1])
+    pools: list[Literal["class", "mean"]] = field(default_factory=lambda: ["class", "mean"])
+    crops: int = 0
+    rates: list[float] = field(default_factory=lambda: list(heads.RATES))
+    epochs: int = 50
+    batch_size: int = 256
+    holdout: float = 0.1
+
+
+class Row(NamedTuple):
+    """One feature, its rate chosen on training images. Accuracies in percent."""
+
+    feature: str
+    rate: float
+    held_out: float
+    test: float
+
+
+class CachedResult(NamedTuple):
+    rows: list[Row]
+    chosen: Row  # by its accuracy on the held-out training images
+    report: Report  # of the chosen
+    encoding: float  # seconds
+    training: float  # seconds
+
+    def table(self) -> str:
+        lines = ["feature         rate     on held-out training images   on the held-out split"]
+        for row in self.rows:
+            mark = "  <- chosen" if row == self.chosen else ""
+            lines.append(f"{row.feature:<14} {row.rate:>6g} {row.held_out:>31.2f} {row.test:>23.2f}{mark}")
+        return "\n".join(lines)
+
+
+def run(
+    encoder: VisionTransformer, data: LabelledData, settings: CachedSettings, seed: int, device: torch.device
+) -> CachedResult:
+    """Probe a frozen encoder.
+
+    Args:
+        encoder: Its `norm` is applied to each layer.
+
+    Raises:
+        UserError: No held-out images, a setting that cannot be, a class with fewer than two training images.
+    """
+    if data.train_source is None or data.val_source is None:
+        raise UserError("a probe needs labelled held-out images: val/CLASS/* below --data.root, or --data.val_dir")
+    if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
+        raise UserError(
+            f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "
+            f"{settings.holdout}: wanted are at least 0, 1, 1, and a share between 0 and 1"
+        )
+    if not settings.rates or min(settings.rates) <= 0 or not settings.pools:
+        raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
+    try:
+        names, encode = features.kinds(encoder, settings.layers, settings.pools)
+    except ValueError as error:
+        raise UserError(f"--cached.{error}") from None
+    start = time.perf_counter()
+    was_training = encoder.training
+    encoder.to(device).eval()
+    train, labels = features.extract(encode, data, data.whole(data.train_source), device)
+    views = [train] + [
+        features.extract(encode, data, data.crops(data.train_source, epoch), device)[0]
+        for epoch in range(settings.crops)
+    ]
+    test, test_labels = features.extract(encode, data, data.whole(data.val_source), device)
+    encoder.train(was_training)
+    encoded = time.perf_counter()
+    classes = data.classes
+    found = heads.probe(
+        torch.stack(views),
+        labels,
+        test,
+        test_labels,
+        len(classes),
+        rates=settings.rates,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        holdout=settings.holdout,
+        seed=seed,
+        device=device,
+    )
+    best_held_out = found.held_out.max(dim=1).values.tolist()
+    rows = [Row(*row) for row in zip(names, found.best_rate, best_held_out, found.test, strict=True)]
+    scores = Scores(len(classes))
+    scores.update(F.one_hot(found.predictions, len(classes)).float(), test_labels)
+    report = scores.report(classes)
+    return CachedResult(rows, rows[found.chosen], report, encoded - start, time.perf_counter() - encoded)

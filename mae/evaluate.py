@@ -1,0 +1,182 @@
+"""What a trained classifier says: mae evaluate on labelled images, mae predict on any."""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from mae import pictures
+from mae.classifier import Classifier, load_classifier
+from mae.data import Batch, FolderSource, ImageData, Source, WholeSamples
+from mae.errors import UserError
+from mae.images import decode_image, find_images
+from mae.runs import ToolParser, is_first_rank, score_line
+from mae.scores import Scores
+
+
+class Evaluation(LightningModule):
+    """One pass over held-out images on any number of devices, each image counted once."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.network, self.classes = classifier.network, classifier.classes
+        self.scores = Scores(len(self.classes))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if batch.errors:
+            raise UserError(f"every image must be readable: {batch.errors[0]}")
+        self.scores.update(self.network(batch.images), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self.report = self.scores.report(self.classes)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae evaluate", description="Top-1, top-5 and per-class accuracy, no training.")
+    parser.add_argument("--config", action="config")
+    parser.add_argument("--model", type=str, required=True, help="A run folder of mae finetune or probe, or its files.")
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for results.json, tables and a picture.")
+    parser.add_argument("--devices", type=int | str, default="auto", help="Processes or GPUs; accuracy is the same.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto.")
+    parser.add_class_arguments(ImageData, "data")
+    config = parser.parse_args(list(args))
+    classifier = load_classifier(config.model)
+    data = data_for(classifier, config.model, config.data.as_dict())
+    data.val_source = labelled(data, classifier, config.model)
+    data.train_source = data.val_source  # nothing is trained; the data module need not look for more
+    trainer = Trainer(
+        devices=config.devices,
+        accelerator=config.accelerator,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    module = Evaluation(classifier)
+    trainer.validate(module, datamodule=data, verbose=False)
+    if not is_first_rank():
+        return
+    report = module.report
+    print(score_line(str(config.model), report))
+    print("class: top-1 in percent, and what it is most often taken for")
+    for name, accuracy, other in report.worst(10):
+        print(f"  {name}: {accuracy:.2f}" + (f" → {other}" if other else ""))
+    if config.out:
+        folder = Path(config.out)
+        paths = [*report.write(folder, model=str(config.model)), folder / "confusion.png"]
+        pictures.confusion(report.confusion, report.classes, report.worst(20), paths[-1])
+        print("\n".join(f"wrote {path}" for path in paths))
+
+
+def data_for(classifier: Classifier, src: str, settings: dict[str, Any]) -> ImageData:
+    """Size, channels, mean, std and crop are the model's own unless set."""
+    about = classifier.description
+    height, width = about["model"]["image_size"]
+    own = {"image_size": (height, width), "in_chans": about["model"]["in_chans"], "mean": about["mean"]}
+    own |= {"std": about["std"], "crop_pct": about["classifier"]["crop_pct"]}
+    data = ImageData(**settings | {key: value for key, value in own.items() if settings.get(key) is None})
+    for key in ("image_size", "in_chans"):
+        if getattr(data, key) != own[key]:
+            raise UserError(f"--data.{key} {getattr(data, key)} does not fit {src}, which takes {own[key]}")
+    return data
+
+
+def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
+    """The images to judge by: the held-out split, or a root that is itself a folder a class."""
+    if data.dataset != "folder":
+        data.load()
+        assert data.val_source is not None
+        if data.val_source.classes != classifier.classes:
+            raise UserError(f"--data.dataset {data.dataset} has other classes than {src}")
+        return data.val_source
+    root = data.require_root()
+    val = root / (data.val_dir or "val")
+    source = FolderSource(val if data.val_dir is not None or val.is_dir() else root, data.in_chans)
+    if source.labels is None:
+        raise UserError(f"{source.root} has no labels: wanted is a folder a class, with the class names of {src}")
+    source.relabel(classifier.classes, Path(src))
+    return source
+
+
+class Files:
+    """Any image files, without labels."""
+
+    labels: list[int] | None = None
+    classes: list[str] = []  # noqa: RUF012  # there are none
+
+    def __init__(self, paths: list[Path], in_chans: int):
+        self.paths, self.in_chans = paths, in_chans
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> Tensor:
+        return decode_image(self.paths[index], self.in_chans)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+
+def predict(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae predict", description="Class and probabilities of images, as CSV.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE|DIR", help="Image files, or folders of them.")
+    parser.add_argument("--model", type=str, required=True, help="A run folder of mae finetune or probe, or its files.")
+    parser.add_argument("--out", type=str, required=True, help="The CSV to write: a row an image, a column a class.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
+    parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
+    config = parser.parse_args(list(args))
+    classifier = load_classifier(config.model)
+    settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
+    data = data_for(classifier, config.model, settings)
+    paths = [file for name in config.images for file in files_of(Path(name).expanduser())]
+    out = Path(config.out)
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    source = Files(paths, data.in_chans)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier.network.to(device)
+    bad = []
+    unfinished = out.with_suffix(".partial")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability", *classifier.classes])
+        for first, batch in readable(data, source):
+            if batch.errors:
+                bad.append(batch.errors[0])
+                writer.writerow([source.name(first)])
+                continue
+            images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images
+            with torch.no_grad():
+                probabilities = classifier.network(images).float().softmax(dim=1).cpu()
+            for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
+                best = int(row.argmax())
+                shares = [f"{value:.6f}" for value in row.tolist()]
+                writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
+    unfinished.replace(out)
+    print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes")
+    if bad:
+        raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")
+
+
+def files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [path / name for name in find_images(path)]
+    if not found:
+        raise UserError(f"{path} holds no image")
+    return found
+
+
+def readable(data: ImageData, source: Source) -> Iterator[tuple[int, Batch]]:
+    """Batches in order, with the number of the first image; one that holds an unreadable image, image by image."""
+    samples = WholeSamples(source, data.image_size, data.crop_pct)
+    start = 0
+    for batch in data.whole(source):
+        size = min(data.batch_size, len(source) - start)
+        yield from ([(start, batch)] if not batch.errors else ((i, samples[[i]]) for i in range(start, start + size)))
+        start += size

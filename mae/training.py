@@ -1,0 +1,322 @@
+"""What every training run shares: optimiser steps, the schedule, what is logged, and when a run must stop.
+
+A stage (pre-training, probe, fine-tuning) is a subclass with its network, its loss and its optimiser; all that goes by
+optimiser steps is here.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mae import audit
+from mae.data import Batch, ImageData
+from mae.errors import TrainingFailed, UserError
+from mae.optim import WarmupCosine, scaled_lr
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """Where a run keeps its newest checkpoint."""
+    return Path(run_dir) / "checkpoints" / "last.ckpt"
+
+
+class Stage(LightningModule):
+    """A training run of `self.model`, counted in optimiser steps.
+
+    Subclasses set `model` and give `make_optimizer`, `claims`, `architecture`, `settings`, `describe` and a
+    `training_step` that returns `mean_loss(...)`.
+    """
+
+    model: nn.Module
+    own_settings: tuple[str, ...] = ()  # what a resumed run must not change, besides what all stages share
+
+    def __init__(self, base_lr: float, weight_decay: float, warmup_epochs: float, min_lr: float, seed: int):
+        super().__init__()
+        rates = {"base_lr": base_lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
+        for key, value in rates.items():
+            if not value >= 0:
+                raise UserError(f"--model.{key} {value}: wanted is 0 or more")
+        self.base_lr, self.weight_decay, self.warmup_epochs, self.min_lr = base_lr, weight_decay, warmup_epochs, min_lr
+        self.seed = seed
+
+        self.lr = 0.0  # of the optimiser step last taken
+        self.skipped_steps = 0  # optimiser steps that the fp16 scaler left out
+        self.bad_images: set[str] = set()  # path and reason of each, of this rank
+        self.metrics: dict[str, float] = {}  # as last logged, for the progress bar
+        self.clock, self.clock_step = time.perf_counter(), 0  # when the last row of metrics was written
+        self.gradients_checked = False
+        self.seconds = 0.0  # of training since this process began it, looks at held-out images included
+
+    # ---- what a stage says of itself ------------------------------------------------------------------------------
+
+    def make_optimizer(self, lr: float) -> Optimizer:
+        """The optimiser of the recipe at its peak rate; a group's `lr_scale` multiplies the schedule."""
+        raise NotImplementedError
+
+    def claims(self) -> audit.Claims:
+        """What the settings promise about groups and blocks; the run stops if the optimiser or network differ."""
+        raise NotImplementedError
+
+    def architecture(self) -> dict[str, Any]:
+        """Plain types: what a checkpoint must share with this network to be resumed."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """Plain types, stored with the weights beside what all stages store."""
+        raise NotImplementedError
+
+    # ---- the optimiser --------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        trainer = self.trainer
+        per_epoch = self.steps_per_epoch = trainer.datamodule.train_sampler().steps_per_epoch  # type: ignore[attr-defined]
+        # Lightning's estimate would start the loader now, before a resumed run knows its place.
+        limits = [trainer.max_steps, (trainer.max_epochs or -1) * per_epoch]
+        if max(limits) < 0:
+            raise UserError("the run has no end: set --trainer.max_epochs or --trainer.max_steps")
+        steps = self.total_steps = min(limit for limit in limits if limit >= 0)
+        # The end is a number of steps: Lightning's count of epochs can be off by one after a restart.
+        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, steps
+        warmup = self.warmup_epochs * per_epoch
+        if warmup >= steps:
+            raise UserError(
+                f"--model.warmup_epochs {self.warmup_epochs} is {warmup:g} optimiser steps, the run only {steps}: "
+                "lower it, or raise --trainer.max_epochs or --trainer.max_steps"
+            )
+        optimizer = self.make_optimizer(self.peak_lr)
+        self.schedule = WarmupCosine(optimizer, per_epoch, steps / per_epoch, self.warmup_epochs, self.min_lr)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+    @property
+    def peak_lr(self) -> float:
+        return scaled_lr(self.base_lr, self.images_per_step)
+
+    @property
+    def images_per_step(self) -> int:
+        """The effective batch."""
+        trainer = self.trainer
+        per_device: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        return per_device * trainer.accumulate_grad_batches * trainer.world_size
+
+    @property
+    def max_bad_images(self) -> int:
+        number: int = self.trainer.datamodule.max_bad_images  # type: ignore[attr-defined]
+        return number
+
+    # ---- the audit ------------------------------------------------------------------------------------------------
+
+    def recipe(self) -> str:
+        """The arithmetic of batch and learning rate, to be read before days are spent on it."""
+        trainer, data = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        images = len(data.train_source)
+        unused = images - self.steps_per_epoch * self.images_per_step
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return "\n".join(
+            [
+                f"images        {images} for training, "
+                + (f"{len(data.val_source)} held out" if data.val_source else "none held out: no held-out figures"),
+                f"augmentation  {'; '.join(data.augmentations())}",
+                f"batch         {data.batch_size} a device x {trainer.accumulate_grad_batches} accumulated x "
+                f"{trainer.world_size} devices = {self.images_per_step} an optimiser step",
+                f"epoch         {self.steps_per_epoch} optimiser steps; {unused} images of each epoch's order left out",
+                f"learning rate {self.base_lr:g} x {self.images_per_step} / 256 = {self.peak_lr:g} at its peak, after "
+                f"{self.warmup_epochs * self.steps_per_epoch:g} steps of warm-up; {self.total_steps} steps in all",
+                f"parameters    {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M, of which "
+                f"{trained / 1e6:.2f} M are trained",
+                *(f"{key:<13} {text}" for key, text in self.recipe_notes().items()),
+            ]
+        )
+
+    def recipe_notes(self) -> dict[str, str]:
+        """More lines of the recipe, of this stage."""
+        return {}
+
+    def on_fit_start(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        audit.check(self.model, optimizer, self.schedule, self.claims())
+        if self.trainer.is_global_zero:
+            groups = audit.groups(self.model, optimizer, self.schedule)
+            text = f"{self.recipe()}\n\n{audit.table(groups)}\n{audit.drop_path_line(self.model)}\n"
+            print(text, flush=True)
+            names = audit.names_table(groups)
+            (Path(self.trainer.default_root_dir) / "recipe.txt").write_text(f"{text}\n{names}\n")
+
+    # ---- one step -------------------------------------------------------------------------------------------------
+
+    def mean_loss(self, per_image: Tensor, batch: Batch, weight: Tensor | None = None) -> Tensor:
+        """The loss of a micro-batch from those of its images, (B,); unreadable images have weight 0 and are counted.
+
+        Args:
+            weight: (B,), where it is not the batch's own.
+        """
+        loss = per_image.mean()
+        if self.max_bad_images:
+            loss = self.weighted_loss(per_image, batch.weight if weight is None else weight)
+        for error in set(batch.errors) - self.bad_images:
+            self.bad_images.add(error)
+            if self.max_bad_images:
+                print(f"mae: warning: unreadable image, its slot has weight 0: {error}", flush=True)
+        self.window_loss += loss.detach() / self.trainer.accumulate_grad_batches
+        return loss
+
+    def weighted_loss(self, per_image: Tensor, weight: Tensor) -> Tensor:
+        """The mean over the readable images of all ranks; DDP averages the gradients of what the ranks return."""
+        total = weight.sum()
+        if self.trainer.world_size > 1:
+            dist.all_reduce(total)
+        return (per_image * weight).sum() * self.trainer.world_size / total.clamp(min=1)
+
+    def on_train_start(self) -> None:
+        self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
+        self.step_loss = self.window_loss
+        self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
+        self.clock, self.clock_step = time.perf_counter(), self.global_step
+        self.started = self.clock
+
+        # A resumed optimiser comes back with the rates of its old schedule, which a longer run does not have.
+        for group, rate in zip(self.trainer.optimizers[0].param_groups, self.schedule.get_lr(), strict=True):
+            group["lr"] = rate
+
+    def on_train_epoch_start(self) -> None:
+        loader = self.trainer.train_dataloader
+        assert loader is not None
+        loader.sampler.seek(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        group = optimizer.param_groups[-1]
+        self.lr = group["lr"] / group.get("lr_scale", 1.0)
+        if not self.gradients_checked:
+            audit.check_gradients(self.model)
+            self.gradients_checked = True
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        before = scaler.get_scale() if scaler else 0.0
+        super().optimizer_step(*args, **kwargs)
+        # The scaler lowers its scale exactly where it found an overflow and left the step out.
+        if scaler and scaler.get_scale() < before:
+            self.skipped_steps += 1
+        self.step_loss, self.window_loss = self.window_loss, torch.zeros_like(self.window_loss)
+        # Kept on the device: reading it here would make every step wait for the last.
+        bad = ~self.step_loss.isfinite() & self.first_bad_step.isinf()
+        self.first_bad_step = torch.where(bad, float(self.global_step + 1), self.first_bad_step)
+
+    # ---- what is logged, and when a run must stop ------------------------------------------------------------------
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self.log_dict(self.write(self.step_metrics()), logger=False)
+
+    def step_metrics(self) -> dict[str, float]:
+        """Of the optimiser step just taken; and how fast it has gone since the last call, held-out loss not counted."""
+        metrics = {**self.agree(), "lr": self.lr}  # reading the loss waits for the device, so the clock is right
+        now, step = time.perf_counter(), self.global_step
+        metrics["images_per_s"] = (step - self.clock_step) * self.images_per_step / (now - self.clock)
+        self.clock, self.clock_step = now, step
+        return metrics
+
+    def on_validation_start(self) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self) -> None:
+        self.clock += time.perf_counter() - self.validation_start
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.training:
+            self.agree()  # nothing is written after a step that went wrong
+        checkpoint["mae"] = self.description()
+        checkpoint["mae_counts"] = {"bad_images": self.all_bad_images(), "skipped_steps": self.skipped_steps}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.bad_images = set(checkpoint["mae_counts"]["bad_images"])
+        self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
+
+    def on_train_end(self) -> None:
+        self.seconds = time.perf_counter() - self.started
+        if self.global_step != self.clock_step:
+            self.write(self.step_metrics())  # the last step is always logged
+
+    def agree(self) -> dict[str, float]:
+        """The last step's loss over all ranks; every rank stops here if one of them has reason to.
+
+        Raises:
+            TrainingFailed: A loss since the last call was not finite.
+            UserError: More images than max_bad_images could not be read.
+        """
+        mean = torch.stack([self.step_loss, self.step_loss.new_tensor(float(len(self.bad_images)))])
+        self.all_reduce(mean)
+        step = self.first_bad_step.clone()
+        self.all_reduce(step, dist.ReduceOp.MIN)
+        loss, bad = (mean / self.trainer.world_size).tolist()
+        if step.isfinite():
+            lr = self.schedule.lr_at(int(step) - 1, float(self.schedule.base_lrs[0]))
+            path = last_checkpoint(self.trainer.default_root_dir)
+            last = path if path.is_file() else "none was written"
+            raise TrainingFailed(
+                f"the loss is not finite at step {int(step)} (learning rate {lr:g}); last good checkpoint: {last}. "
+                "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"
+            )
+        if bad == 0:
+            return {"train/loss": loss}
+        paths = self.all_bad_images()
+        if len(paths) > self.max_bad_images:
+            raise UserError(
+                f"{len(paths)} unreadable training images, --data.max_bad_images is {self.max_bad_images}: "
+                + "; ".join(paths[:20])
+            )
+        return {"train/loss": loss, "bad_images": float(len(paths))}
+
+    def all_bad_images(self) -> list[str]:
+        """Path and reason of each, of all ranks."""
+        return sorted({error for errors in self.gather(self.bad_images) for error in errors})
+
+    def write(self, metrics: dict[str, float]) -> dict[str, float]:
+        """To every logger, under the number of optimiser steps taken; returns all that was written."""
+        step = self.global_step
+        metrics = {**metrics, "epoch": step / self.steps_per_epoch, "images_seen": step * self.images_per_step}
+        if getattr(self.trainer.precision_plugin, "scaler", None):
+            metrics["skipped_steps"] = self.skipped_steps
+        self.metrics.update(metrics)
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
+        return metrics
+
+    def all_reduce(self, value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        if self.trainer.world_size > 1:
+            dist.all_reduce(value, op)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, empty ones left out."""
+        values: list[Any] = [value]
+        if self.trainer.world_size > 1:
+            values = [None] * self.trainer.world_size
+            dist.all_gather_object(values, value)
+        return [v for v in values if v]
+
+    # ---- what is stored --------------------------------------------------------------------------------------------
+
+    def description(self) -> dict[str, Any]:
+        """What a user of the weights must know; plain types, stored with them."""
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        return {
+            "mean": data.mean,
+            "std": data.std,
+            "step": self.global_step,
+            "images_seen": self.global_step * self.images_per_step,
+            "recipe": self.settings(data, self.images_per_step),
+            **self.describe(),
+        }
+
+    def settings(self, data: ImageData, effective_batch: int) -> dict[str, Any]:
+        """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
+        keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.own_settings)
+        own = {f"model.{key}": getattr(self, key) for key in keys}
+        shared = {"seed_everything": self.seed, "effective batch": effective_batch}
+        return {key: audit.plain(value) for key, value in (own | data.settings() | shared).items()}
