@@ -274,7 +274,9 @@ class Online(Callback):
             part = Part(source, [i * len(source) // count for i in range(count)])
             batches = data.whole(part, trainer.global_rank, trainer.world_size)
             with trainer.precision_plugin.forward_context():
-                mine = features.extract(lambda images: encode(model.encode(images)), data, batches, module.device)
+                mine = features.extract(
+                    lambda images: encode(model.encode(images.to(module.dtype))), data, batches, module.device
+                )
             gathered = module.gather(mine)
             found += [torch.cat([part[i] for part in gathered]) for i in range(2)]
         model.train(was_training)

@@ -100,7 +100,9 @@ def encoder_config(
         config = {key: weights.config[key] for key in ENCODER_KEYS}
         for key, value in given.items():
             if config[key] != value:
-                setting = "data.in_chans" if key == "in_chans" else "model." + (key if key in own else "size")
+                setting = (
+                    "data.in_chans" if key == "in_chans" else "model." + (key if own.get(key) is not None else "size")
+                )
                 raise UserError(f"--{setting}: {key} {value} does not fit {weights.source}, which has {config[key]}")
     height, width = as_pair(image_size)
     (ph, pw) = config["patch_size"]

@@ -49,6 +49,7 @@ def quieten() -> None:
     hints = [
         ".*does not have many workers.*",
         ".*`srun` command is available.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # frozen encoders and averages are
         ".*You have overridden `on_before_batch_transfer`.*",  # where masks are drawn; the data module leaves it alone
         ".*treespec.*is deprecated.*",
     ]
@@ -76,7 +77,10 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "evaluate": ("top-1, top-5 and per-class accuracy of a classifier", evaluate.evaluate),
     "predict": ("classes and probabilities of images, as CSV", evaluate.predict),
     "knn": ("weighted k-NN of frozen features", tools.knn),
-    "report": ("pretrain, knn, probe and finetune over several seeds, as one page beside published figures", report.run),
+    "report": (
+        "pretrain, knn, probe and finetune over several seeds, as one page beside published figures",
+        report.run,
+    ),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
     "stats": ("mean and std of a data set, for its config", tools.stats),
 }

@@ -506,7 +506,10 @@ class ImageData(LightningDataModule):
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return self.prepare(batch)
+        batch = self.prepare(batch)
+        assert self.trainer is not None
+        # With --trainer.precision 64-true or bf16-true the network itself is of that type.
+        return batch._replace(images=batch.images.to(self.trainer.lightning_module.dtype))
 
     def prepare(self, batch: Batch) -> Batch:
         """Flip, scale and normalise where the batch is."""

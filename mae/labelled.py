@@ -265,11 +265,10 @@ class RandAugment:
         arguments = {"translate_const": int(side * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
         try:
             self.transform = rand_augment_transform(description, arguments)
-        except (AssertionError, KeyError, ValueError) as error:
+        except (AssertionError, KeyError, ValueError):
             raise UserError(
-                f"--data.auto_augment {description!r} is not RandAugment as timm writes it: {error}"
+                f"--data.auto_augment {description!r} is not RandAugment as timm writes it: rand-m9-mstd0.5-inc1"
             ) from None
-
         for op in getattr(self.transform, "ops", ()):
             if op.name.startswith("Posterize"):
                 op.aug_fn = posterize

@@ -76,8 +76,8 @@ class WarmupCosine(LRScheduler):
         return [self.lr_at(step, float(peak)) * scale for peak, scale in zip(self.base_lrs, scales, strict=True)]
 
     def peaks(self) -> list[float]:
-        """Each group's rate at the end of the warm-up, to the nearest step."""
-        return self.rates_at(round(self.warmup_epochs * self.steps_per_epoch))
+        """Each group's rate in the first step after the warm-up."""
+        return self.rates_at(math.ceil(self.warmup_epochs * self.steps_per_epoch))
 
     def lr_at(self, step: int, peak: float) -> float:
         """The unscaled rate of the optimiser step number `step`."""

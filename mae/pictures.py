@@ -31,7 +31,7 @@ def reconstruct(
         images: (B, C, H, W) float, normalised with mean and std.
         noise: (B, N), see MaskedAutoencoder.forward.
     """
-    pred, mask = model.predict(images, noise, mask_ratio)
+    pred, mask = model.predict(images.to(model.mask_token.dtype), noise, mask_ratio)
     pred = pred.float()
     patches = patchify(images, model.patch_size)  # (B, N, P)
 

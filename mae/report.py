@@ -27,13 +27,13 @@ from mae.errors import TrainingFailed, UserError
 from mae.training import last_checkpoint
 
 Settings = dict[str, Any]
-Block = tuple[str, Any]  # of the page: (kind, content), see `markdown`
+Points = list[tuple[float, float]]
 
 # In the order in which they run; the names are those of the commands and of the config's sections.
 TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
 # What a plain pre-training config shares with the later stages.
 IDENTITY = ("dataset", "root", "train_dir", "val_dir", "image_size", "in_chans", "mean", "std", "num_workers")
-PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # given to each run; a saved config.yaml has them, too
+PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # given to each run here; a run's own config.yaml has them, too
 STOP_SECONDS = 30.0  # that a stopped stage has to end by itself
 
 
@@ -42,7 +42,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument(
         "--config", type=str, required=True, help="Sections data, pretrain, knn, probe, finetune, published (YAML)."
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="One run of every stage for each.")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Each stage runs once for each.")
     parser.add_argument("--out", type=str, required=True, help="Folder of the runs, report.md and report.html.")
     parser.add_argument("--root", type=str | None, default=None, help="Folder of the data: data.root of every stage.")
     parser.add_argument("--stages", type=str, nargs="+", choices=list(TITLES), help="Run only these (default: all).")
@@ -55,16 +55,15 @@ def run(args: Sequence[str]) -> None:
     if left_out := [stage for stage in chosen if stage not in plan.stages]:
         raise UserError(f"--stages {left_out[0]}: {plan.path} leaves this stage out")
     jobs = [Job(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
-    check_settings(plan, jobs)
+    check_settings(plan, jobs[: len(plan.stages)])
     check_finished(jobs)
-    for seed in seeds:
+    try:
         for job in jobs:
-            if job.seed == seed and job.stage in chosen:
-                perform(job)
-        try:
-            write_page(plan, seeds, jobs, out)  # after each seed: a look at a long report need not wait for its end
-        except OSError as error:
-            raise UserError(f"--out {out} cannot be written: {error.strerror}") from None
+            if job.stage in chosen and perform(job):
+                write_page(plan, seeds, jobs, out)  # a look at a long report need not wait for its end
+        write_page(plan, seeds, jobs, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
     print(f"wrote {out / 'report.md'} and {out / 'report.html'}", flush=True)
 
 
@@ -100,7 +99,7 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
         if section is None or section is False:
             continue
         section = dict(mapping(section, path, stage))
-        base = {}
+        base: Settings = {}
         if (name := section.pop("config", None)) is not None:
             beside = path.parent / str(name)
             base = read_yaml(beside if beside.exists() else Path(str(name)))
@@ -109,25 +108,25 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
             settings = merge(settings, {"data": {"root": root}})
         stages[stage] = {key: value for key, value in settings.items() if key not in PER_RUN}
     for stage, settings in stages.items():
-        if stage != "pretrain" and "pretrain" not in stages and own_encoder(stage, settings) is None:
+        if "pretrain" not in stages and not has_encoder(stage, settings):
             key = "encoder" if stage == "knn" else "model.encoder"
             raise UserError(f"{path}: {stage} has no encoder, as pretrain is left out: set {key} in its section")
-    return Plan(path, stages, read_published(path, given.get("published") or []))
-
-
-def read_published(path: Path, entries: Any) -> list[Settings]:
-    wanted = "{stage: knn, probe or finetune, value: top-1 in percent, source: text}"
-    for entry in entries if isinstance(entries, list) else [entries]:
-        if not isinstance(entry, dict) or entry.keys() != {"stage", "value", "source"}:
+    published = given.get("published") or []
+    for entry in published if isinstance(published, list) else [published]:
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != {"stage", "value", "source"}
+            or entry["stage"] not in ("knn", "probe", "finetune")
+            or type(entry["value"]) not in (int, float)
+        ):
+            wanted = "{stage: knn, probe or finetune, value: top-1 in percent, source: text}"
             raise UserError(f"{path}: published: {entry!r} is not {wanted}")
-        if entry["stage"] not in ("knn", "probe", "finetune") or type(entry["value"]) not in (int, float):
-            raise UserError(f"{path}: published: {entry!r} is not {wanted}")
-    return list(entries)
+    return Plan(path, stages, published)
 
 
 def read_yaml(path: Path) -> Settings:
     try:
-        return mapping(yaml.safe_load(path.read_text()), path, "the file")
+        return mapping(yaml.safe_load(path.read_text(encoding="utf-8")), path, "the file")
     except OSError as error:
         raise UserError(f"config {path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -157,9 +156,9 @@ def flat(settings: Settings, prefix: str = "") -> Settings:
     return found
 
 
-def own_encoder(stage: str, settings: Settings) -> Any:
-    """What a stage's settings say that it starts from; None: the encoder that this report pre-trains."""
-    return flat(settings).get("encoder" if stage == "knn" else "model.encoder")
+def has_encoder(stage: str, settings: Settings) -> bool:
+    """Whether the settings say what the stage starts from, instead of the encoder that the report pre-trains."""
+    return flat(settings).get("encoder" if stage == "knn" else "model.encoder") is not None
 
 
 # ---- the stages ----------------------------------------------------------------------------------------------------
@@ -182,52 +181,52 @@ class Job(NamedTuple):
         return self.folder / f"{self.stage}.yaml"
 
     @property
-    def log(self) -> Path:
-        return self.folder / f"{self.stage}.log"
+    def follows(self) -> bool:
+        """Whether it starts from the encoder that this seed pre-trains."""
+        return self.stage != "pretrain" and not has_encoder(self.stage, self.settings)
 
     def arguments(self, config: str) -> list[str]:
-        """Of the command `mae`."""
-        args = [self.stage, "--config", config]
+        """Of the stage's command."""
+        args = ["--config", config]
         if self.stage == "knn":
             args += ["--out", str(self.folder / "knn.json")]
         else:
             args += ["--run_dir", str(self.run_dir), "--seed_everything", str(self.seed), "--ckpt_path", "last"]
-        if self.stage != "pretrain" and own_encoder(self.stage, self.settings) is None:
-            key = "--encoder" if self.stage == "knn" else "--model.encoder"
-            args += [key, str(self.folder / "pretrain")]
+        if self.follows:
+            args += ["--encoder" if self.stage == "knn" else "--model.encoder", str(self.folder / "pretrain")]
         return args
-
-    def results(self) -> dict[str, Path]:
-        """The files that a finished stage leaves, by how their figures were found ("" for the usual way)."""
-        if self.stage == "knn":
-            return {"": self.folder / "knn.json"}
-        mode = self.settings.get("mode", "recipe")
-        usual = {"": self.run_dir / "results.json"} if mode != "cached" else {}
-        cached = {" (cached features)": self.run_dir / "cached" / "results.json"} if mode != "recipe" else {}
-        return usual | cached if self.stage == "probe" else {"": self.run_dir / "results.json"}
 
     def figures(self) -> dict[str, float]:
         """By name; empty if the stage is not finished."""
         if self.stage == "pretrain":
-            metrics = self.run_dir / "metrics.csv"
-            if not (self.run_dir / "encoder.safetensors").is_file() or not metrics.is_file():
+            if not (self.run_dir / "encoder.safetensors").is_file():
                 return {}
-            curves = {
-                name: curve(metrics, key) for name, key in (("held-out loss", "val/loss"), ("loss", "train/loss"))
-            }
+            curves = {"held-out loss": self.curve("val/loss"), "loss": self.curve("train/loss")}
             return next(({name: points[-1][1]} for name, points in curves.items() if points), {})
+        files = {"": self.folder / "knn.json" if self.stage == "knn" else self.run_dir / "results.json"}
+        if self.stage == "probe" and (mode := self.settings.get("mode", "recipe")) != "recipe":
+            fast = {" (cached features)": self.run_dir / "cached" / "results.json"}
+            files = fast if mode == "cached" else files | fast
         found: dict[str, float] = {}
-        for way, path in self.results().items():
+        for way, path in files.items():
             try:
-                figures = json.loads(path.read_text())
+                result = json.loads(path.read_text())
             except (OSError, ValueError):  # not there, or cut off while it was written
                 return {}
             names = {"top-1": "acc1", "top-5": "acc5", "images": "images"}
-            found |= {f"{name}{way}": figures[key] for name, key in names.items() if key in figures}
+            found |= {f"{name}{way}": result[key] for name, key in names.items() if key in result}
         return found
 
+    def curve(self, key: str) -> Points:
+        """(images seen, value) of a metric of the run."""
+        metrics = self.run_dir / "metrics.csv"
+        if not metrics.is_file():
+            return []
+        with metrics.open(newline="") as file:
+            return [(float(row["images_seen"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
+
     def difference(self) -> str | None:
-        """The first setting in which the run in the folder differs from the config, in words."""
+        """The first setting in which what has run differs from the config, in words."""
         then = flat(read_yaml(self.settings_file)) if self.settings_file.is_file() else {}
         now = flat(self.settings)
         for key in sorted(then.keys() | now.keys()):
@@ -245,11 +244,11 @@ def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
         "probe": runs.ProbeCLI,
         "finetune": runs.FinetuneCLI,
     }
-    for job in jobs[: len(plan.stages)]:
-        args = job.arguments(json.dumps(job.settings))[1:]
+    for job in jobs:
+        args = [*job.arguments(json.dumps(job.settings)), "--print_config"]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-                commands[job.stage]([*args, "--print_config"])
+                commands[job.stage](args)
         except UserError as error:
             raise UserError(f"{plan.path}, settings of {job.stage}: {error}") from None
 
@@ -258,65 +257,59 @@ def check_finished(jobs: Sequence[Job]) -> None:
     """What is finished belongs to this config and to the encoder of its seed.
 
     Raises:
-        UserError: Names the first setting that differs, or the result whose encoder is gone.
+        UserError: Names the first setting that differs, or the stage whose encoder is gone.
     """
-    for job in jobs:
-        if job.figures() and (difference := job.difference()):
-            others = job.folder if job.stage == "pretrain" else job.run_dir
-            if job.stage == "knn":
-                others = job.folder / "knn.json"
-            raise UserError(f"{difference}, which is finished: give another --out, or delete {others}")
     encoders = {job.seed: job for job in jobs if job.stage == "pretrain"}
     for job in jobs:
-        encoder = encoders.get(job.seed, job)
-        if encoder is job or own_encoder(job.stage, job.settings) is not None or not job.figures():
+        if not job.figures():
             continue
-        comes_back = last_checkpoint(encoder.run_dir).is_file() and not encoder.difference()
-        if not encoder.figures() and not comes_back:
-            raise UserError(f"the encoder that {job.folder} judged is gone: delete {job.folder}, or give another --out")
+        way_out = f"give another --out, or delete {job.folder}"
+        if difference := job.difference():
+            # The later stages started from the encoder, so they go with it.
+            way_out += {"pretrain": "", "knn": "/knn.json"}.get(job.stage, f"/{job.stage}")
+            raise UserError(f"{difference}, which is finished: {way_out}")
+        if job.follows and not (encoder := encoders[job.seed]).figures():
+            comes_back = last_checkpoint(encoder.run_dir).is_file() and not encoder.difference()
+            if not comes_back:
+                raise UserError(f"the encoder that {job.stage} of seed {job.seed} started from is gone: {way_out}")
 
 
-def perform(job: Job) -> None:
-    """Run a stage unless it is finished, in a process of its own; one line on the terminal.
+def perform(job: Job) -> bool:
+    """Run a stage unless it is finished, in a process of its own; one line on the terminal. Returns whether it ran.
 
     Raises:
-        UserError: The stage ended with the user's mistake.
+        UserError: The stage ended with the user's mistake, or without figures.
         TrainingFailed: It ended otherwise than well.
     """
-    print(f"seed {job.seed}  {TITLES[job.stage]:<13}", end="", flush=True)
+    log, args = job.folder / f"{job.stage}.log", [job.stage, *job.arguments(str(job.settings_file))]
+    print(f"seed {job.seed}  {TITLES[job.stage]:<13}", end=" ", flush=True)
     if done := job.figures():
         print(f"{spoken(done)} (finished before)", flush=True)
-        return
-    print(f"log: {job.log} ... ", end="", flush=True)
-    args = job.arguments(str(job.settings_file))
-    try:
-        job.folder.mkdir(parents=True, exist_ok=True)
-        head = f"# mae {shlex.join(args)}\n# {machine()}\n"
-        job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False))
-        start = time.perf_counter()
-        with job.log.open("ab") as log:
-            log.write(f"$ mae {shlex.join(args)}\n".encode())
-            log.flush()
-            before = log.tell()
-            code = wait(subprocess.Popen([sys.executable, "-m", "mae.cli", *args], stdout=log, stderr=log))
-    except OSError as error:
-        print(flush=True)
-        raise UserError(f"{job.folder} cannot be written: {error.strerror}") from None
-    except BaseException:
-        print("stopped; the same command goes on from here", flush=True)
-        raise
-    seconds = time.perf_counter() - start
-    if code == 0 and (figures := job.figures()):
-        print(f"{spoken(figures)}, {seconds:.0f} s", flush=True)
-        return
-    print("failed", flush=True)
-    said = job.log.read_bytes()[before:].decode(errors="replace").splitlines()
-    errors = [line.removeprefix("mae: error: ") for line in said if line.startswith("mae: error: ")]
-    reason = errors[-1] if errors else f"it ended with exit code {code}"
+        return False
+    print(f"log: {log} ... ", end="", flush=True)
+    start = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    head = f"# mae {shlex.join(args)}\n# {machine()}\n"  # for the page
+    job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
+    with log.open("ab") as file:
+        before = file.tell()  # an earlier try's words stay
+        try:
+            command = [sys.executable, "-m", "mae.cli", *args]
+            code = wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file))
+        except (KeyboardInterrupt, SystemExit):
+            print("stopped; the same command goes on from here", flush=True)
+            raise
+    figures = {} if code else job.figures()
+    print(f"{spoken(figures)}, {time.perf_counter() - start:.0f} s" if figures else "failed", flush=True)
+    if figures:
+        return True
+    said = log.read_bytes()[before:].decode(errors="replace").splitlines()
+    reasons = [line.removeprefix("mae: error: ") for line in said if line.startswith("mae: error: ")]
+    reason = reasons[-1] if reasons else f"it ended with exit code {code}"
     if code == 0:
-        reason = "there are no figures: are there held-out images? (val/CLASS/* below data.root, or data.val_dir)"
-    text = f"seed {job.seed}, {job.stage}: {reason} (log: {job.log})"
-    raise UserError(text) if code in (0, 2) else TrainingFailed(text)
+        reason = "it has no figures: are there held-out images (val/CLASS/* below data.root, or data.val_dir)?"
+    message = f"seed {job.seed}, {job.stage}: {reason} (log: {log})"
+    raise UserError(message) if code in (0, 2) else TrainingFailed(message)
 
 
 def wait(child: subprocess.Popen[bytes]) -> int:
@@ -342,67 +335,107 @@ def machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")] or models
     parts = [f"{versions}, Python {platform.python_version()}", f"{models[0]}, {len(os.sched_getaffinity(0))} cores"]
-    if shutil.which("nvidia-smi"):  # torch would take memory of the GPU to tell its name
-        asked = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-        gpus = subprocess.run(asked, capture_output=True, text=True, check=False)
-        if gpus.returncode == 0 and gpus.stdout.strip():
-            parts.append(", ".join(gpus.stdout.split("\n")[:-1]))
+    if shutil.which("nvidia-smi"):  # asking torch would take memory of the GPU
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=False)
+        parts += [", ".join(names.stdout.splitlines())] if names.returncode == 0 else []
     return "; ".join([*parts, time.strftime("%Y-%m-%d")])
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
 
 
+class Block(NamedTuple):
+    """A piece of the page, in both of its forms."""
+
+    markdown: str
+    html: str
+
+
+def text(tag: str, content: str) -> Block:
+    escaped = html.escape(content, quote=False)
+    return Block({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
+
+
+def image(out: Path, path: Path, title: str) -> Block:
+    """Inside the HTML, and named in the Markdown, which lies in `out`."""
+    name, inside = path.relative_to(out).as_posix(), base64.b64encode(path.read_bytes()).decode()
+    return Block(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
+
+
+def grid(rows: Sequence[Sequence[str]]) -> Block:
+    """A table; the first row is its header."""
+    escaped = [[html.escape(cell, quote=False) for cell in row] for row in rows]
+    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in escaped]
+    lines.insert(1, " | ".join(["---"] * len(rows[0])))
+    cells = ["".join(f"<{tag}>{cell}</{tag}>" for cell in row)
+             for tag, row in zip(["th"] + ["td"] * len(rows), escaped, strict=False)]  # fmt: skip
+    return Block(
+        "\n".join(f"| {line} |" for line in lines), "<table><tr>" + "</tr>\n<tr>".join(cells) + "</tr></table>"
+    )
+
+
+def code(content: str) -> Block:
+    return Block(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
+
+
+STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em; color: #222 }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left }
+th, pre { background: #f3f3f3 }
+img { max-width: 100% }
+pre { padding: 1em; overflow-x: auto }"""
+
+
 def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path) -> None:
     """report.md and report.html, of the stages that are finished."""
     finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
     done = [job for job in jobs if (job.stage, job.seed) in finished]
-    images = sorted({int(figures["images"]) for figures in finished.values() if "images" in figures})
-    heads = [[line[2:] for line in job.settings_file.read_text().splitlines()[:2]] for job in done]  # command, machine
-    out.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = [
-        ("title", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
-        ("text", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. Run on:"),
-        ("list", sorted({head[1] for head in heads})),
-        ("heading", "Figures"),
-        ("table", table(plan, seeds, finished)),
+    heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
+    counts = sorted({int(figures[key]) for figures in finished.values() for key in figures if key.startswith("images")})
+    notes = [f"Top-1 and top-5: percent of {' or '.join(map(str, counts))} held-out images."] if counts else []
+    notes += ["±: sample standard deviation (n - 1) over the seeds. –: not run."]
+    notes += ["Published figures are quoted, not run here; the difference is our mean less theirs."] * bool(
+        plan.published
+    )
+    blocks = [
+        text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
+        *(text("p", where) for where in sorted({head[1] for head in heads})),
+        text("h2", "Figures"),
+        grid(table(plan, seeds, finished)),
+        text("p", " ".join(notes)),
     ]
-    if images:
-        counted = " or ".join(map(str, images))
-        blocks.append(("text", f"Top-1 and top-5 are percentages of {counted} held-out images."))
-    blocks.append(("text", "± is the sample standard deviation (n - 1) over the seeds, of which – has not been run."))
-    if plan.published:
-        blocks.append(
-            ("text", "Published figures are quoted, not run here; the difference is our mean less theirs, in points.")
-        )
-    losses = [(f"seed {job.seed} {key}", curve(job.run_dir / "metrics.csv", key), seeds.index(job.seed))
-              for job in done if job.stage == "pretrain" for key in ("train/loss", "val/loss")]  # fmt: skip
-    tops = [(f"seed {job.seed}", curve(job.run_dir / "metrics.csv", "val/acc1"), seeds.index(job.seed))
-            for job in done if job.stage == "finetune"]  # fmt: skip
-    for name, heading, lines, label in (
-        ("loss.png", "Pre-training: loss over images seen", losses, "loss on hidden patches"),
-        ("accuracy.png", "Fine-tuning: top-1 on held-out images", tops, "top-1 in percent"),
+    out.mkdir(parents=True, exist_ok=True)
+    for stage, keys, heading, label, name in (
+        ("pretrain", ("train/loss", "val/loss"), "Pre-training: loss", "loss on hidden patches", "loss.png"),
+        ("finetune", ("val/acc1",), "Fine-tuning: held-out top-1", "top-1 in percent", "accuracy.png"),
     ):
+        lines = [(f"seed {job.seed} {key}", job.curve(key), seeds.index(job.seed))
+                 for job in done if job.stage == stage for key in keys]  # fmt: skip
         if any(points for _, points, _ in lines):
             draw(lines, label, out / name)
-            blocks += [("heading", heading), ("image", (out, name, heading))]
+            blocks += [text("h2", heading), image(out, out / name, f"{heading} over images seen")]
     if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
-        text = f"Reconstructions of held-out images, seed {seeds[0]}, {panels[-1].stem.replace('_', ' ')}"
-        blocks += [("heading", text), ("image", (out, panels[-1].relative_to(out).as_posix(), text))]
-    blocks += [("heading", "Commands"), ("code", "\n".join(head[0] for head in heads))]
-    (out / "report.md").write_text(markdown(blocks))
-    (out / "report.html").write_text(page(blocks))
+        step = int(panels[-1].stem.removeprefix("step_"))
+        heading = f"Reconstructions: seed {seeds[0]}, step {step}"
+        blocks += [text("h2", heading), image(out, panels[-1], heading)]
+    blocks += [text("h2", "Commands"), code("\n".join(head[0] for head in heads))]
+    (out / "report.md").write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
+    head = f'<meta charset="utf-8">\n<title>{html.escape(plan.path.stem)}</title>\n<style>\n{STYLE}\n</style>'
+    body = "\n".join(block.html for block in blocks)
+    page = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+    (out / "report.html").write_text(page, encoding="utf-8")
 
 
 def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
-    """Header and a row a figure."""
-    rows = [["stage", "figure", *(f"seed {s}" for s in seeds), "mean ± std", "published", "difference"]]
+    """A row for each figure of each stage, below a header."""
+    rows = [["stage", "figure", *(f"seed {seed}" for seed in seeds), "mean ± std", "published", "difference"]]
     for stage in plan.stages:
-        names = {name: 0 for seed in seeds for name in finished.get((stage, seed), {}) if not name.startswith("images")}
-        if not names:
-            rows.append([TITLES[stage], "not run", *("–" for _ in seeds), "", "", ""])
-        for name in names:
-            values = [finished.get((stage, seed), {}).get(name) for seed in seeds]
+        of_seeds = [finished.get((stage, seed), {}) for seed in seeds]
+        names = dict.fromkeys(name for figures in of_seeds for name in figures if not name.startswith("images"))
+        for name in names or ["–"]:
+            values = [figures.get(name) for figures in of_seeds]
             known, digits = [value for value in values if value is not None], 4 if "loss" in name else 2
             quoted = [entry for entry in plan.published if entry["stage"] == stage and name.startswith("top-1")]
             rows.append(
@@ -420,26 +453,19 @@ def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict
 
 def mean_std(values: Sequence[float], digits: int) -> str:
     """Mean ± sample standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else f"{mean} (one seed)"
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f} (one seed)" if values else "–"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
 def spoken(figures: dict[str, float]) -> str:
-    return ", ".join(
-        f"{name} {value:.4f}" if "loss" in name else f"{name} {value:.2f} %"
-        for name, value in figures.items()
-        if not name.startswith(("images", "top-5"))
-    )
+    said = {name: f"{value:.4f}" for name, value in figures.items() if "loss" in name}
+    said |= {name: f"{value:.2f} %" for name, value in figures.items() if name.startswith("top-1")}
+    return ", ".join(f"{name} {value}" for name, value in said.items())
 
 
-def curve(metrics: Path, key: str) -> list[tuple[float, float]]:
-    """(images seen, value) in each row of metrics.csv that has the value."""
-    with metrics.open(newline="") as file:
-        return [(float(row["images_seen"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
-
-
-def draw(lines: Sequence[tuple[str, list[tuple[float, float]], int]], label: str, path: Path) -> None:
-    """Save a PNG with a line each of (name, points, number of its colour); held-out values have dots."""
+def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
+    """Save curves over images seen as a PNG; a curve is its name, points and the number of its colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -448,58 +474,18 @@ def draw(lines: Sequence[tuple[str, list[tuple[float, float]], int]], label: str
     axes = figure.add_subplot()
     for name, points, colour in lines:
         if points:
-            style = {"linewidth": 0.8, "alpha": 0.6} if "train/" in name else {"marker": "o", "markersize": 3.0}
-            axes.plot(*zip(*points, strict=True), color=f"C{colour}", label=name, **style)
+            thin = "train/" in name
+            axes.plot(
+                *zip(*points, strict=True),
+                "-" if thin else "o-",
+                color=f"C{colour}",
+                linewidth=0.8 if thin else 1.5,
+                alpha=0.6 if thin else 1,
+                markersize=3,
+                label=name,
+            )
     axes.set_xlabel("images seen")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
-
-
-def markdown(blocks: Sequence[Block]) -> str:
-    parts = []
-    for kind, content in blocks:
-        if kind == "table":
-            cells = [[cell.replace("|", "\\|") for cell in row] for row in content]
-            lines = [f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]]]
-            parts.append("\n".join(lines))
-        elif kind == "image":
-            _, name, text = content
-            parts.append(f"![{text}]({name})")
-        elif kind == "list":
-            parts.append("\n".join(f"- {item}" for item in content))
-        elif kind == "code":
-            parts.append(f"```bash\n{content}\n```")
-        else:
-            parts.append({"title": "# ", "heading": "## ", "text": ""}[kind] + content)
-    return "\n\n".join(parts) + "\n"
-
-
-STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:64em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
-    "table{border-collapse:collapse;display:block;overflow-x:auto}td,th{border:1px solid #ccc;padding:.3em .6em;"
-    "text-align:left}th{background:#f3f3f3}img{max-width:100%}pre{background:#f3f3f3;padding:1em;overflow-x:auto}"
-)
-
-
-def page(blocks: Sequence[Block]) -> str:
-    """One HTML file that needs no other: images are inside."""
-    parts = []
-    for kind, content in blocks:
-        if kind == "table":
-            rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in content]
-            rows[0] = rows[0].replace("td>", "th>")
-            parts.append("<table>\n" + "\n".join(f"<tr>{row}</tr>" for row in rows) + "\n</table>")
-        elif kind == "image":
-            folder, name, text = content
-            inside = base64.b64encode((folder / name).read_bytes()).decode()
-            parts.append(f'<img alt="{html.escape(text)}" src="data:image/png;base64,{inside}">')
-        elif kind == "list":
-            parts.append("<ul>" + "".join(f"<li>{html.escape(item)}</li>" for item in content) + "</ul>")
-        else:
-            tag = {"title": "h1", "heading": "h2", "text": "p", "code": "pre"}[kind]
-            parts.append(f"<{tag}>{html.escape(content)}</{tag}>")
-    title = html.escape(str(blocks[0][1]))
-    head = f'<!DOCTYPE html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{title}</title>\n<style>{STYLE}</style>'
-    return "\n".join([head, *parts, "</html>"]) + "\n"

@@ -1,11 +1,16 @@
 """Two processes against one: the same losses from the same images and masks, and the same end."""
 
 import csv
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import DIGITS, TINY, mae, save_images
+from PIL import Image
+
+from mae.data import ImageData
 
 pytestmark = pytest.mark.slow
 
@@ -76,3 +81,71 @@ def test_a_loss_that_is_not_finite_ends_every_rank_with_1(tmp_path: Path) -> Non
     assert "the loss is not finite at step" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "encoder.safetensors").exists()
+
+
+def digits_as_png(root: Path, count: int) -> Path:
+    """`count` digits as files, root/val/CLASS/*.png."""
+    data = ImageData("digits")
+    data.load()
+    assert data.train_source is not None
+    assert data.train_source.labels is not None
+    for i in range(count):
+        folder = root / "val" / str(data.train_source.labels[i * 3])
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(data.train_source.load(i * 3)[0].numpy()).save(folder / f"{i:04d}.png")
+    return root
+
+
+def finetune(run_dir: Path, *settings: str) -> list[str]:
+    return [
+        *("--data.dataset=digits", "--data.auto_augment=null", "--data.num_workers=0", "--wandb.mode=disabled"),
+        *("--model.encoder=scratch", "--model.size=nano", "--model.embed_dim=32", "--model.depth=2"),
+        *("--model.num_heads=2", "--model.patch_size=7", "--model.warmup_epochs=0.01", "--model.base_lr=0.01"),
+        *("--trainer.accelerator=cpu", f"--run_dir={run_dir}", *settings),
+    ]
+
+
+def test_accuracy_is_the_same_from_one_two_and_three_processes(tmp_path: Path) -> None:
+    done = mae("finetune", *finetune(tmp_path / "run", "--trainer.max_steps=60", "--data.crop_scale=null"))
+    assert done.returncode == 0, done.stderr
+    root = digits_as_png(tmp_path / "images", 1003)
+    results = []
+    for processes in (1, 2, 3):
+        out = tmp_path / f"out{processes}"
+        done = mae(
+            "evaluate", "--model", tmp_path / "run", "--data.root", root, "--data.num_workers=0", "--accelerator=cpu",
+            f"--devices={processes}", "--out", out,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("top-1") == 2  # once: the line and the head of the table
+        results.append((json.loads((out / "results.json").read_text()), (out / "confusion.csv").read_text()))
+    assert [figures["images"] for figures, _ in results] == [1003] * 3
+    for figures, confusion in results[1:]:
+        assert (figures["acc1"], figures["acc5"]) == (results[0][0]["acc1"], results[0][0]["acc5"])
+        assert figures["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-6)
+        assert confusion == results[0][1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_fine_tune_by_the_rule(tmp_path: Path, accumulate: int) -> None:
+    settings = finetune(
+        tmp_path / "run",
+        *("--trainer.devices=2", "--trainer.strategy=ddp", f"--trainer.accumulate_grad_batches={accumulate}"),
+        *("--trainer.max_steps=12", "--data.batch_size_per_device=8", "--trainer.precision=64-true"),
+        "--trainer.limit_val_batches=0",
+    )
+    program = [sys.executable, str(Path(__file__).parent / "adam_watch.py"), *settings]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("12 steps as they should be") == 2
+
+
+def test_held_out_accuracy_in_training_is_exact_over_processes(tmp_path: Path) -> None:
+    # Nothing moves at rate 0, so both must see the initial network, on 1,000 images in uneven parts.
+    for processes in (1, 2):
+        settings = [f"--trainer.devices={processes}", "--trainer.max_steps=2", "--model.base_lr=0", "--model.min_lr=0"]
+        settings += ["--data.batch_size_per_device=300" if processes == 1 else "--data.batch_size_per_device=150"]
+        done = mae("finetune", *finetune(tmp_path / f"run{processes}", *settings, "--trainer.strategy=auto"))
+        assert done.returncode == 0, done.stderr
+    one, two = ((tmp_path / f"run{n}" / "confusion.csv").read_text() for n in (1, 2))
+    assert one == two

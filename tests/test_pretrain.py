@@ -310,3 +310,10 @@ def test_seed_changes_weights_order_and_masks(tmp_path: Path) -> None:
     assert (a.datamodule.seed, a.model.seed, b.datamodule.seed, b.model.seed) == (0, 0, 1, 1)
     assert not torch.equal(weights(a), weights(b))
     assert torch.equal(weights(a), weights(again))
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("64-true", torch.float64), ("bf16-true", torch.bfloat16)])
+def test_true_precisions_train_a_network_of_that_type(tmp_path: Path, precision: str, dtype: torch.dtype) -> None:
+    cli = run(tmp_path / "run", "--trainer.max_steps=3", f"--trainer.precision={precision}")
+    assert cli.model.model.decoder_pred.weight.dtype == dtype
+    assert len(rows(tmp_path / "run")) == 3
