@@ -97,6 +97,8 @@ def run(
     test, test_labels = features.extract(encode, data, data.whole(data.val_source), device)
     encoder.train(was_training)
     encoded = time.perf_counter()
+    if not all(part.isfinite().all() for part in (*views, test)):
+        raise UserError("the encoder gives features that are not finite: its weights are damaged")
     classes = data.classes
     found = heads.probe(
         torch.stack(views),

@@ -104,8 +104,15 @@ def encoder_config(
                     "data.in_chans" if key == "in_chans" else "model." + (key if own.get(key) is not None else "size")
                 )
                 raise UserError(f"--{setting}: {key} {value} does not fit {weights.source}, which has {config[key]}")
+    if config["num_heads"] < 1 or config["embed_dim"] % config["num_heads"] or config["embed_dim"] % 4:
+        raise UserError(
+            f"--model.embed_dim {config['embed_dim']} is not divisible by 4 and by --model.num_heads "
+            f"{config['num_heads']}"
+        )
+    if min(config["depth"], *config["patch_size"]) < 1:
+        raise UserError(f"--model.depth {config['depth']}, patch_size {config['patch_size']}: at least 1")
     height, width = as_pair(image_size)
-    (ph, pw) = config["patch_size"]
+    ph, pw = config["patch_size"]
     if height % ph or width % pw:
         raise UserError(f"--data.image_size {height}x{width} is not divisible by the encoder's patch size {ph}x{pw}")
     return {"image_size": [height, width], **config}
@@ -184,7 +191,7 @@ def add_lora(network: VisionTransformer, rank: int, alpha: float) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
-        raise UserError("--model.lora_rank needs the package peft: pip install 'vit-mae-lightning[lora]'") from None
+        raise UserError("--model.lora_rank needs the package peft: pip install peft") from None
     inject_adapter_in_model(
         LoraConfig(r=rank, lora_alpha=alpha, target_modules=r"blocks\.\d+\.attn\.(qkv|proj)"),  # type: ignore[arg-type]
         network,

@@ -14,7 +14,7 @@ from mae.classifier import Classifier, load_classifier
 from mae.data import Batch, FolderSource, ImageData, Source, WholeSamples
 from mae.errors import UserError
 from mae.images import decode_image, find_images
-from mae.runs import ToolParser, is_first_rank, score_line
+from mae.runs import ToolParser, fitted, is_first_rank, score_line
 from mae.scores import Scores
 
 
@@ -79,11 +79,7 @@ def data_for(classifier: Classifier, src: str, settings: dict[str, Any]) -> Imag
     height, width = about["model"]["image_size"]
     own = {"image_size": (height, width), "in_chans": about["model"]["in_chans"], "mean": about["mean"]}
     own |= {"std": about["std"], "crop_pct": about["classifier"]["crop_pct"]}
-    data = ImageData(**settings | {key: value for key, value in own.items() if settings.get(key) is None})
-    for key in ("image_size", "in_chans"):
-        if getattr(data, key) != own[key]:
-            raise UserError(f"--data.{key} {getattr(data, key)} does not fit {src}, which takes {own[key]}")
-    return data
+    return ImageData(**fitted(settings, own, src, fixed=("image_size", "in_chans")))
 
 
 def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
@@ -132,6 +128,7 @@ def predict(args: Sequence[str]) -> None:
     config = parser.parse_args(list(args))
     classifier = load_classifier(config.model)
     settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
+    settings |= {"image_size": None, "in_chans": None}
     data = data_for(classifier, config.model, settings)
     paths = [file for name in config.images for file in files_of(Path(name).expanduser())]
     out = Path(config.out)

@@ -1,9 +1,7 @@
 """`mae report`: the whole experiment over several seeds, and one page that shows it beside the published figures."""
 
-import base64
 import contextlib
 import csv
-import html
 import io
 import json
 import os
@@ -22,12 +20,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mae import runs, tools
+from mae import page, runs, tools
 from mae.errors import TrainingFailed, UserError
 from mae.training import last_checkpoint
 
 Settings = dict[str, Any]
-Points = list[tuple[float, float]]
 
 # In the order in which they run; the names are those of the commands and of the config's sections.
 TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
@@ -217,7 +214,7 @@ class Job(NamedTuple):
             found |= {f"{name}{way}": result[key] for name, key in names.items() if key in result}
         return found
 
-    def curve(self, key: str) -> Points:
+    def curve(self, key: str) -> page.Points:
         """(images seen, value) of a metric of the run."""
         metrics = self.run_dir / "metrics.csv"
         if not metrics.is_file():
@@ -342,49 +339,7 @@ def machine() -> str:
     return "; ".join([*parts, time.strftime("%Y-%m-%d")])
 
 
-# ---- the page ------------------------------------------------------------------------------------------------------
-
-
-class Block(NamedTuple):
-    """A piece of the page, in both of its forms."""
-
-    markdown: str
-    html: str
-
-
-def text(tag: str, content: str) -> Block:
-    escaped = html.escape(content, quote=False)
-    return Block({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
-
-
-def image(out: Path, path: Path, title: str) -> Block:
-    """Inside the HTML, and named in the Markdown, which lies in `out`."""
-    name, inside = path.relative_to(out).as_posix(), base64.b64encode(path.read_bytes()).decode()
-    return Block(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
-
-
-def grid(rows: Sequence[Sequence[str]]) -> Block:
-    """A table; the first row is its header."""
-    escaped = [[html.escape(cell, quote=False) for cell in row] for row in rows]
-    lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in escaped]
-    lines.insert(1, " | ".join(["---"] * len(rows[0])))
-    cells = ["".join(f"<{tag}>{cell}</{tag}>" for cell in row)
-             for tag, row in zip(["th"] + ["td"] * len(rows), escaped, strict=False)]  # fmt: skip
-    return Block(
-        "\n".join(f"| {line} |" for line in lines), "<table><tr>" + "</tr>\n<tr>".join(cells) + "</tr></table>"
-    )
-
-
-def code(content: str) -> Block:
-    return Block(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
-
-
-STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-th, td { border: 1px solid #ccc; padding: .3em .6em; text-align: left }
-th, pre { background: #f3f3f3 }
-img { max-width: 100% }
-pre { padding: 1em; overflow-x: auto }"""
+# ---- the page ----------------------------------------------------------------------------------------------------
 
 
 def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path) -> None:
@@ -399,12 +354,12 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         plan.published
     )
     blocks = [
-        text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
-        text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
-        *(text("p", where) for where in sorted({head[1] for head in heads})),
-        text("h2", "Figures"),
-        grid(table(plan, seeds, finished)),
-        text("p", " ".join(notes)),
+        page.text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
+        *(page.text("p", where) for where in sorted({head[1] for head in heads})),
+        page.text("h2", "Figures"),
+        page.grid(table(plan, seeds, finished)),
+        page.text("p", " ".join(notes)),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for stage, keys, heading, label, name in (
@@ -414,18 +369,14 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         lines = [(f"seed {job.seed} {key}", job.curve(key), seeds.index(job.seed))
                  for job in done if job.stage == stage for key in keys]  # fmt: skip
         if any(points for _, points, _ in lines):
-            draw(lines, label, out / name)
-            blocks += [text("h2", heading), image(out, out / name, f"{heading} over images seen")]
+            page.draw(lines, label, out / name)
+            blocks += [page.text("h2", heading), page.image(out, out / name, f"{heading} over images seen")]
     if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
         step = int(panels[-1].stem.removeprefix("step_"))
         heading = f"Reconstructions: seed {seeds[0]}, step {step}"
-        blocks += [text("h2", heading), image(out, panels[-1], heading)]
-    blocks += [text("h2", "Commands"), code("\n".join(head[0] for head in heads))]
-    (out / "report.md").write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
-    head = f'<meta charset="utf-8">\n<title>{html.escape(plan.path.stem)}</title>\n<style>\n{STYLE}\n</style>'
-    body = "\n".join(block.html for block in blocks)
-    page = f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
-    (out / "report.html").write_text(page, encoding="utf-8")
+        blocks += [page.text("h2", heading), page.image(out, panels[-1], heading)]
+    blocks += [page.text("h2", "Commands"), page.code("\n".join(head[0] for head in heads))]
+    page.write(plan.path.stem, blocks, out / "report.md", out / "report.html")
 
 
 def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
@@ -462,30 +413,3 @@ def spoken(figures: dict[str, float]) -> str:
     said = {name: f"{value:.4f}" for name, value in figures.items() if "loss" in name}
     said |= {name: f"{value:.2f} %" for name, value in figures.items() if name.startswith("top-1")}
     return ", ".join(f"{name} {value}" for name, value in said.items())
-
-
-def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
-    """Save curves over images seen as a PNG; a curve is its name, points and the number of its colour."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for name, points, colour in lines:
-        if points:
-            thin = "train/" in name
-            axes.plot(
-                *zip(*points, strict=True),
-                "-" if thin else "o-",
-                color=f"C{colour}",
-                linewidth=0.8 if thin else 1.5,
-                alpha=0.6 if thin else 1,
-                markersize=3,
-                label=name,
-            )
-    axes.set_xlabel("images seen")
-    axes.set_ylabel(label)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)

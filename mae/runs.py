@@ -6,7 +6,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
@@ -21,7 +21,7 @@ from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
-from mae.model import MaskedAutoencoder
+from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
 from mae.scores import Report
 from mae.tracking import WandbSettings, log_panel, wandb_logger
@@ -267,9 +267,7 @@ class ClassifyCLI(StageCLI):
             return
         # What the data must look like is the encoder's to say, unless settings do.
         own = image_settings(checkpoint.read(encoder))
-        for key, value in own.items():
-            if self.config.data[key] is None:
-                self.config.data[key] = value
+        self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), own, encoder, fixed=("in_chans",))))
 
     def finish(self) -> None:
         model, data = self.model, self.datamodule
@@ -359,6 +357,18 @@ def score_line(title: str, report: Report) -> str:
         f"{title} top-1 {report.acc1:.2f} %, top-5 {report.acc5:.2f} %, loss {report.loss:.4f} on {report.images} "
         f"held-out images; worst classes: {worst}"
     )
+
+
+def fitted(settings: dict[str, Any], own: dict[str, Any], src: str, fixed: Sequence[str]) -> dict[str, Any]:
+    """Settings of the data, those not given filled from `own`.
+
+    Raises:
+        UserError: One of `fixed` is given and another than in `own`, which belongs to `src`.
+    """
+    for key in fixed:
+        if (given := settings[key]) is not None and as_pair(given) != as_pair(own[key]):
+            raise UserError(f"--data.{key} {given} does not fit {src}, which takes {own[key]}")
+    return settings | {key: value for key, value in own.items() if settings.get(key) is None}
 
 
 def image_settings(weights: Weights) -> dict[str, Any]:

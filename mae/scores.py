@@ -45,7 +45,6 @@ class Report(NamedTuple):
         """results.json, per_class.csv, confusion.csv."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("results.json", "per_class.csv", "confusion.csv")]
-        paths[0].write_text(json.dumps({**self.figures(), **more}, indent=1) + "\n")
         with paths[1].open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "images", "acc1"])
@@ -55,6 +54,9 @@ class Report(NamedTuple):
             writer = csv.writer(file)
             writer.writerow(["true \\ predicted", *self.classes])
             writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
+        unfinished = paths[0].with_suffix(".partial")  # last, and at once: where it stands, all is written
+        unfinished.write_text(json.dumps({**self.figures(), **more}, indent=1) + "\n")
+        unfinished.replace(paths[0])
         return paths
 
 

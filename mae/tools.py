@@ -3,7 +3,6 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
@@ -15,7 +14,7 @@ from mae.images import BadImage, center_box, decode_image, resized_crop
 from mae.labelled import LabelledData
 from mae.model import MaskedAutoencoder
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
-from mae.runs import ToolParser, image_settings
+from mae.runs import ToolParser, fitted, image_settings
 
 
 def knn(args: Sequence[str]) -> None:
@@ -48,19 +47,12 @@ def encoded(src: str, config: Namespace) -> features.Features:
     weights = checkpoint.read(src)
     settings = config.data.as_dict()
     weights.require_pretrained(config.allow_finetuned)
-    own = image_settings(weights)
-    data = LabelledData(**settings | {key: value for key, value in own.items() if settings[key] is None})
-    for key in ("image_size", "in_chans"):
-        if as_list(getattr(data, key)) != as_list(own[key]):
-            raise UserError(f"--data.{key} {getattr(data, key)} does not fit the encoder {src}, which takes {own[key]}")
+    settings = fitted(config.data.as_dict(), image_settings(weights), src, fixed=("image_size", "in_chans"))
+    data = LabelledData(**settings)
     data.require_labels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, pool = weights.build().to(device), features.POOLS[config.pool]
     return features.extract_splits(lambda images: pool(model.encode(images)), data, device)
-
-
-def as_list(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 def sizes(found: features.Features) -> str:

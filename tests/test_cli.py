@@ -208,7 +208,8 @@ def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert main(["knn", f"--encoder={finished}", *data, setting]) == 0
         assert capsys.readouterr().out != said
     assert float(said.split("top-1 ")[1].split(" %")[0]) > 20  # of ten classes; the encoder is all but random
-    assert main(["probe", f"--model.encoder={finished}", *data]) == 0
+    cached = ["--mode=cached", f"--run_dir={tmp_path / 'probe'}", "--trainer.accelerator=cpu"]
+    assert main(["probe", f"--model.encoder={finished}", *data, *cached]) == 0
     assert float(capsys.readouterr().out.split("top-1 ")[1].split(" %")[0]) > 40
 
 

@@ -75,7 +75,8 @@ ALLOWED: dict[str, set[str]] = {
     },
     "evaluate": {"classifier", "data", "errors", "images", "pictures", "runs", "scores"},
     "demo": {"features", "model", "pictures", "runs"},
-    "report": {"errors", "runs"},
+    "page": set(),
+    "report": {"errors", "page", "runs", "tools", "training"},
     "cli": {"demo", "errors", "evaluate", "report", "runs", "tools"},
     "__init__": {"checkpoint", "errors", "model"},
 }

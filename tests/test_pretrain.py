@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_nothing_more(tmp_pat
 
     def poisoned(*args: Any) -> Any:
         out = forward(*args)
-        return out._replace(loss=out.loss * float("nan")) if cli.model.global_step == 14 else out
+        return out._replace(per_image=out.per_image * float("nan")) if cli.model.global_step == 14 else out
 
     cli.model.model.forward = poisoned  # type: ignore[method-assign]
     with pytest.raises(TrainingFailed, match=r"not finite at step 15 \(learning rate .*last.ckpt"):
