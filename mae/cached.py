@@ -20,7 +20,7 @@ class CachedSettings:
 
     Args:
         layers: Blocks whose output is probed, counted from the end: -1 is the last.
-        pools: Features of each layer: the class token, the mean of patch tokens.
+        pools: Features of each layer: the class token, the mean of patch tokens; or, by itself, both as one.
         crops: Random crops of each training image beside its centre crop; 0: the centre crop alone.
         rates: Learning rates of the heads; for each feature the best is chosen on `holdout`.
         epochs: Passes over the cached features.
@@ -30,7 +30,7 @@ class CachedSettings:
     """
 
     layers: list[int] = field(default_factory=lambda: [-1])
-    pools: list[Literal["class", "mean"]] = field(default_factory=lambda: ["class", "mean"])
+    pools: list[Literal["class", "mean", "both"]] = field(default_factory=lambda: ["class", "mean"])
     crops: int = 0
     rates: list[float] = field(default_factory=lambda: list(heads.RATES))
     epochs: int = 50
@@ -82,6 +82,8 @@ def run(
         )
     if not settings.rates or min(settings.rates) <= 0 or not settings.pools:
         raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
+    if "both" in settings.pools and len(settings.pools) > 1:
+        raise UserError(f"--cached.pools {settings.pools}: both is twice as wide as the others and goes by itself")
     try:
         names, encode = features.kinds(encoder, settings.layers, settings.pools)
     except ValueError as error:

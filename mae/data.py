@@ -314,7 +314,7 @@ class ImageData(LightningDataModule):
         num_workers: Loader processes a device (default: a process a spare core, 8 at most).
         crop_scale: Random resized crop: smallest and largest area as a fraction of the image; null: centre crop.
         crop_pct: In evaluation, the centre crop's share of the resized image's side (default: 224/256, the field's
-            habit, for images of 128 pixels or more; 1 for smaller ones).
+            habit, for images of 128 to 224 pixels; 1 for smaller and larger ones).
         hflip: Probability of mirroring an image left to right.
         max_bad_images: Unreadable training images to tolerate. Each is reported, keeps its slot in the batch with
             weight 0, and is counted in the log; one more stops the run.
@@ -354,7 +354,7 @@ class ImageData(LightningDataModule):
         if num_workers is None:
             num_workers = min(8, len(os.sched_getaffinity(0)) - 1)
         if crop_pct is None:
-            crop_pct = 224 / 256 if min(self.image_size) >= 128 else 1.0
+            crop_pct = 224 / 256 if 128 <= min(self.image_size) <= 224 else 1.0
         if not 0 < crop_pct <= 1:
             raise UserError(f"--data.crop_pct {crop_pct}: a share lies above 0, up to 1")
         if min(self.image_size) < 1 or self.in_chans < 1 or batch_size_per_device < 1 or num_workers < 0:

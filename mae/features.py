@@ -56,7 +56,7 @@ def kinds(
 
     Args:
         layers: Blocks counted from the end: -1 is the last. The encoder's final norm is applied to each.
-        pools: "mean" of the patch tokens, "class" token.
+        pools: Of POOLS; all of one width.
 
     Raises:
         ValueError: There is no such layer.

@@ -120,11 +120,23 @@ def test_cached_probe_chooses_on_training_images(
     assert plain["images"] == 1000
     assert "<- chosen" in str(plain["table"])
     for setting in (
-        *("--cached.crops=2", "--cached.pools=[mean]", "--cached.epochs=1", "--cached.batch_size=2000"),
+        *(
+            "--cached.crops=2",
+            "--cached.pools=[mean]",
+            "--cached.pools=[both]",
+            "--cached.epochs=1",
+            "--cached.batch_size=2000",
+        ),
         *("--cached.rates=[1e-3]", "--cached.holdout=0.5", "--seed_everything=1", "--data.labels_per_class=9"),
     ):
         assert run(setting.strip("-"), setting)["table"] != plain["table"], setting
-    for wrong in ("--cached.layers=[-7]", "--cached.rates=[]", "--cached.holdout=0", "--data.labels_per_class=1"):
+    for wrong in (
+        "--cached.layers=[-7]",
+        "--cached.rates=[]",
+        "--cached.holdout=0",
+        "--data.labels_per_class=1",
+        "--cached.pools=[mean,both]",
+    ):
         fails(capsys, *args, wrong, f"--run_dir={tmp_path / 'wrong'}")
 
 
