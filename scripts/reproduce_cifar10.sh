@@ -8,4 +8,7 @@ run=runs/pretrain_micro_cifar10
 
 mae pretrain --config configs/pretrain_micro_cifar10.yaml --data.root "$root" --ckpt_path last
 mae knn --encoder "$run" --data.root "$root" --data.val_dir test --pool both
-mae probe --model.encoder "$run" --data.root "$root" --data.val_dir test --pool both
+mae probe --mode cached --cached.pools '[both]' --model.encoder "$run" --data.root "$root" --data.val_dir test \
+    --run_dir runs/probe_micro_cifar10_both
+mae probe --mode cached --model.encoder "$run" --data.root "$root" --data.val_dir test \
+    --run_dir runs/probe_micro_cifar10

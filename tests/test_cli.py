@@ -321,4 +321,17 @@ def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path, monk
     assert [(row["trainer/global_step"], row["images_seen"]) for row in logged] == [(2, 128), (4, 256), (5, 320)]
     assert all(row["lr"] > 0 for row in logged)
     assert any("reconstructions/filenames" in row for row in rows)
+
+    settings = ["--data.dataset=digits", "--data.num_workers=0", "--trainer.accelerator=cpu", "--trainer.max_steps=4"]
+    settings += [f"--model.encoder={tmp_path}", "--model.warmup_epochs=0.01"]
+    done = command("probe", *settings, "--run_dir", tmp_path / "probe")
+    assert done.returncode == 0, done.stderr
+    (file,) = (tmp_path / "probe").glob("wandb/offline-run-*/*.wandb")
+    keys = {
+        "/".join(item.nested_key) or item.key
+        for record in read_records(file)
+        if record.HasField("history")
+        for item in record.history.item
+    }
+    assert {"val/acc1", "val/acc5", "confusion/filenames"} <= keys
     assert list((tmp_path / "reconstructions").glob("*.png"))
