@@ -5,7 +5,7 @@ the settings would be right where the training is wrong.
 """
 
 import re
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from timm.layers import DropPath
 from torch import nn
@@ -152,8 +152,3 @@ def check_gradients(network: nn.Module) -> None:
             raise UserError(f"{name} is to be trained, but the loss does not depend on it")
         if not p.requires_grad and p.grad is not None:
             raise UserError(f"{name} is frozen, but has a gradient")
-
-
-def plain(value: Any) -> Any:
-    """Tuples as lists, as they come back from a file."""
-    return [plain(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,11 +1,11 @@
 """The fast linear probe: encode every image once, then train all heads together on the cached features."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from mae import features, heads
@@ -43,6 +43,7 @@ class Row(NamedTuple):
 
     feature: str
     rate: float
+    at_end: bool  # of the grid of rates: one beyond it may be better
     held_out: float
     test: float
 
@@ -58,6 +59,7 @@ class CachedResult(NamedTuple):
         lines = ["feature         rate     on held-out training images   on the held-out split"]
         for row in self.rows:
             mark = "  <- chosen" if row == self.chosen else ""
+            mark += "  (rate at the end of --cached.rates)" if row.at_end else ""
             lines.append(f"{row.feature:<14} {row.rate:>6g} {row.held_out:>31.2f} {row.test:>23.2f}{mark}")
         return "\n".join(lines)
 
@@ -84,6 +86,12 @@ def run(
         raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
     if "both" in settings.pools and len(settings.pools) > 1:
         raise UserError(f"--cached.pools {settings.pools}: both is twice as wide as the others and goes by itself")
+    counts = Counter(data.train_source.labels)
+    if few := [name for i, name in enumerate(data.classes) if counts[i] < 2]:
+        raise UserError(
+            f"class {few[0]} has {counts[data.classes.index(few[0])]} training image: the cached probe holds some of "
+            "each class out to choose by (more --data.labels_per_class, or --mode recipe)"
+        )
     try:
         names, encode = features.kinds(encoder, settings.layers, settings.pools)
     except ValueError as error:
@@ -116,8 +124,8 @@ def run(
         device=device,
     )
     best_held_out = found.held_out.max(dim=1).values.tolist()
-    rows = [Row(*row) for row in zip(names, found.best_rate, best_held_out, found.test, strict=True)]
+    rows = [Row(*row) for row in zip(names, found.best_rate, found.at_grid_end, best_held_out, found.test, strict=True)]
     scores = Scores(len(classes))
-    scores.update(F.one_hot(found.predictions, len(classes)).float(), test_labels)
+    scores.update(found.logits, test_labels)
     report = scores.report(classes)
     return CachedResult(rows, rows[found.chosen], report, encoded - start, time.perf_counter() - encoded)

@@ -1,6 +1,7 @@
 """What watches a run: metrics.csv, the progress bar, checkpoints and reconstruction pictures."""
 
 import csv
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -13,15 +14,15 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from mae import features
-from mae.data import ImageData, WholeSamples, raise_errors
+from mae import features, heads
+from mae.data import ImageData, Source, WholeSamples, raise_errors
 from mae.errors import UserError
 from mae.labelled import Part
 from mae.pictures import panel, reconstruct
 from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.tracking import log_panel
-from mae.training import Stage, last_checkpoint
+from mae.training import Stage, gather, last_checkpoint
 
 
 class MetricsCSV(Logger):
@@ -233,14 +234,17 @@ class Panels(Callback):
 class Online(Callback):
     """Looks at features while they are learnt: k-NN and a linear probe on labelled images, in `metrics.csv` and W&B.
 
-    The encoder sees whole images, unmasked, in eval mode; no gradient and no random number of the training is touched.
-    Off where one of the splits has no labels.
+    Features are the mean of patch tokens: the encoder sees whole images, unmasked, in eval mode. No gradient and no
+    random number of the training is touched. Off where a split has no labels, or there is only one class.
 
     Args:
         every_n_epochs: How often.
         train_images: How many, spread over the training images, vote in k-NN and fit the probe.
         held_out_images: How many, spread over the held-out images, are classified.
     """
+
+    RATE = 0.1  # of the probe; a choice would need labels held out of the few that there are
+    EPOCHS = 20
 
     def __init__(self, every_n_epochs: int = 20, train_images: int = 10_000, held_out_images: int = 5_000):
         if min(every_n_epochs, train_images, held_out_images) < 1:
@@ -253,35 +257,51 @@ class Online(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pretrain)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        labelled = all(
-            source is not None and source.labels is not None for source in (data.train_source, data.val_source)
-        )
-        if labelled and trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch) == 0:
-            start = time.perf_counter()
-            self.evaluate(trainer, pl_module, data)
-            pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
-
-    def evaluate(self, trainer: Trainer, module: Pretrain, data: ImageData) -> None:
+        sources = (data.train_source, data.val_source)
+        labelled = all(source is not None and source.labels is not None for source in sources)
+        if not labelled or trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch):
+            return
         assert data.train_source is not None
         assert data.val_source is not None
-        model = module.model
-        was_training = model.training
-        model.eval()
-        encode = features.mean_of_patches
-        found = []
-        for source, count in ((data.train_source, self.train_images), (data.val_source, self.held_out_images)):
-            count = min(count, len(source))
-            part = Part(source, [i * len(source) // count for i in range(count)])
-            batches = data.whole(part, trainer.global_rank, trainer.world_size)
-            with trainer.precision_plugin.forward_context():
-                mine = features.extract(
-                    lambda images: encode(model.encode(images.to(module.dtype))), data, batches, module.device
-                )
-            gathered = module.gather(mine)
-            found += [torch.cat([part[i] for part in gathered]) for i in range(2)]
-        model.train(was_training)
+        classes = len(data.train_source.classes)
+        if classes < 2:
+            return
+        start = time.perf_counter()
+        train = self.encoded(trainer, pl_module, data, data.train_source, self.train_images)
+        test = self.encoded(trainer, pl_module, data, data.val_source, self.held_out_images)
         if trainer.is_global_zero:
-            train, train_labels, test, test_labels = found
-            both = features.Features(train, train_labels, test, test_labels, len(data.train_source.classes))
-            neighbours = features.knn(features.scaled(both, "whiten"))
-            module.write({"online/knn": neighbours, "online/probe": features.linear_probe(both)[0]})
+            both = features.Features(*train, *test, classes)
+            probe = heads.fit_and_score(
+                train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
+            )
+            pl_module.write({"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe})
+        pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
+
+    def encoded(
+        self, trainer: Trainer, module: Pretrain, data: ImageData, source: Source, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of `count` images, in the same order whatever the number of processes."""
+        count = min(count, len(source))
+        part = Part(source, [i * len(source) // count for i in range(count)])
+        was_training = module.model.training
+        module.model.eval()
+        mine, errors = [], []
+        with trainer.precision_plugin.forward_context(), torch.no_grad():
+            for batch in data.readable(part, trainer.global_rank, trainer.world_size):
+                if batch.errors:
+                    errors += batch.errors
+                    continue
+                found, labels = features.extract(
+                    lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
+                    data,
+                    [batch],
+                    module.device,
+                )
+                mine.append((batch.indices, found, labels))
+        module.model.train(was_training)
+        # Of training images some may be unreadable: the training counts them, and tolerates them or not.
+        if source is data.val_source and (bad := gather(errors)):
+            raise UserError(f"held-out images must all be readable: {bad[0][0]}")
+        indices, found, labels = (torch.cat(parts) for parts in zip(*itertools.chain(*gather(mine)), strict=True))
+        order = indices.argsort()
+        return found[order], labels[order]

@@ -1,5 +1,6 @@
 """Weights on disk: what a file holds, loading it strictly, writing it so that timm can read the encoder."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,15 @@ class Weights(NamedTuple):
         """The encoder, or whole classifier, under timm's names."""
         return {key.removeprefix(ENCODER): value for key, value in self.state.items() if key.startswith(ENCODER)}
 
+    def fingerprint(self) -> str:
+        """The same for the same weights, wherever they lie: of names, shapes and a part of every tensor."""
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(self.state):
+            value = self.state[key]
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.flatten()[:1024].float().numpy().tobytes())
+        return f"weights {digest.hexdigest()}"
+
     def require_decoder(self) -> None:
         if not self.has_decoder:
             kind = "a classifier" if self.classifier else "an encoder"
@@ -53,12 +63,16 @@ class Weights(NamedTuple):
                 f"{self.source} holds {kind} without decoder; a pre-training's model.safetensors or .ckpt has one"
             )
 
-    def require_pretrained(self, allow_finetuned: bool) -> None:
-        """A classifier's encoder has seen labels: as a starting point or for features it must be asked for."""
-        if self.classifier and not allow_finetuned:
+    def require_pretrained(self, allowed: bool, flag: str | None) -> None:
+        """A classifier's encoder has seen labels: as a starting point or for features it must be asked for.
+
+        Args:
+            flag: What allows it, if anything does.
+        """
+        if self.classifier and not allowed:
             raise UserError(
                 f"{self.source} is a classifier of {len(self.classifier['classes'])} classes, its encoder trained with "
-                "labels, where a pre-trained encoder is expected; allow it with the setting allow_finetuned true"
+                f"labels, where a pre-trained encoder is wanted" + (f"; {flag} allows it" if flag else "")
             )
 
     def require_classifier(self) -> dict[str, Any]:
@@ -104,7 +118,7 @@ def load_encoder(src: str | Path, allow_finetuned: bool = False) -> VisionTransf
     (B, 1 + N, D), class token first. `src` as in `load`, or an exported encoder; or, where allowed, a classifier.
     """
     weights = read(src)
-    weights.require_pretrained(allow_finetuned)
+    weights.require_pretrained(allow_finetuned, "allow_finetuned=True")
     return weights.build().encoder.requires_grad_(False)
 
 
@@ -207,7 +221,7 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
         UserError: The encoder of src is of another architecture.
     """
     weights = read(src)
-    weights.require_pretrained(allow_finetuned=False)
+    weights.require_pretrained(False, None)
     own, given = model.config, weights.config
     for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
         if own[key] != given[key]:

@@ -103,7 +103,8 @@ def encoder_config(
                 setting = (
                     "data.in_chans" if key == "in_chans" else "model." + (key if own.get(key) is not None else "size")
                 )
-                raise UserError(f"--{setting}: {key} {value} does not fit {weights.source}, which has {config[key]}")
+                what = f"{value}" if setting.endswith(key) else f"{key} {value}"
+                raise UserError(f"--{setting}: {what} does not fit {weights.source}, which has {config[key]}")
     if config["num_heads"] < 1 or config["embed_dim"] % config["num_heads"] or config["embed_dim"] % 4:
         raise UserError(
             f"--model.embed_dim {config['embed_dim']} is not divisible by 4 and by --model.num_heads "

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from timm.data import Mixup
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
@@ -22,13 +23,13 @@ from mae.classifier import (
     load_pretrained,
     train_last,
 )
-from mae.data import Batch
+from mae.data import Batch, ImageData
 from mae.errors import UserError
 from mae.model import Pair
 from mae.optim import adamw_by_layer, lars
 from mae.randomness import hashed, seeded
 from mae.scores import Report, Scores
-from mae.training import Stage
+from mae.training import Stage, gather
 
 MIN_REACH = 20  # of the linear probe's weight, in norms; below it the recipe warns
 SCRATCH = "scratch"  # instead of SRC: random weights
@@ -56,8 +57,9 @@ class Classify(Stage):
             raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
         weights = None if encoder == SCRATCH else checkpoint.read(encoder)
         if weights:
-            weights.require_pretrained(allow_finetuned)
-        self.encoder, self.pool, self.classes = encoder, pool, list(classes)
+            weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")
+        self.encoder = SCRATCH if weights is None else weights.fingerprint()
+        self.pool, self.classes = pool, list(classes)
         self.config = encoder_config(weights, image_size, in_chans, size, own)
         self.model = build(self.config, len(classes), pool, self.head, drop_path)
         self.said = "random weights" if weights is None else load_pretrained(self.model, weights)
@@ -81,7 +83,7 @@ class Classify(Stage):
             self.scores["average"].update(average(batch.images), batch.labels)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
-        if errors := self.gather(self.val_error):
+        if errors := gather(self.val_error):
             raise UserError(f"held-out images must all be readable: {errors[0]}")
         metrics: dict[str, float] = {}
         for name, scores in self.scores.items():
@@ -92,7 +94,8 @@ class Classify(Stage):
             figures = {"acc1": self.report.acc1, "acc5": self.report.acc5, "loss": self.report.loss}
             metrics |= {f"val/{key}{suffix}": value for key, value in figures.items()}
         self.report_step = self.global_step
-        self.log_dict(self.write(metrics), logger=False)
+        if not self.trainer.sanity_checking:
+            self.log_dict(self.write(metrics), logger=False)
 
     def recipe_notes(self) -> dict[str, str]:
         return {"start": self.said, "pool": f"{self.pool}; {len(self.classes)} classes"}
@@ -110,6 +113,14 @@ class Classify(Stage):
             "lora_scale": self.lora_scale,
         }
         return {"model": self.config, "classifier": about}
+
+    def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
+        # BatchNorm, mixing and drop path go by micro-batch and rank: other than in pre-training the split counts.
+        return super().settings(trainer, data) | {
+            "data.batch_size_per_device": data.batch_size,
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "number of devices": trainer.world_size,
+        }
 
     @property
     def lora_scale(self) -> float:
@@ -184,6 +195,11 @@ class Probe(Classify):
         self.model.eval()
         self.model.head.train(mode)
         return self
+
+    def on_fit_start(self) -> None:
+        if self.trainer.datamodule.batch_size < 2:  # type: ignore[attr-defined]
+            raise UserError("--data.batch_size_per_device 1: BatchNorm needs at least 2 images")
+        super().on_fit_start()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         logits = self.model.head(frozen_features(self.model, batch.images))
@@ -290,6 +306,15 @@ class Finetune(Classify):
         for key, value in shares.items():
             if not 0 <= value <= 1 or (key in ("drop_path", "label_smoothing", "ema_decay") and value == 1):
                 raise UserError(f"--model.{key} {value}: wanted is 0 to 1" + (", 1 left out" if value == 1 else ""))
+        if layer_decay == 0:
+            raise UserError("--model.layer_decay 0 would train the top layer alone: --model.blocks 0 does that")
+        for key, value, default, partner, wanted in (
+            ("mix_prob", mix_prob, 1, mixup or cutmix, "mixup or cutmix above 0"),
+            ("switch_prob", switch_prob, 0.5, mixup and cutmix, "both mixup and cutmix above 0"),
+            ("lora_alpha", lora_alpha, 16, lora_rank, "lora_rank"),
+        ):
+            if value != default and not partner:
+                raise UserError(f"--model.{key} {value} has no effect without {wanted}")
         if min(mixup, cutmix) < 0:
             raise UserError(f"--model.mixup {mixup}, cutmix {cutmix}: 0 or more")
         if not all(0 <= beta < 1 for beta in betas):

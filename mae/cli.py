@@ -52,6 +52,7 @@ def quieten() -> None:
         r".*module\(s\) in eval mode at the start of training.*",  # frozen encoders and averages are
         ".*You have overridden `on_before_batch_transfer`.*",  # where masks are drawn; the data module leaves it alone
         ".*treespec.*is deprecated.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",  # our figures are summed over processes before
     ]
     for hint in hints:
         warnings.filterwarnings("ignore", hint)

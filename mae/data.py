@@ -482,12 +482,27 @@ class ImageData(LightningDataModule):
             return []
         trainer = self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        if len(self.val_source) < world:
+            raise UserError(f"{len(self.val_source)} held-out images are fewer than the {world} devices: use fewer")
         return self.whole(self.val_source, rank, world)
 
     def whole(self, source: Source, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
         """A pass over a source without randomness, each image once over all ranks."""
         sampler = Shard(len(source), self.batch_size, rank, world_size)
         return self.loader(DataLoader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
+
+    def readable(self, source: Source, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """As `whole`; a batch that holds an unreadable image comes image by image, so that only that one is lost."""
+        samples = WholeSamples(source, self.image_size, self.crop_pct)
+        for indices, batch in zip(
+            Shard(len(source), self.batch_size, rank, world_size), self.whole(source, rank, world_size), strict=True
+        ):
+            if not batch.errors:
+                yield batch
+                continue
+            for index in indices:
+                single = samples[[index]]
+                yield single if not single.errors else single._replace(indices=torch.tensor([index]))
 
     def crops(self, source: Source, epoch: int) -> DataLoader[Batch]:
         """A pass over a source in order, each image once, cropped and flipped as training would in that epoch."""

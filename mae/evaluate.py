@@ -1,21 +1,23 @@
 """What a trained classifier says: mae evaluate on labelled images, mae predict on any."""
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from mae import pictures
 from mae.classifier import Classifier, load_classifier
-from mae.data import Batch, FolderSource, ImageData, Source, WholeSamples
+from mae.data import Batch, FolderSource, ImageData, Source
 from mae.errors import UserError
 from mae.images import decode_image, find_images
-from mae.runs import ToolParser, fitted, is_first_rank, score_line
+from mae.runs import TRAINING_ONLY, ToolParser, fitted, is_first_rank, out_file, out_folder, score_line
 from mae.scores import Scores
+from mae.training import gather
 
 
 class Evaluation(LightningModule):
@@ -26,12 +28,18 @@ class Evaluation(LightningModule):
         self.network, self.classes = classifier.network, classifier.classes
         self.scores = Scores(len(self.classes))
 
+    def on_validation_epoch_start(self) -> None:
+        self.error = ""
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.errors:
-            raise UserError(f"every image must be readable: {batch.errors[0]}")
-        self.scores.update(self.network(batch.images), batch.labels)
+            self.error = batch.errors[0]
+        else:
+            self.scores.update(self.network(batch.images), batch.labels)
 
     def on_validation_epoch_end(self) -> None:
+        if errors := gather(self.error):
+            raise UserError(f"every image must be readable: {errors[0]}")
         self.report = self.scores.report(self.classes)
 
 
@@ -42,21 +50,26 @@ def evaluate(args: Sequence[str]) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="Folder for results.json, tables and a picture.")
     parser.add_argument("--devices", type=int | str, default="auto", help="Processes or GPUs; accuracy is the same.")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto.")
-    parser.add_class_arguments(ImageData, "data")
+    parser.add_class_arguments(ImageData, "data", skip=TRAINING_ONLY)
     config = parser.parse_args(list(args))
     classifier = load_classifier(config.model)
     data = data_for(classifier, config.model, config.data.as_dict())
     data.val_source = labelled(data, classifier, config.model)
     data.train_source = data.val_source  # nothing is trained; the data module need not look for more
-    trainer = Trainer(
-        devices=config.devices,
-        accelerator=config.accelerator,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
+    if config.out:
+        out_folder(config.out)
+    try:
+        trainer = Trainer(
+            devices=config.devices,
+            accelerator=config.accelerator,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
     module = Evaluation(classifier)
     trainer.validate(module, datamodule=data, verbose=False)
     if not is_first_rank():
@@ -126,14 +139,14 @@ def predict(args: Sequence[str]) -> None:
     parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
     parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
     config = parser.parse_args(list(args))
+    out = out_file(config.out)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size {config.batch_size}: at least 1")
     classifier = load_classifier(config.model)
     settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
     settings |= {"image_size": None, "in_chans": None}
     data = data_for(classifier, config.model, settings)
     paths = [file for name in config.images for file in files_of(Path(name).expanduser())]
-    out = Path(config.out)
-    if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
     source = Files(paths, data.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
@@ -142,10 +155,10 @@ def predict(args: Sequence[str]) -> None:
     with unfinished.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability", *classifier.classes])
-        for first, batch in readable(data, source):
+        for batch in data.readable(source):
             if batch.errors:
                 bad.append(batch.errors[0])
-                writer.writerow([source.name(first)])
+                writer.writerow([source.name(int(batch.indices))])
                 continue
             images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images
             with torch.no_grad():
@@ -167,13 +180,3 @@ def files_of(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"{path} holds no image")
     return found
-
-
-def readable(data: ImageData, source: Source) -> Iterator[tuple[int, Batch]]:
-    """Batches in order, with the number of the first image; one that holds an unreadable image, image by image."""
-    samples = WholeSamples(source, data.image_size, data.crop_pct)
-    start = 0
-    for batch in data.whole(source):
-        size = min(data.batch_size, len(source) - start)
-        yield from ([(start, batch)] if not batch.errors else ((i, samples[[i]]) for i in range(start, start + size)))
-        start += size

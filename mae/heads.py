@@ -30,7 +30,7 @@ class ProbeResult(NamedTuple):
     best_rate: list[float]  # (F,) the rate of the best held-out accuracy; of equals the first
     test: list[float]  # (F,) accuracy of the head with the best rate, trained anew on all training images
     chosen: int  # the kind of the best held-out accuracy; of equals the first
-    predictions: Tensor  # (m,) int64, the chosen kind's classes of the test images
+    logits: Tensor  # (m, C), of the chosen kind's head on the test images
 
     @property
     def at_grid_end(self) -> list[bool]:
@@ -94,15 +94,35 @@ def probe(
     chosen = int(found.amax(dim=1).argmax())
 
     heads = fit(train, train_labels, torch.arange(len(train_labels)), grid.gather(1, best), *recipe)
-    predictions = predict(heads, test, torch.arange(len(test)))  # (m, F, 1)
+    rows = torch.arange(len(test))
+    predictions = predict(heads, test, rows)  # (m, F, 1)
     return ProbeResult(
         rates=list(rates),
         held_out=found,
         best_rate=[rates[index] for index in best.flatten().tolist()],
         test=accuracy(predictions, test_labels).flatten().tolist(),
         chosen=chosen,
-        predictions=predictions[:, chosen, 0],
+        logits=torch.cat(
+            [logits(heads, prepared(heads, test[part]))[chosen, :, 0].cpu() for part in rows.split(CHUNK)]
+        ),
     )
+
+
+def fit_and_score(
+    train: Tensor,
+    train_labels: Tensor,
+    test: Tensor,
+    test_labels: Tensor,
+    num_classes: int,
+    rate: float,
+    epochs: int,
+    device: torch.device | str = "cpu",
+) -> float:
+    """Accuracy in percent of one head at one rate, nothing chosen: train (n, D), test (m, D)."""
+    rates = torch.tensor([[rate]])
+    rows = torch.arange(len(train_labels))
+    heads = fit(train[None, :, None], train_labels, rows, rates, num_classes, epochs, 256, 0, device)
+    return float(accuracy(predict(heads, test[:, None], torch.arange(len(test))), test_labels))
 
 
 def stratified_split(labels: Tensor, num_classes: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:

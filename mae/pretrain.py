@@ -12,7 +12,7 @@ from mae.errors import UserError
 from mae.model import SIZES, MaskedAutoencoder, Pair
 from mae.optim import adamw
 from mae.randomness import sample_noise
-from mae.training import Stage
+from mae.training import Stage, gather
 
 HELD_OUT_SEED = 0  # masks of the held-out loss are the same in every run, so that runs can be compared
 
@@ -121,7 +121,7 @@ class Pretrain(Stage):
             self.val_sum += torch.stack([per_image.sum(), per_image.new_tensor(len(per_image))])
 
     def on_validation_epoch_end(self) -> None:
-        if errors := self.gather(self.val_error):
+        if errors := gather(self.val_error):
             raise UserError(f"held-out images must all be readable: {errors[0]}")
         self.all_reduce(self.val_sum)
         loss, images = self.val_sum.tolist()

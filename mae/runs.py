@@ -18,7 +18,7 @@ from mae.cached import CachedSettings
 from mae.callbacks import Checkpoints, MetricsCSV, Online, Panels, Progress
 from mae.checkpoint import Weights
 from mae.classify import SCRATCH, Finetune, Probe
-from mae.data import ImageData
+from mae.data import DEFAULTS, ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.model import MaskedAutoencoder, as_pair
@@ -47,6 +47,9 @@ class StageParser(OneLineErrors, LightningArgumentParser):
 class ToolParser(OneLineErrors, ArgumentParser):
     pass
 
+
+# Settings of the data that mean nothing where nothing is trained.
+TRAINING_ONLY = {"crop_scale", "hflip", "max_bad_images", "seed"}
 
 # Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
 WHOLE_STEPS_ONLY = {
@@ -215,8 +218,7 @@ class StageCLI(LightningCLI):
     def refuse_another_recipe(self) -> None:
         """Going on with other settings would be another run under the same name."""
         trainer, data = self.trainer, self.datamodule
-        effective_batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
-        own = self.model.settings(data, effective_batch)
+        own = self.model.settings(trainer, data)
         for key, given in self.resumed_recipe.items():
             if own.get(key) != given:
                 raise UserError(
@@ -267,6 +269,12 @@ class ClassifyCLI(StageCLI):
             return
         # What the data must look like is the encoder's to say, unless settings do.
         own = image_settings(checkpoint.read(encoder))
+        dataset = self.config.data.dataset
+        if dataset != "folder" and DEFAULTS[dataset].in_chans != own["in_chans"]:
+            raise UserError(
+                f"--data.dataset {dataset} has images of {DEFAULTS[dataset].in_chans} channels, {encoder} takes "
+                f"{own['in_chans']}"
+            )
         self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), own, encoder, fixed=("in_chans",))))
 
     def finish(self) -> None:
@@ -281,15 +289,20 @@ class ClassifyCLI(StageCLI):
             paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))
         if model.report is not None:
             paths += model.report.write(self.run_dir, step=model.global_step, seconds=round(model.seconds, 3))
-            paths.append(self.run_dir / "confusion.png")
-            pictures.confusion(model.report.confusion, model.report.classes, model.report.worst(20), paths[-1])
-            for logger in self.trainer.loggers:
-                if isinstance(logger, WandbLogger):
-                    log_panel(logger, "confusion", paths[-1], "rows: true classes", model.global_step)
+            paths.append(self.picture(model.report, self.run_dir, "confusion"))
         print("\n".join(f"wrote {path}" for path in paths), flush=True)
         if model.report is not None:
             title = {"probe": "linear probe", "finetune": "fine-tuned"}[self.command]
             print(score_line(title, model.report), flush=True)
+
+    def picture(self, report: Report, folder: Path, key: str) -> Path:
+        """The confusion matrix and the worst classes, as a file and in W&B."""
+        path = folder / "confusion.png"
+        pictures.confusion(report.confusion, report.classes, report.worst(20), path)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_panel(logger, key, path, "rows: true classes", self.model.global_step)
+        return path
 
 
 class FinetuneCLI(ClassifyCLI):
@@ -311,6 +324,30 @@ class ProbeCLI(ClassifyCLI):
         )
         parser.add_class_arguments(CachedSettings, "cached")
 
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        mode, trainer = self.config.mode, self.config.trainer
+        if mode != "recipe" and (str(trainer.devices) not in ("auto", "1") or trainer.num_nodes > 1):
+            raise UserError(f"--mode {mode} runs in one process: set --trainer.devices 1, --trainer.num_nodes 1")
+        if mode == "both" and trainer.limit_val_batches == 0:
+            raise UserError("--mode both compares on held-out images: --trainer.limit_val_batches 0 leaves them out")
+        if mode == "cached" and self.config.ckpt_path is None and (self.run_dir / "cached" / "results.json").exists():
+            raise UserError(
+                f"{self.run_dir} holds a cached probe; give another --run_dir, or --ckpt_path last to redo it"
+            )
+        defaults = self.parser.get_defaults()
+        unused = {"recipe": ["cached"], "cached": ["model", "trainer"], "both": []}[mode]
+        used = {"model.encoder", "model.size", "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads"}
+        used |= {"model.allow_finetuned", "model.seed", "trainer.accelerator", "trainer.devices", "trainer.logger"}
+        given = [
+            f"{group}.{key}"
+            for group in unused
+            for key, value in self.config[group].items()
+            if f"{group}.{key}" not in used and value != defaults[group].get(key)
+        ]
+        if given and is_first_rank():
+            print(f"mode {mode}: not used: {', '.join(given)}", flush=True)
+
     def fit(self) -> None:
         if self.config.mode != "recipe":
             if self.trainer.world_size > 1:
@@ -324,12 +361,23 @@ class ProbeCLI(ClassifyCLI):
     def fit_cached(self) -> cached.CachedResult:
         settings = CachedSettings(**self.config.cached.as_dict())
         network, device = self.model.model, self.trainer.strategy.root_device
-        found = cached.run(network, self.datamodule, settings, self.model.seed, device)
         self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
-        folder = self.run_dir / "cached"
+        data = self.datamodule
+        crops = f"; {settings.crops} crops each: {'; '.join(data.augmentations())}" if settings.crops else ""
+        recipe = (
+            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
+            f"{settings.holdout:g} of each class's training images to choose by\n"
+            f"features      {self.model.said}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop"
+            f"{crops}\n"
+            f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}"
+        )
+        print(recipe, flush=True)
+        found = cached.run(network, data, settings, self.model.seed, device)
         seconds = round(found.encoding + found.training, 3)
+        folder = self.run_dir / "cached"
         paths = found.report.write(folder, seconds=seconds, feature=found.chosen.feature, rate=found.chosen.rate)
-        (folder / "table.txt").write_text(found.table() + "\n")
+        (folder / "table.txt").write_text(f"{recipe}\n\n{found.table()}\n")
+        self.picture(found.report, folder, "cached/confusion")
         print(f"{found.table()}\nwrote {paths[0]}")
         print(
             f"linear probe (cached features) top-1 {found.report.acc1:.2f} %: {found.chosen.feature}, rate "
@@ -348,6 +396,25 @@ class ProbeCLI(ClassifyCLI):
             f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
+
+
+def out_file(path: str) -> Path:
+    """A file that can be written, before the work that fills it is done."""
+    out = Path(path)
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}")
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; wanted is a file")
+    return out
+
+
+def out_folder(path: str) -> Path:
+    """A folder that can be written to."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} cannot be made: {error.strerror}") from None
+    return Path(path)
 
 
 def score_line(title: str, report: Report) -> str:

@@ -14,7 +14,7 @@ from mae.images import BadImage, center_box, decode_image, resized_crop
 from mae.labelled import LabelledData
 from mae.model import MaskedAutoencoder
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
-from mae.runs import ToolParser, fitted, image_settings
+from mae.runs import TRAINING_ONLY, ToolParser, fitted, image_settings, out_file
 
 
 def knn(args: Sequence[str]) -> None:
@@ -26,7 +26,7 @@ def knn(args: Sequence[str]) -> None:
     )
     parser.add_argument("--allow_finetuned", type=bool, default=False, help="Take the encoder of a classifier, too.")
     parser.add_argument("--out", type=str | None, default=None, help="Write the figures to this JSON file, too.")
-    parser.add_class_arguments(LabelledData, "data")
+    parser.add_class_arguments(LabelledData, "data", skip=TRAINING_ONLY)
     parser.add_argument("--k", type=int, default=20, help="Neighbours that vote.")
     parser.add_argument("--temperature", type=float, default=0.07, help="Votes weigh exp(cosine / temperature).")
     parser.add_argument(
@@ -35,6 +35,8 @@ def knn(args: Sequence[str]) -> None:
     config = parser.parse_args(list(args))
     if config.k < 1 or config.temperature <= 0:
         raise UserError(f"--k {config.k}, --temperature {config.temperature}: wanted are at least 1 and above 0")
+    if config.out:
+        out_file(config.out)
     found = encoded(config.encoder, config)
     score = features.knn(features.scaled(found, config.scaling), config.k, config.temperature)
     if config.out:
@@ -46,7 +48,7 @@ def encoded(src: str, config: Namespace) -> features.Features:
     """Features of both splits under the encoder; size, channels, mean and std are the encoder's own unless set."""
     weights = checkpoint.read(src)
     settings = config.data.as_dict()
-    weights.require_pretrained(config.allow_finetuned)
+    weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
     settings = fitted(config.data.as_dict(), image_settings(weights), src, fixed=("image_size", "in_chans"))
     data = LabelledData(**settings)
     data.require_labels()
@@ -82,8 +84,7 @@ def reconstruct(args: Sequence[str]) -> None:
     weights = checkpoint.read(config.model)
     weights.require_decoder()
     model = weights.build()
-    if not Path(config.out).parent.is_dir():
-        raise UserError(f"--out {config.out}: there is no folder {Path(config.out).parent}")
+    out_file(config.out)
     if config.mask and config.mask_ratio is not None:
         raise UserError("--mask and --mask_ratio exclude each other: a mask says how much is hidden")
     try:

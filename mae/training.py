@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -50,7 +50,7 @@ class Stage(LightningModule):
         self.metrics: dict[str, float] = {}  # as last logged, for the progress bar
         self.clock, self.clock_step = time.perf_counter(), 0  # when the last row of metrics was written
         self.gradients_checked = False
-        self.seconds = 0.0  # of training since this process began it, looks at held-out images included
+        self.seconds = 0.0  # of training, looks at held-out images included; without what a kill has lost
 
     # ---- what a stage says of itself ------------------------------------------------------------------------------
 
@@ -232,14 +232,20 @@ class Stage(LightningModule):
         if self.trainer.training:
             self.agree()  # nothing is written after a step that went wrong
         checkpoint["mae"] = self.description()
-        checkpoint["mae_counts"] = {"bad_images": self.all_bad_images(), "skipped_steps": self.skipped_steps}
+        seconds = self.seconds + (time.perf_counter() - self.started if self.trainer.training else 0.0)
+        checkpoint["mae_counts"] = {
+            "bad_images": self.all_bad_images(),
+            "skipped_steps": self.skipped_steps,
+            "seconds": seconds,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.bad_images = set(checkpoint["mae_counts"]["bad_images"])
         self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
+        self.seconds = checkpoint["mae_counts"].get("seconds", 0.0)
 
     def on_train_end(self) -> None:
-        self.seconds = time.perf_counter() - self.started
+        self.seconds += time.perf_counter() - self.started
         if self.global_step != self.clock_step:
             self.write(self.step_metrics())  # the last step is always logged
 
@@ -275,7 +281,7 @@ class Stage(LightningModule):
 
     def all_bad_images(self) -> list[str]:
         """Path and reason of each, of all ranks."""
-        return sorted({error for errors in self.gather(self.bad_images) for error in errors})
+        return sorted({error for errors in gather(self.bad_images) for error in errors})
 
     def write(self, metrics: dict[str, float]) -> dict[str, float]:
         """To every logger, under the number of optimiser steps taken; returns all that was written."""
@@ -292,14 +298,6 @@ class Stage(LightningModule):
         if self.trainer.world_size > 1:
             dist.all_reduce(value, op)
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value, empty ones left out."""
-        values: list[Any] = [value]
-        if self.trainer.world_size > 1:
-            values = [None] * self.trainer.world_size
-            dist.all_gather_object(values, value)
-        return [v for v in values if v]
-
     # ---- what is stored --------------------------------------------------------------------------------------------
 
     def description(self) -> dict[str, Any]:
@@ -310,13 +308,35 @@ class Stage(LightningModule):
             "std": data.std,
             "step": self.global_step,
             "images_seen": self.global_step * self.images_per_step,
-            "recipe": self.settings(data, self.images_per_step),
+            "recipe": self.settings(self.trainer, data),
             **self.describe(),
         }
 
-    def settings(self, data: ImageData, effective_batch: int) -> dict[str, Any]:
+    def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
         """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.own_settings)
         own = {f"model.{key}": getattr(self, key) for key in keys}
-        shared = {"seed_everything": self.seed, "effective batch": effective_batch}
-        return {key: audit.plain(value) for key, value in (own | data.settings() | shared).items()}
+        shared = {
+            "seed_everything": self.seed,
+            "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+            "trainer.precision": trainer.precision,
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        }
+        return {key: plain(value) for key, value in (own | data.settings() | shared).items()}
+
+
+def plain(value: Any) -> Any:
+    """Tuples as lists and names as text, as they come back from a file."""
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, str) else value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every process's value, empty ones left out."""
+    values: list[Any] = [value]
+    if dist.is_available() and dist.is_initialized():
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+    return [v for v in values if v]

@@ -279,8 +279,49 @@ def test_killed_and_resumed_fine_tuning_ends_with_the_same_bits(tmp_path: Path) 
 def test_settings_of_fine_tuning_have_an_effect(tmp_path: Path, plain_finetune: list[str], setting: str) -> None:
     cli = digits_run(FinetuneCLI, tmp_path / "run", "--trainer.max_steps=8", setting)
     assert [row["train/loss"] for row in rows(tmp_path / "run") if row["train/loss"]] != plain_finetune
-    assert setting.split("=")[0].split(".")[-1].strip("-") in (tmp_path / "run" / "config.yaml").read_text()
     assert cli.model.global_step == 8
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("--model.momentum=0.5", "--model.trust_coefficient=0.01", "--model.pool=mean", "--model.base_lr=50"),
+        *("--model.min_lr=3", "--model.warmup_epochs=0.3", "--data.crop_scale=[0.9,1]", "--data.hflip=0"),
+    ],
+)
+def test_settings_of_the_probe_have_an_effect(tmp_path: Path, plain_probe: list[str], setting: str) -> None:
+    digits_run(ProbeCLI, tmp_path / "run", "--trainer.max_steps=8", "--model.base_lr=10", setting)
+    assert [row["train/loss"] for row in rows(tmp_path / "run") if row["train/loss"]] != plain_probe
+
+
+@pytest.fixture(scope="module")
+def plain_probe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    run_dir = tmp_path_factory.mktemp("plain") / "run"
+    digits_run(ProbeCLI, run_dir, "--trainer.max_steps=8", "--model.base_lr=10")
+    return [row["train/loss"] for row in rows(run_dir) if row["train/loss"]]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("--data.batch_size_per_device=40", "--trainer.gradient_clip_val=1", "--trainer.precision=bf16-mixed"),
+        *("--model.mixup=0.5", "--data.erase_prob=0.5", "--data.labels_per_class=41"),
+    ],
+)
+def test_a_resumed_fine_tuning_keeps_its_recipe(tmp_path: Path, stopped: Path, setting: str) -> None:
+    key = setting.split("=")[0].strip("-").replace("data.labels_per_class", "number of training images")
+    with pytest.raises(UserError, match=key):
+        digits_run(
+            FinetuneCLI, stopped, "--trainer.accumulate_grad_batches=2", "--trainer.max_epochs=3", "--ckpt_path=last",
+            *(["--trainer.accumulate_grad_batches=1"] if "batch_size" in setting else []), setting,
+        )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("stopped") / "run"
+    digits_run(FinetuneCLI, run_dir, "--trainer.accumulate_grad_batches=2")
+    return run_dir
 
 
 @pytest.fixture(scope="module")

@@ -83,6 +83,15 @@ def test_a_loss_that_is_not_finite_ends_every_rank_with_1(tmp_path: Path) -> Non
     assert not (tmp_path / "encoder.safetensors").exists()
 
 
+def test_online_evaluation_is_that_of_one_process(tmp_path: Path) -> None:
+    settings = [*DIGITS, "--trainer.max_epochs=1", "--model.base_lr=0", "--online.every_n_epochs=1"]
+    settings += ["--online.train_images=500", "--online.held_out_images=201"]
+    assert pretrain(tmp_path / "one", 1, *settings, "--data.batch_size_per_device=300").returncode == 0
+    assert pretrain(tmp_path / "two", 2, *settings, "--data.batch_size_per_device=150").returncode == 0
+    for key in ("online/knn", "online/probe"):
+        assert column(tmp_path / "one", key) == column(tmp_path / "two", key) != []
+
+
 def digits_as_png(root: Path, count: int) -> Path:
     """`count` digits as files, root/val/CLASS/*.png."""
     data = ImageData("digits")
@@ -124,6 +133,28 @@ def test_accuracy_is_the_same_from_one_two_and_three_processes(tmp_path: Path) -
         assert (figures["acc1"], figures["acc5"]) == (results[0][0]["acc1"], results[0][0]["acc5"])
         assert figures["loss"] == pytest.approx(results[0][0]["loss"], rel=1e-6)
         assert confusion == results[0][1]
+
+
+def test_evaluation_by_more_processes_than_images_or_of_a_bad_image_is_one_line(tmp_path: Path) -> None:
+    done = mae("finetune", *finetune(tmp_path / "run", "--trainer.max_steps=2"))
+    assert done.returncode == 0, done.stderr
+    root = digits_as_png(tmp_path / "images", 2)
+
+    def fails() -> str:
+        done = mae(
+            "evaluate", "--model", tmp_path / "run", "--data.root", root, "--data.num_workers=0", "--accelerator=cpu",
+            "--devices=3",
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        assert "Traceback" not in done.stderr
+        (line,) = (line for line in done.stderr.splitlines() if line.startswith("mae: error"))
+        return line
+
+    assert "2 held-out images are fewer than the 3 devices" in fails()
+    digits_as_png(root, 7)
+    bad = sorted(root.glob("val/*/*.png"))[4]
+    bad.write_bytes(bad.read_bytes()[:50])
+    assert bad.name in fails()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

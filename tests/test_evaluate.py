@@ -140,6 +140,28 @@ def test_cached_probe_chooses_on_training_images(
         fails(capsys, *args, wrong, f"--run_dir={tmp_path / 'wrong'}")
 
 
+def test_cached_figures_are_those_of_the_chosen_head(pretrained: Path, tmp_path: Path) -> None:
+    args = ["probe", f"--model.encoder={pretrained}", *ON_DIGITS, "--mode=cached", f"--run_dir={tmp_path / 'run'}"]
+    assert main([*args, "--cached.epochs=10"]) == 0
+    found = json.loads((tmp_path / "run" / "cached" / "results.json").read_text())
+    assert found["acc5"] > 85  # of ten classes, with a top-1 above 50: ranks beyond the first count
+    assert found["loss"] < 1.8
+    assert (tmp_path / "run" / "cached" / "confusion.png").exists()
+
+
+def test_a_cached_probe_is_not_overwritten_and_unused_settings_are_named(
+    pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["probe", f"--model.encoder={pretrained}", *ON_DIGITS, "--mode=cached", f"--run_dir={tmp_path / 'run'}"]
+    args += ["--cached.epochs=1", "--data.labels_per_class=5"]
+    assert main([*args, "--model.base_lr=9"]) == 0
+    assert "mode cached: not used: model.base_lr" in capsys.readouterr().out
+    assert "holds a cached probe" in fails(capsys, *args)
+    assert main([*args, "--ckpt_path=last"]) == 0
+    assert "--trainer.devices 1" in fails(capsys, *args, "--trainer.devices=2", f"--run_dir={tmp_path / 'other'}")
+    assert not (tmp_path / "other").exists()
+
+
 def test_both_modes_are_compared(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["probe", f"--model.encoder={pretrained}", *ON_DIGITS, "--mode=both", "--trainer.max_epochs=2"]
     args += ["--model.warmup_epochs=0.1", "--data.labels_per_class=20", "--data.batch_size_per_device=50"]
@@ -148,6 +170,11 @@ def test_both_modes_are_compared(pretrained: Path, tmp_path: Path, capsys: pytes
     assert "cached is " in said
     recipe = json.loads((tmp_path / "run" / "results.json").read_text())
     assert f"recipe   {recipe['acc1']:>6.2f}" in said
+    # Done again, nothing is trained, and the time is still that of the training.
+    assert main([*args, f"--run_dir={tmp_path / 'run'}", "--ckpt_path=last"]) == 0
+    again = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert again["acc1"] == recipe["acc1"]
+    assert 0 < again["seconds"] <= recipe["seconds"]  # up to its last checkpoint
 
 
 # ---- classifiers ----
@@ -255,6 +282,23 @@ def test_encoder_and_settings_that_do_not_fit_are_both_named(
     assert not (tmp_path / "run").exists()
 
 
+def test_tools_say_what_cannot_be_before_they_work(
+    finetuned: Path, digit_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--model", finetuned, "--data.dataset=digits", "--data.num_workers=0"]
+    assert "--accelerator nonsense" in fails(capsys, *evaluate, "--accelerator=nonsense")
+    assert "--devices 0" in fails(capsys, *evaluate, "--accelerator=cpu", "--devices=0")
+    assert "--out /proc/x cannot be made" in fails(capsys, *evaluate, "--accelerator=cpu", "--out=/proc/x")
+    predict = ["predict", digit_files, "--model", finetuned]
+    assert "is a folder" in fails(capsys, *predict, "--out", tmp_path)
+    assert "--batch_size 0" in fails(capsys, *predict, "--out", tmp_path / "x.csv", "--batch_size=0")
+    knn = ["knn", f"--encoder={finetuned}", "--allow_finetuned=true", "--data.dataset=digits", "--data.num_workers=0"]
+    assert "there is no folder" in fails(capsys, *knn, f"--out={tmp_path / 'nowhere' / 'x.json'}")
+    line = fails(capsys, "finetune", f"--model.encoder={finetuned}", "--data.dataset=cifar10", "--run_dir=nowhere")
+    assert "--data.dataset cifar10 has images of 3 channels" in line
+    assert "takes 1" in line
+
+
 def test_a_classifier_is_not_taken_for_a_pretrained_encoder(
     finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -308,6 +352,8 @@ def test_fine_tuning_at_another_size_resamples_positions(pretrained: Path, tmp_p
         ("--model.mixup=-1", "mixup -1"),
         ("--model.ema_decay=1", "ema_decay 1"),
         ("--model.layer_decay=1.5", "layer_decay 1.5"),
+        ("--model.layer_decay=0", "layer_decay 0"),
+        ("--model.lora_alpha=3", "lora_alpha 3.0 has no effect without lora_rank"),
         ("--trainer.limit_val_batches=3", "limit_val_batches 3"),
         ("--data.holdout=1", "holdout 1"),
     ],
