@@ -64,6 +64,25 @@ class CachedResult(NamedTuple):
         return "\n".join(lines)
 
 
+def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
+    """What is going to be done, to be read before it is.
+
+    Raises:
+        UserError: There are no held-out images.
+    """
+    if data.train_source is None or data.val_source is None:
+        raise UserError("a probe needs labelled held-out images: val/CLASS/* below --data.root, or --data.val_dir")
+    crops = f"; {settings.crops} crops each: {'; '.join(data.augmentations())}" if settings.crops else ""
+    return "\n".join(
+        [
+            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
+            f"{settings.holdout:g} of each class's training images to choose by",
+            f"features      {start}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop{crops}",
+            f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}",
+        ]
+    )
+
+
 def run(
     encoder: VisionTransformer, data: LabelledData, settings: CachedSettings, seed: int, device: torch.device
 ) -> CachedResult:
@@ -73,10 +92,10 @@ def run(
         encoder: Its `norm` is applied to each layer.
 
     Raises:
-        UserError: No held-out images, a setting that cannot be, a class with fewer than two training images.
+        UserError: A setting that cannot be, a class with fewer than two training images.
     """
-    if data.train_source is None or data.val_source is None:
-        raise UserError("a probe needs labelled held-out images: val/CLASS/* below --data.root, or --data.val_dir")
+    assert data.train_source is not None
+    assert data.val_source is not None
     if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
         raise UserError(
             f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "

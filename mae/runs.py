@@ -363,14 +363,7 @@ class ProbeCLI(ClassifyCLI):
         network, device = self.model.model, self.trainer.strategy.root_device
         self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
         data = self.datamodule
-        crops = f"; {settings.crops} crops each: {'; '.join(data.augmentations())}" if settings.crops else ""
-        recipe = (
-            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
-            f"{settings.holdout:g} of each class's training images to choose by\n"
-            f"features      {self.model.said}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop"
-            f"{crops}\n"
-            f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}"
-        )
+        recipe = cached.recipe(settings, data, self.model.said)
         print(recipe, flush=True)
         found = cached.run(network, data, settings, self.model.seed, device)
         seconds = round(found.encoding + found.training, 3)

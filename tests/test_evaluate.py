@@ -362,3 +362,12 @@ def test_fine_tuning_that_cannot_be(setting: str, message: str, capsys: pytest.C
     args = ["finetune", "--model.encoder=scratch", "--model.size=nano", "--model.patch_size=7", *ON_DIGITS]
     assert message in fails(capsys, *args, "--data.auto_augment=null", setting, "--run_dir=nowhere")
     assert not Path("nowhere").exists()
+
+
+def test_a_cached_probe_needs_held_out_images(
+    pretrained: Path, digit_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["probe", f"--model.encoder={pretrained}", f"--data.root={digit_files}", "--data.num_workers=0"]
+    args += ["--mode=cached", "--trainer.accelerator=cpu", f"--run_dir={tmp_path / 'run'}"]
+    assert "needs labelled held-out images" in fails(capsys, *args)
+    assert main([*args, "--data.holdout=0.2", "--cached.epochs=1"]) == 0
