@@ -20,6 +20,9 @@ from mae.scores import Scores
 from mae.training import gather
 
 
+MOST_CLASSES = 100  # that are printed; --out writes all
+
+
 class Evaluation(LightningModule):
     """One pass over held-out images on any number of devices, each image counted once."""
 
@@ -76,8 +79,9 @@ def evaluate(args: Sequence[str]) -> None:
         return
     report = module.report
     print(score_line(str(config.model), report))
-    print("class: top-1 in percent, and what it is most often taken for")
-    for name, accuracy, other in report.worst(10):
+    shown = report.worst(MOST_CLASSES)
+    print(f"{len(shown)} of {len(report.classes)} classes, lowest first: top-1 in percent, and most often taken for")
+    for name, accuracy, other in shown:
         print(f"  {name}: {accuracy:.2f}" + (f" → {other}" if other else ""))
     if config.out:
         folder = Path(config.out)

@@ -203,6 +203,7 @@ def test_evaluate_repeats_the_score_of_training(
     assert (tmp_path / "out" / "confusion.png").exists()
     said = capsys.readouterr().out
     assert f"top-1 {trained['acc1']:.2f} %" in said
+    assert all(f"\n  {i}: " in said for i in range(10))  # per class
     # A folder of class folders, with some of the classes only.
     assert main([*args, f"--data.root={digit_files}"]) == 0
     assert "on 50 held-out images" in capsys.readouterr().out
