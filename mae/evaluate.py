@@ -19,7 +19,6 @@ from mae.runs import TRAINING_ONLY, ToolParser, fitted, is_first_rank, out_file,
 from mae.scores import Scores
 from mae.training import gather
 
-
 MOST_CLASSES = 100  # that are printed; --out writes all
 
 
