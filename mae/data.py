@@ -304,11 +304,12 @@ class ImageData(LightningDataModule):
             (`root/train/CLASS/*`) or with images only; else all images below it are for training.
         train_dir: Name of the training split's folder below root (default: train, where there is one).
         val_dir: Name of the held-out split's folder below root (default: val, where there is one).
-        image_size: Pixels, a side or [height, width] (default: the data set's own; 224 for folders).
-        in_chans: Channels an image is converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy files (default: the
-            data set's own; 3 for folders).
-        mean: Of each channel in [0, 1], to be subtracted; `mae stats` computes it (default: the data set's own;
-            ImageNet's for folders of 3 channels).
+        image_size: Pixels, a side or [height, width] (default: as the encoder or model given; else the data set's own,
+            224 for folders).
+        in_chans: Channels an image is converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy files (default: as the
+            encoder or model given; else the data set's own, 3 for folders).
+        mean: Of each channel in [0, 1], to be subtracted; `mae stats` computes it (default: as the encoder or model
+            given; else the data set's own, ImageNet's for folders of 3 channels).
         std: Of each channel in [0, 1], to divide by; as mean.
         batch_size_per_device: Images a device takes at once. The effective batch is this x devices x accumulation.
         num_workers: Loader processes a device (default: a process a spare core, 8 at most).
