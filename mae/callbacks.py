@@ -172,6 +172,12 @@ class Checkpoints(Checkpoint):
             trainer.save_checkpoint(last_checkpoint(trainer.default_root_dir))
 
 
+def spread(source: Source, count: int) -> list[int]:
+    """`count` indices of a source, or all where it has fewer, evenly from first to last."""
+    count = min(count, len(source))
+    return [i * len(source) // count for i in range(count)]
+
+
 class Panels(Callback):
     """Reconstruction pictures of the same images under the same masks all run: PNG files, and W&B.
 
@@ -189,9 +195,8 @@ class Panels(Callback):
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         source = data.val_source or data.train_source
         assert source is not None
-        count = min(self.images, len(source))
         samples = WholeSamples(source, data.image_size, data.crop_pct)
-        loaded = [samples[[i * len(source) // count]] for i in range(count)]
+        loaded = [samples[[index]] for index in spread(source, self.images)]
         if data.val_source:
             for batch in loaded:
                 raise_errors(batch)
@@ -281,8 +286,7 @@ class Online(Callback):
         self, trainer: Trainer, module: Pretrain, data: ImageData, source: Source, count: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Features and labels of `count` images, in the same order whatever the number of processes."""
-        count = min(count, len(source))
-        part = Part(source, [i * len(source) // count for i in range(count)])
+        part = Part(source, spread(source, count))
         was_training = module.model.training
         module.model.eval()
         mine, errors = [], []

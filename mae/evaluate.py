@@ -15,7 +15,7 @@ from mae.classifier import Classifier, load_classifier
 from mae.data import Batch, FolderSource, ImageData, Source
 from mae.errors import UserError
 from mae.images import decode_image, find_images
-from mae.runs import TRAINING_ONLY, ToolParser, fitted, is_first_rank, out_file, out_folder, score_line
+from mae.runs import TRAINING_ONLY, ToolParser, fitted, image_settings, is_first_rank, out_file, out_folder, score_line
 from mae.scores import Scores
 from mae.training import gather
 
@@ -92,9 +92,7 @@ def evaluate(args: Sequence[str]) -> None:
 def data_for(classifier: Classifier, src: str, settings: dict[str, Any]) -> ImageData:
     """Size, channels, mean, std and crop are the model's own unless set."""
     about = classifier.description
-    height, width = about["model"]["image_size"]
-    own = {"image_size": (height, width), "in_chans": about["model"]["in_chans"], "mean": about["mean"]}
-    own |= {"std": about["std"], "crop_pct": about["classifier"]["crop_pct"]}
+    own = image_settings(about) | {"crop_pct": about["classifier"]["crop_pct"]}
     return ImageData(**fitted(settings, own, src, fixed=("image_size", "in_chans")))
 
 

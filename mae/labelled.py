@@ -153,10 +153,9 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
     if isinstance(source, FolderSource):
         with os.scandir(source.root) as entries:
             folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
-        if empty := [name for name in folders if name not in source.classes]:
+        filled = {source.classes[label] for label in set(source.labels)}
+        if empty := [name for name in folders if name not in filled]:
             raise UserError(f"{source.root / empty[0]} holds no image: fill or remove the folder of this class")
-        if which != "training" and (bare := sorted(set(folders) - {source.classes[n] for n in set(source.labels)})):
-            raise UserError(f"{source.root / bare[0]} holds no image: fill or remove the folder of this class")
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if few := [(source.classes[i], int(count)) for i, count in enumerate(counts) if count < fewest]:
         raise UserError(
@@ -239,9 +238,11 @@ class FinetuneData(LabelledData):
 
     def prepare(self, batch: Batch) -> Batch:
         batch = super().prepare(batch)
+        if not self.erase_prob:
+            return batch  # the keys lie on the device: reading them waits for it
         keys = zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)
         for image, (epoch, index) in zip(batch.images, keys, strict=True):
-            if epoch >= 0 and self.erase_prob:  # not a held-out image
+            if epoch >= 0:  # not a held-out image
                 with seeded(self.seed, epoch, index, "erase"):
                     self.erasing(image)  # in place, on the normalised image as in the reference
         return batch

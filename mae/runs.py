@@ -16,7 +16,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mae import cached, checkpoint, pictures
 from mae.cached import CachedSettings
 from mae.callbacks import Checkpoints, MetricsCSV, Online, Panels, Progress
-from mae.checkpoint import Weights
 from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import DEFAULTS, ImageData
 from mae.errors import TrainingFailed, UserError
@@ -268,7 +267,7 @@ class ClassifyCLI(StageCLI):
         if encoder == SCRATCH:
             return
         # What the data must look like is the encoder's to say, unless settings do.
-        own = image_settings(checkpoint.read(encoder))
+        own = image_settings(checkpoint.read(encoder).description)
         dataset = self.config.data.dataset
         if dataset != "folder" and DEFAULTS[dataset].in_chans != own["in_chans"]:
             raise UserError(
@@ -431,7 +430,8 @@ def fitted(settings: dict[str, Any], own: dict[str, Any], src: str, fixed: Seque
     return settings | {key: value for key, value in own.items() if settings.get(key) is None}
 
 
-def image_settings(weights: Weights) -> dict[str, Any]:
-    """What images the encoder was trained on, as settings of the data."""
-    own = {"image_size": tuple(weights.config["image_size"]), "in_chans": weights.config["in_chans"]}
-    return own | {key: weights.description[key] for key in ("mean", "std")}
+def image_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """What images these weights were trained on, as settings of the data."""
+    model = description["model"]
+    own = {"image_size": tuple(model["image_size"]), "in_chans": model["in_chans"]}
+    return own | {key: description[key] for key in ("mean", "std")}

@@ -49,7 +49,7 @@ def encoded(src: str, config: Namespace) -> features.Features:
     weights = checkpoint.read(src)
     settings = config.data.as_dict()
     weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
-    settings = fitted(config.data.as_dict(), image_settings(weights), src, fixed=("image_size", "in_chans"))
+    settings = fitted(config.data.as_dict(), image_settings(weights.description), src, fixed=("image_size", "in_chans"))
     data = LabelledData(**settings)
     data.require_labels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
