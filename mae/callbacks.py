@@ -15,12 +15,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
 from mae import features, heads
-from mae.data import ImageData, Source, WholeSamples, raise_errors
+from mae.data import ImageData, raise_errors
 from mae.errors import UserError
 from mae.labelled import Part
 from mae.pictures import panel, reconstruct
 from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
+from mae.samples import WholeSamples
+from mae.sources import Source
 from mae.tracking import log_panel
 from mae.training import Stage, gather, last_checkpoint
 
@@ -293,7 +295,7 @@ class Online(Callback):
         with trainer.precision_plugin.forward_context(), torch.no_grad():
             for batch in data.readable(part, trainer.global_rank, trainer.world_size):
                 if batch.errors:
-                    errors += batch.errors
+                    errors += [str(error) for error in batch.errors]
                     continue
                 found, labels = features.extract(
                     lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),

@@ -23,11 +23,12 @@ from mae.classifier import (
     load_pretrained,
     train_last,
 )
-from mae.data import Batch, ImageData
+from mae.data import ImageData
 from mae.errors import UserError
 from mae.model import Pair
 from mae.optim import adamw_by_layer, lars
 from mae.randomness import hashed, seeded
+from mae.samples import Batch
 from mae.scores import Report, Scores
 from mae.training import Stage, gather
 
@@ -76,7 +77,7 @@ class Classify(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.errors:
-            self.val_error = batch.errors[0]
+            self.val_error = str(batch.errors[0])
             return
         self.scores["model"].update(self.model(batch.images), batch.labels)  # type: ignore[operator]
         if (average := self.averaged()) is not None:

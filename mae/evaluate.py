@@ -8,15 +8,17 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from mae import pictures
 from mae.classifier import Classifier, load_classifier
-from mae.data import Batch, FolderSource, ImageData, Source
+from mae.data import ImageData
 from mae.errors import UserError
-from mae.images import decode_image, find_images
+from mae.images import find_images, read_file
 from mae.runs import TRAINING_ONLY, ToolParser, fitted, image_settings, is_first_rank, out_file, out_folder, score_line
+from mae.samples import Batch
 from mae.scores import Scores
+from mae.shards import holds_images, open_images
+from mae.sources import FileSource, Source, relabel
 from mae.training import gather
 
 MOST_CLASSES = 100  # that are printed; --out writes all
@@ -35,7 +37,7 @@ class Evaluation(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.errors:
-            self.error = batch.errors[0]
+            self.error = str(batch.errors[0])
         else:
             self.scores.update(self.network(batch.images), batch.labels)
 
@@ -106,30 +108,29 @@ def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
         return data.val_source
     root = data.require_root()
     val = root / (data.val_dir or "val")
-    source = FolderSource(val if data.val_dir is not None or val.is_dir() else root, data.in_chans)
+    place = val if data.val_dir is not None or holds_images(val) else root
+    source = open_images(place, data.in_chans)
     if source.labels is None:
-        raise UserError(f"{source.root} has no labels: wanted is a folder a class, with the class names of {src}")
-    source.relabel(classifier.classes, Path(src))
+        raise UserError(f"{place} has no labels: wanted is a folder a class, with the class names of {src}")
+    relabel(source, classifier.classes, src)
     return source
 
 
-class Files:
+class Files(FileSource):
     """Any image files, without labels."""
 
-    labels: list[int] | None = None
-    classes: list[str] = []  # noqa: RUF012  # there are none
-
     def __init__(self, paths: list[Path], in_chans: int):
-        self.paths, self.in_chans = paths, in_chans
+        self.paths, self.in_chans, self.reduced = paths, in_chans, False
+        self.classes = []
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def load(self, index: int) -> Tensor:
-        return decode_image(self.paths[index], self.in_chans)
-
     def name(self, index: int) -> str:
         return str(self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
 
 
 def predict(args: Sequence[str]) -> None:
@@ -158,7 +159,7 @@ def predict(args: Sequence[str]) -> None:
         writer.writerow(["path", "class", "probability", *classifier.classes])
         for batch in data.readable(source):
             if batch.errors:
-                bad.append(batch.errors[0])
+                bad.append(str(batch.errors[0]))
                 writer.writerow([source.name(int(batch.indices))])
                 continue
             images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images

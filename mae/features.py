@@ -11,7 +11,8 @@ from sklearn.linear_model import LogisticRegression
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mae.data import Batch, ImageData, raise_errors
+from mae.data import ImageData, raise_errors
+from mae.samples import Batch
 
 Scaling = Literal["none", "standardize", "whiten"]
 STRENGTHS = tuple(10.0**e for e in range(-5, 2))  # of scikit-learn's C, the inverse of the L2 penalty

@@ -1,7 +1,6 @@
-"""From a file to pixels: find image files, decode them, choose a box, crop and resize it.
+"""From a file to pixels: find image files, decode them.
 
-Images are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing here normalises or makes floats.
-A box is (top, left, height, width) in whole pixels of the image as decoded, that is after its EXIF rotation.
+Pixels are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing here normalises or makes floats.
 """
 
 import math
@@ -9,23 +8,24 @@ import os
 import re
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from mae import jpeg
+from mae.crops import Box, resized_crop
 from mae.errors import UserError
-
-Box = tuple[int, int, int, int]
 
 IMAGE_SUFFIXES = frozenset(  # compared in lower case
     (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
 )
 MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377. A header that claims more is refused unread
+MAX_BYTES = 8 * MAX_PIXELS  # nothing compressed, 4 channels of 16 bits
 ALPHA_BACKGROUND = 255  # white, in every channel: what shows through where an image is transparent
 
 # The formats behind IMAGE_SUFFIXES and no other: Pillow goes by content, and a file named .jpg must not start, say,
@@ -33,7 +33,6 @@ ALPHA_BACKGROUND = 255  # white, in every channel: what shows through where an i
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
-_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright already
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -108,6 +107,79 @@ def _folder_id(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+class Picture:
+    """One image: its size is known; its pixels may not have been decoded yet.
+
+    Attributes:
+        height, width: Of the image turned upright.
+        decoder: Who made the pixels, for the log.
+    """
+
+    decoder = "memory"
+
+    def __init__(self, pixels: Tensor) -> None:
+        self._pixels = pixels
+        self.height, self.width = pixels.shape[1:]
+
+    def pixels(self) -> Tensor:
+        """(C, H, W) uint8, or uint16 where a `.npy` file holds that; the strides are the decoder's.
+
+        Raises:
+            BadImage: They cannot be decoded.
+        """
+        return self._pixels
+
+    def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
+        """As the function of this name, of the whole image's pixels."""
+        return resized_crop(self.pixels(), box, size)
+
+
+class PillowPicture(Picture):
+    decoder = "Pillow"
+
+
+class NpyPicture(Picture):
+    decoder = "numpy"
+
+
+class JpegPicture(Picture):
+    """A JPEG for libjpeg-turbo, decoded when and as far as it is needed; by Pillow where that fails.
+
+    Args:
+        reduced: Decode large boxes at a half, quarter or eighth of the size where that is still enough: faster, and
+            not the same pixels.
+    """
+
+    decoder = "libjpeg-turbo"
+
+    def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int, reduced: bool = False):
+        self.data, self.path, self.header, self.in_chans, self.reduced = data, path, header, in_chans, reduced
+        self.height, self.width = header.height, header.width
+
+    def pixels(self) -> Tensor:
+        return self._decode(self.height, 1)
+
+    def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
+        top, left, height, width = box
+        reduce = 1
+        while self.reduced and reduce < 8 and height >= 2 * reduce * size[0] and width >= 2 * reduce * size[1]:
+            reduce *= 2
+        pixels = self._decode(top + height, reduce)
+        if reduce > 1:
+            top, left, height, width = (round(side / reduce) for side in box)
+        return resized_crop(pixels, (top, left, height, width), size)
+
+    def _decode(self, rows: int, reduce: int) -> Tensor:
+        pixels = jpeg.decode(self.data, self.header, rows, reduce)
+        if pixels is None:
+            with _told_as_bad_image(self.path):
+                whole = _open_with_pillow(self.data, self.path, self.in_chans)
+            self.decoder = whole.decoder
+            size = -(-self.height // reduce), -(-self.width // reduce)
+            return whole.resized_crop((0, 0, self.height, self.width), size)
+        return torch.from_numpy(pixels).permute(2, 0, 1).expand(self.in_chans, -1, -1)
+
+
 def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
     """Read one image file whole, or raise BadImage: never part of a picture, never a Pillow or system error.
 
@@ -117,12 +189,35 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
             parts are laid on white. A `.npy` file must hold exactly this many, any number.
 
     Returns:
-        (C, H, W) uint8, or uint16 where a `.npy` file holds that. The strides are the decoder's, mostly channel last.
+        As `Picture.pixels`.
     """
+    return open_image(read_file(path), path, in_chans).pixels()
+
+
+def read_file(path: str | Path) -> bytes:
+    """The bytes of a file, or BadImage; more than any image needs are not read."""
+    with _told_as_bad_image(path), open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_BYTES:
+            raise BadImage(path, f"{size} bytes, too many for an image of at most {MAX_PIXELS} pixels")
+        return file.readall()
+
+
+def open_image(data: bytes, path: str | Path, in_chans: int = 3, reduced: bool = False) -> Picture:
+    """An image from the bytes of its file; arguments and errors as for `decode_image`.
+
+    Args:
+        path: For messages; and its suffix tells `.npy` from all others, which are known by their content.
+        reduced: As for `JpegPicture`.
+    """
+    with _told_as_bad_image(path):
+        return _open_image(data, path, in_chans, reduced)
+
+
+@contextmanager
+def _told_as_bad_image(path: str | Path) -> Iterator[None]:
     try:
-        if os.path.splitext(path)[1].lower() == ".npy":
-            return _decode_npy(path, in_chans)
-        return _decode_file(path, in_chans)
+        yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -132,40 +227,54 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
         raise BadImage(path, reason or type(error).__name__) from error
 
 
-def _decode_npy(path: str | Path, in_chans: int) -> Tensor:
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise BadImage(path, "empty file")
-        # The header by itself first: np.load would take the memory that it claims, before it finds the data missing.
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-        if dtype.kind != "u" or dtype.itemsize > 2:
-            raise BadImage(path, f"holds {dtype}, wanted uint8 or uint16")
-        if len(shape) not in (2, 3) or 0 in shape or (*shape, 1)[2] != in_chans:
-            raise BadImage(path, f"has shape {shape}, wanted (height, width, {in_chans})")
-        if shape[0] * shape[1] > MAX_PIXELS:
-            raise BadImage(path, f"{shape[1]} x {shape[0]} pixels, over the limit of {MAX_PIXELS}")
-        count = math.prod(shape)
-        if size - file.tell() < count * dtype.itemsize:
-            raise BadImage(path, "file is truncated")
-        flat = np.fromfile(file, dtype, count)
-    array = flat.astype(dtype.newbyteorder("="), copy=False).reshape(shape, order="F" if fortran_order else "C")
+def _open_image(data: bytes, path: str | Path, in_chans: int, reduced: bool) -> Picture:
+    if not data:
+        raise BadImage(path, "empty file")
+    if os.path.splitext(path)[1].lower() == ".npy":
+        return NpyPicture(_decode_npy(data, path, in_chans))
+    if in_chans not in _MODES:
+        raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
+    header = jpeg.read_header(data)
+    # Grey from colour is Pillow's formula, and it alone knows of alpha.
+    if header is None or (in_chans, header.channels) not in ((3, 3), (3, 1), (1, 1)):
+        return _open_with_pillow(data, path, in_chans)
+    _check_pixels(path, header.height, header.width)
+    _check_end(data, path, "JPEG", header.scan)
+    return JpegPicture(data, path, header, in_chans, reduced)
+
+
+def _check_pixels(path: str | Path, height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise BadImage(path, f"{width} x {height} pixels, over the limit of {MAX_PIXELS}")
+
+
+def _check_end(data: bytes, path: str | Path, kind: str, start: int) -> None:
+    # A half-written file is often zeros to its full length. The JPEG and PNG decoders make pixels even of those.
+    marker = _END_MARKERS.get(kind, b"")
+    if not data.endswith(marker) and data.find(marker, start) < 0:
+        raise BadImage(path, f"file is truncated: no end of the {kind} data")
+
+
+def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
+    # The header by itself first: np.load would take the memory that it claims, before it finds the data missing.
+    file = BytesIO(data)
+    version = np.lib.format.read_magic(file)
+    read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran_order, dtype = read_header(file)
+    if dtype.kind != "u" or dtype.itemsize > 2:
+        raise BadImage(path, f"holds {dtype}, wanted uint8 or uint16")
+    if len(shape) not in (2, 3) or 0 in shape or (*shape, 1)[2] != in_chans:
+        raise BadImage(path, f"has shape {shape}, wanted (height, width, {in_chans})")
+    _check_pixels(path, shape[0], shape[1])
+    count = math.prod(shape)
+    if len(data) - file.tell() < count * dtype.itemsize:
+        raise BadImage(path, "file is truncated")
+    flat = np.frombuffer(data, dtype, count, file.tell())
+    array = flat.astype(dtype.newbyteorder("=")).reshape(shape, order="F" if fortran_order else "C")  # writable
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
-def _decode_file(path: str | Path, in_chans: int) -> Tensor:
-    with open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size == 0:
-            raise BadImage(path, "empty file")
-        if size > 8 * MAX_PIXELS:  # more than the largest image needs with nothing compressed, 4 channels of 16 bits
-            raise BadImage(path, f"{size} bytes, too many for an image of at most {MAX_PIXELS} pixels")
-        data = file.read()
-    if in_chans not in _MODES:
-        raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
-
+def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
     # One narrow filter for the process, not catch_warnings for each image: entering and leaving that makes Python
     # forget which warnings it has shown, so any other library's "once" warning would come back at every image.
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
@@ -173,12 +282,8 @@ def _decode_file(path: str | Path, in_chans: int) -> Tensor:
 
     stream = BytesIO(data)
     image: Image.Image = Image.open(stream, formats=_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(path, f"{image.width} x {image.height} pixels, over the limit of {MAX_PIXELS}")
-    # A half-written file is often zeros to its full length. The JPEG and PNG decoders make pixels even of those.
-    marker = _END_MARKERS.get(image.format or "", b"")
-    if not data.endswith(marker) and data.find(marker, stream.tell()) < 0:
-        raise BadImage(path, f"file is truncated: no end of the {image.format} data")
+    _check_pixels(path, image.height, image.width)
+    _check_end(data, path, image.format or "", stream.tell())
     image.load()  # raises on data that ends early: LOAD_TRUNCATED_IMAGES stays False
 
     # The official MAE pipeline (torchvision ImageFolder) leaves the orientation out and sees such photographs lying on
@@ -189,12 +294,12 @@ def _decode_file(path: str | Path, in_chans: int) -> Tensor:
         image = image.transpose(turn)
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return pixels.view(image.height, image.width, in_chans).permute(2, 0, 1)
+    return PillowPicture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1))
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(_ORIENTATION_TAG, 1))
+        return int(image.getexif().get(jpeg.ORIENTATION_TAG, 1))
     except Exception:  # of many types, as above
         return 1  # damaged EXIF does not make the pixels bad; some ImageNet files have it
 
@@ -238,92 +343,3 @@ def _with_channels(image: Image.Image, in_chans: int) -> Image.Image:
         opaque.paste(image, mask=image.getchannel("A"))  # per channel round((a * x + (255 - a) * 255) / 255)
         image = opaque
     return image if image.mode == mode else image.convert(mode)
-
-
-def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
-    """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
-
-    The dtype stays, uint8 (within a level or, rarely, two of Pillow's crop and resize) or uint16 (through float32).
-    The result is contiguous. A box that has the size already is cut out and not filtered.
-    """
-    top, left, height, width = box
-    crop = image[:, top : top + height, left : left + width]
-    if (height, width) == size:
-        return crop.contiguous()
-    if crop.dtype == torch.uint16:  # bicubic overshoots, so it needs clamping; the uint8 kernel does that by itself
-        return _bicubic(crop.float(), size).round_().clamp_(0, 65535).to(torch.uint16).contiguous()
-    if crop.shape[0] > 4:  # beyond 4 channels torch takes a path about three times slower, to the same pixels
-        return torch.cat([_bicubic(part, size) for part in torch.split(crop, 4)])
-    return _bicubic(crop, size).contiguous()
-
-
-def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
-
-
-def random_crop_box(
-    generator: torch.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.2, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """Draw the box of torchvision's RandomResizedCrop: an area, an aspect ratio, then a place.
-
-    Takes 22 numbers from the (CPU) generator whatever happens, so what is drawn after it does not depend on the image.
-
-    Args:
-        scale: Smallest and largest area of the box, as fractions of the image's.
-        ratio: Smallest and largest width / height of the box; uniform on a log scale.
-    """
-    draws = torch.rand(22, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    for area_draw, ratio_draw in zip(draws[:10], draws[10:20], strict=True):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
-        aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
-        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
-        if 0 < box_height <= height and 0 < box_width <= width:
-            top = int(draws[20] * (height - box_height + 1))
-            left = int(draws[21] * (width - box_width + 1))
-            return top, left, box_height, box_width
-
-    # Ten misses, an image much longer than wide or the reverse: the largest central box whose ratio is allowed.
-    box_height = min(height, round(width / ratio[0]))
-    box_width = min(width, round(height * ratio[1]))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
-
-
-def single_draw_box(
-    generator: torch.Generator,
-    height: int,
-    width: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> Box:
-    """As `random_crop_box`, but drawn once: a side that is too long is cut to the image's, whatever ratio that leaves.
-
-    This is the crop of the official linear probe, after the TensorFlow pipeline; it keeps more large crops.
-    """
-    draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    aspect = math.exp(log_low + (log_high - log_low) * draws[1])
-    box_height = max(1, min(height, round(math.sqrt(area / aspect))))
-    box_width = max(1, min(width, round(math.sqrt(area * aspect))))
-    return int(draws[2] * (height - box_height + 1)), int(draws[3] * (width - box_width + 1)), box_height, box_width
-
-
-def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
-    """The part of a height x width image that evaluation looks at, to be resized to `size` (height, width).
-
-    Stands for the usual two steps, resize until the image just covers size / crop_pct, then cut `size` out of the
-    middle, with one resize and to the nearest whole pixel of the original. The official 256 -> 224 is crop_pct 0.875.
-
-    Args:
-        crop_pct: In (0, 1]; 1 keeps the whole of the side that limits.
-    """
-    if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
-    step = crop_pct * min(height / size[0], width / size[1])  # pixels of the original per pixel of the result
-    box_height, box_width = max(1, round(step * size[0])), max(1, round(step * size[1]))
-    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

@@ -1,7 +1,7 @@
 """Labelled data for probes and fine-tuning: few labels, held-out parts of the training set, strong augmentation."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from mae.data import Batch, FolderSource, ImageData, Source
+from mae.data import ImageData
 from mae.errors import UserError
+from mae.images import BadImage, Picture
 from mae.randomness import Stream, hashed_name, seeded
+from mae.samples import Batch
+from mae.sources import FolderSource, Source
 
 
-class Part:
+class Part(Source):
     """Some images of a source, in its order."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
@@ -29,11 +32,17 @@ class Part:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def load(self, index: int) -> Tensor:
-        return self.source.load(self.indices[index])
-
     def name(self, index: int) -> str:
         return self.source.name(self.indices[index])
+
+    def where(self, index: int) -> str:
+        return self.source.where(self.indices[index])
+
+    def open(self, index: int) -> Picture:
+        return self.source.open(self.indices[index])
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        return self.source.open_all([self.indices[index] for index in indices])
 
 
 class LabelledData(ImageData):

@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mae.audit import Claims
-from mae.data import Batch
 from mae.errors import UserError
 from mae.model import SIZES, MaskedAutoencoder, Pair
 from mae.optim import adamw
 from mae.randomness import sample_noise
+from mae.samples import Batch
 from mae.training import Stage, gather
 
 HELD_OUT_SEED = 0  # masks of the held-out loss are the same in every run, so that runs can be compared
@@ -115,7 +115,7 @@ class Pretrain(Stage):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         if batch.errors:
-            self.val_error = batch.errors[0]
+            self.val_error = str(batch.errors[0])
         else:
             per_image = self.model(batch.images, batch.noise, self.mask_ratio).per_image
             self.val_sum += torch.stack([per_image.sum(), per_image.new_tensor(len(per_image))])

@@ -22,6 +22,7 @@ from mae.errors import TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
+from mae.samples import dead_loader
 from mae.scores import Report
 from mae.tracking import WandbSettings, log_panel, wandb_logger
 from mae.training import Stage, last_checkpoint
@@ -211,6 +212,10 @@ class StageCLI(LightningCLI):
             # Every rank ends by itself with this error. Lightning's observer would kill this one, half-way through its
             # last words, as soon as it sees another gone.
             getattr(trainer.strategy.launcher, "procs", []).clear()
+            raise
+        except RuntimeError as error:
+            if said := dead_loader(error):
+                raise TrainingFailed(f"{said}; --ckpt_path last goes on from the last checkpoint") from None
             raise
         self.finish()
 

@@ -8,13 +8,15 @@ import torch
 from jsonargparse import Namespace
 
 from mae import checkpoint, features, pictures
-from mae.data import ImageData, normalize
+from mae.crops import center_box, resized_crop
+from mae.data import ImageData
 from mae.errors import UserError
-from mae.images import BadImage, center_box, decode_image, resized_crop
+from mae.images import BadImage, decode_image
 from mae.labelled import LabelledData
 from mae.model import MaskedAutoencoder
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.runs import TRAINING_ONLY, ToolParser, fitted, image_settings, out_file
+from mae.samples import normalize
 
 
 def knn(args: Sequence[str]) -> None:

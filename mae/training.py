@@ -5,6 +5,7 @@ optimiser steps is here.
 """
 
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae import audit
-from mae.data import Batch, ImageData
+from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.optim import WarmupCosine, scaled_lr
+from mae.samples import Batch
 
 
 def last_checkpoint(run_dir: str | Path) -> Path:
@@ -33,6 +35,8 @@ class Stage(LightningModule):
     """
 
     model: nn.Module
+    window_loss: Tensor
+    window_weight: Tensor
     own_settings: tuple[str, ...] = ()  # what a resumed run must not change, besides what all stages share
 
     def __init__(self, base_lr: float, weight_decay: float, warmup_epochs: float, min_lr: float, seed: int):
@@ -46,7 +50,8 @@ class Stage(LightningModule):
 
         self.lr = 0.0  # of the optimiser step last taken
         self.skipped_steps = 0  # optimiser steps that the fp16 scaler left out
-        self.bad_images: set[str] = set()  # path and reason of each, of this rank
+        self.bad_images: dict[str, str] = {}  # path: reason, of this rank
+        self.decoded = Counter[str]()  # images by decoder, of this rank since the start or restart
         self.metrics: dict[str, float] = {}  # as last logged, for the progress bar
         self.clock, self.clock_step = time.perf_counter(), 0  # when the last row of metrics was written
         self.gradients_checked = False
@@ -156,23 +161,33 @@ class Stage(LightningModule):
         """
         loss = per_image.mean()
         if self.max_bad_images:
-            loss = self.weighted_loss(per_image, batch.weight if weight is None else weight)
-        for error in set(batch.errors) - self.bad_images:
-            self.bad_images.add(error)
+            weight = batch.weight if weight is None else weight
+            loss = (per_image * weight).mean()
+            self.window_weight += weight.mean() / self.trainer.accumulate_grad_batches
+        for error in batch.errors:
+            if error.path in self.bad_images:
+                continue
+            self.bad_images[error.path] = error.reason
             if self.max_bad_images:
                 print(f"mae: warning: unreadable image, its slot has weight 0: {error}", flush=True)
+        self.decoded.update(batch.decoders)
         self.window_loss += loss.detach() / self.trainer.accumulate_grad_batches
         return loss
 
-    def weighted_loss(self, per_image: Tensor, weight: Tensor) -> Tensor:
-        """The mean over the readable images of all ranks; DDP averages the gradients of what the ranks return."""
-        total = weight.sum()
-        if self.trainer.world_size > 1:
-            dist.all_reduce(total)
-        return (per_image * weight).sum() * self.trainer.world_size / total.clamp(min=1)
+    def reweight(self) -> None:
+        """From a mean over all slots of the optimiser step to one over the readable images, of all ranks."""
+        share = self.window_weight / self.trainer.world_size
+        self.all_reduce(share)
+        factor = torch.where(share > 0, 1 / share, 0.0)
+        for parameter in self.model.parameters():
+            if parameter.grad is not None:
+                parameter.grad *= factor
+        self.window_loss *= factor
+        self.window_weight = torch.zeros_like(self.window_weight)
 
     def on_train_start(self) -> None:
         self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
+        self.window_weight = torch.zeros((), device=self.device)  # share of its slots that are readable, of this rank
         self.step_loss = self.window_loss
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
         self.clock, self.clock_step = time.perf_counter(), self.global_step
@@ -188,6 +203,8 @@ class Stage(LightningModule):
         loader.sampler.seek(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        if self.max_bad_images:
+            self.reweight()
         group = optimizer.param_groups[-1]
         self.lr = group["lr"] / group.get("lr_scale", 1.0)
         if not self.gradients_checked:
@@ -240,7 +257,7 @@ class Stage(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.bad_images = set(checkpoint["mae_counts"]["bad_images"])
+        self.bad_images = dict(checkpoint["mae_counts"]["bad_images"])
         self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
         self.seconds = checkpoint["mae_counts"].get("seconds", 0.0)
 
@@ -248,6 +265,11 @@ class Stage(LightningModule):
         self.seconds += time.perf_counter() - self.started
         if self.global_step != self.clock_step:
             self.write(self.step_metrics())  # the last step is always logged
+        decoded = sum(gather(self.decoded), Counter[str]())
+        del decoded["memory"]
+        if decoded and self.trainer.is_global_zero:
+            said = ", ".join(f"{count} by {decoder}" for decoder, count in decoded.most_common())
+            print(f"images decoded: {said}", flush=True)
 
     def agree(self) -> dict[str, float]:
         """The last step's loss over all ranks; every rank stops here if one of them has reason to.
@@ -256,11 +278,12 @@ class Stage(LightningModule):
             TrainingFailed: A loss since the last call was not finite.
             UserError: More images than max_bad_images could not be read.
         """
-        mean = torch.stack([self.step_loss, self.step_loss.new_tensor(float(len(self.bad_images)))])
-        self.all_reduce(mean)
+        counts = [float(len(self.bad_images)), float(self.decoded["Pillow"])]
+        sums = torch.stack([self.step_loss, *self.step_loss.new_tensor(counts)])
+        self.all_reduce(sums)
         step = self.first_bad_step.clone()
         self.all_reduce(step, dist.ReduceOp.MIN)
-        loss, bad = (mean / self.trainer.world_size).tolist()
+        loss, bad, pillow = sums.tolist()
         if step.isfinite():
             lr = self.schedule.lr_at(int(step) - 1, float(self.schedule.base_lrs[0]))
             path = last_checkpoint(self.trainer.default_root_dir)
@@ -269,19 +292,22 @@ class Stage(LightningModule):
                 f"the loss is not finite at step {int(step)} (learning rate {lr:g}); last good checkpoint: {last}. "
                 "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"
             )
-        if bad == 0:
-            return {"train/loss": loss}
-        paths = self.all_bad_images()
+        paths = self.all_bad_images() if bad else {}
         if len(paths) > self.max_bad_images:
+            told = [f"{path}: {reason}" for path, reason in list(paths.items())[:20]]
             raise UserError(
                 f"{len(paths)} unreadable training images, --data.max_bad_images is {self.max_bad_images}: "
-                + "; ".join(paths[:20])
+                + "; ".join(told)
             )
-        return {"train/loss": loss, "bad_images": float(len(paths))}
+        return {
+            "train/loss": loss / self.trainer.world_size,
+            "bad_images": float(len(paths)),
+            "pillow_images": pillow,
+        }
 
-    def all_bad_images(self) -> list[str]:
+    def all_bad_images(self) -> dict[str, str]:
         """Path and reason of each, of all ranks."""
-        return sorted({error for errors in gather(self.bad_images) for error in errors})
+        return dict(sorted(item for found in gather(self.bad_images) for item in found.items()))
 
     def write(self, metrics: dict[str, float]) -> dict[str, float]:
         """To every logger, under the number of optimiser steps taken; returns all that was written."""

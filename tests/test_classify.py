@@ -25,12 +25,12 @@ from mae.classifier import (
     train_last,
 )
 from mae.classify import Finetune
-from mae.data import ArraySource
 from mae.errors import UserError
 from mae.features import POOLS
 from mae.model import MaskedAutoencoder, sincos_positions
 from mae.randomness import EpochSampler
 from mae.runs import FinetuneCLI, ProbeCLI, StageCLI
+from mae.sources import ArraySource
 
 CPU = ["--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
 

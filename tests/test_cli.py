@@ -193,7 +193,7 @@ def test_exported_encoder_is_timms(finished: Path) -> None:
 
 def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = tmp_path / "digits"
-    from mae.data import load_digits
+    from mae.sources import load_digits
 
     for split, source in zip(("train", "val"), load_digits(), strict=True):
         for i in range(0, len(source), 20):

@@ -12,9 +12,10 @@ import torch
 from conftest import save_images
 from PIL import Image
 
-from mae.data import ImageData, load_digits
+from mae.data import ImageData
 from mae.errors import UserError
 from mae.randomness import EpochSampler
+from mae.sources import load_digits
 
 
 def folder(root: Path, **settings: object) -> ImageData:
@@ -71,7 +72,7 @@ def test_wrong_folders_are_named(image_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty holds no image"):
         folder(tmp_path / "empty")
     save_images(image_folder / "val" / "bird", 1)
-    with pytest.raises(UserError, match=r"val has a class that .*train lacks: bird"):
+    with pytest.raises(UserError, match=r"held-out images have a class that .*train lacks: bird"):
         folder(image_folder)
 
 
@@ -187,7 +188,7 @@ def test_cifar10_from_an_archive_of_its_format(tmp_path: Path, monkeypatch: pyte
     data = ImageData("cifar10", str(tmp_path), num_workers=0, batch_size_per_device=4)
     train, val = data.require_labels()
     assert (len(train), len(val), train.classes[3]) == (12, 4, "class 3")
-    assert train.load(0).shape == (3, 32, 32)
+    assert train.open(0).pixels().shape == (3, 32, 32)
     data.setup("fit")
     assert next(iter(data.train_dataloader())).images.dtype == torch.uint8
 
@@ -224,7 +225,7 @@ def test_fashion_mnist_from_files_of_its_format(tmp_path: Path) -> None:
         (raw / f"{prefix}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, count, 28, 28) + pixels.tobytes())
         (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, count) + bytes(range(count)))
     train, val = ImageData("fashion_mnist", str(tmp_path)).require_labels()
-    assert train.load(0)[0, 0, :3].tolist() == [0, 1, 2]
+    assert train.open(0).pixels()[0, 0, :3].tolist() == [0, 1, 2]
     assert val.labels == [0, 1, 2, 3]
 
 

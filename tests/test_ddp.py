@@ -72,6 +72,14 @@ def test_ranks_agree_about_unreadable_images(tmp_path: Path) -> None:
     done = folder_run(tmp_path / "images", tmp_path / "tolerant", "--data.max_bad_images=1")
     assert done.returncode == 0, done.stderr
     assert column(tmp_path / "tolerant", "bad_images")[-1] == 1
+    # The loss is the mean over the readable images of all processes.
+    alone = pretrain(
+        tmp_path / "alone", 1, f"--data.root={tmp_path / 'images'}", "--data.image_size=14", "--data.num_workers=0",
+        "--data.batch_size_per_device=4", "--trainer.max_epochs=2", "--data.max_bad_images=1",
+    )  # fmt: skip
+    assert alone.returncode == 0, alone.stderr
+    wanted = column(tmp_path / "alone", "train/loss")
+    assert column(tmp_path / "tolerant", "train/loss") == pytest.approx(wanted, rel=1e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_every_rank_with_1(tmp_path: Path) -> None:
@@ -101,7 +109,7 @@ def digits_as_png(root: Path, count: int) -> Path:
     for i in range(count):
         folder = root / "val" / str(data.train_source.labels[i * 3])
         folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(data.train_source.load(i * 3)[0].numpy()).save(folder / f"{i:04d}.png")
+        Image.fromarray(data.train_source.open(i * 3).pixels()[0].numpy()).save(folder / f"{i:04d}.png")
     return root
 
 

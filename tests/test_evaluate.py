@@ -13,10 +13,11 @@ from torch import Tensor
 from mae.checkpoint import load_encoder, read
 from mae.classifier import load_classifier
 from mae.cli import main
-from mae.data import ImageData, load_digits
+from mae.data import ImageData
 from mae.errors import UserError
 from mae.features import POOLS, kinds
 from mae.runs import PretrainCLI
+from mae.sources import load_digits
 
 ON_DIGITS = [
     *("--data.dataset=digits", "--data.num_workers=0", "--trainer.accelerator=cpu", "--wandb.mode=disabled"),
@@ -49,7 +50,7 @@ def digit_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(0, 1000, 20):
         folder = root / held_out.classes[held_out.labels[i]]
         folder.mkdir(exist_ok=True)
-        Image.fromarray(held_out.load(i)[0].numpy()).save(folder / f"{i:04d}.png")
+        Image.fromarray(held_out.open(i).pixels()[0].numpy()).save(folder / f"{i:04d}.png")
     return root
 
 

@@ -87,4 +87,4 @@ def test_every_image_once_and_in_order_whatever_the_batch(batch: int) -> None:
     _, test = data.require_labels()
     found, labels = features.extract(lambda images: images.flatten(1), data, data.whole(test), torch.device("cpu"))
     assert labels.tolist() == test.labels
-    assert torch.allclose(found[17], ((test.load(17) / 255 - data.mean[0]) / data.std[0]).flatten(), atol=1e-5)  # type: ignore[index]
+    assert torch.allclose(found[17], ((test.open(17).pixels() / 255 - data.mean[0]) / data.std[0]).flatten(), atol=1e-5)  # type: ignore[index]

@@ -17,14 +17,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 from mae import images
+from mae.crops import center_box, random_crop_box, resized_crop
 from mae.errors import UserError
 from mae.images import (
     BadImage,
-    center_box,
     decode_image,
     find_images,
-    random_crop_box,
-    resized_crop,
 )
 
 

@@ -12,11 +12,12 @@ from PIL import Image
 from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
-from mae.data import ArraySource, TrainSamples
+from mae.crops import random_crop_box, single_draw_box
 from mae.errors import UserError
-from mae.images import random_crop_box, single_draw_box
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData, RandAugment, check_classes
 from mae.randomness import generator
+from mae.samples import TrainSamples
+from mae.sources import ArraySource
 
 
 def digits(**settings: object) -> LabelledData:
@@ -38,7 +39,7 @@ def test_shares_and_counts_are_of_each_class_and_nested() -> None:
     assert names(digits(labels_per_class=4)) == names(one)
     assert len(digits(labels_per_class=1).train_source) == 10  # type: ignore[arg-type]
     assert len(digits(label_fraction=0.0001).train_source) == 10  # type: ignore[arg-type]  # at least one each
-    assert one.train_source.load(3).equal(one.train_source.source.load(int(names(one)[3])))  # type: ignore[union-attr]
+    assert one.train_source.open(3).pixels().equal(one.train_source.source.open(int(names(one)[3])).pixels())  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -246,7 +247,7 @@ def test_flips_come_before_randaugment() -> None:
     source = rgb(1)
     samples = TrainSamples(source, (32, 32), 3, 0, None, 1.0, spy)
     batch = samples[[(0, 0)]]
-    assert torch.equal(seen[0], source.load(0).flip(2))
+    assert torch.equal(seen[0], source.open(0).pixels().flip(2))
     assert not batch.flip.any()  # not a second time on the device
 
 

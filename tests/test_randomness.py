@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from mae.data import Batch, ImageData
+from mae.data import ImageData
 from mae.randomness import EpochSampler, generator, sample_noise
+from mae.samples import Batch
 
 
 def batches(

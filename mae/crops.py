@@ -1,0 +1,152 @@
+"""Which part of an image is looked at, and resizing it.
+
+Images are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535].
+A box is (top, left, height, width) in whole pixels of the image as decoded, that is after its EXIF rotation.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Box = tuple[int, int, int, int]
+
+
+class Crop(NamedTuple):
+    """Random resized crop: area as a fraction of the image, and width over height."""
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    single_draw: bool = False  # else up to ten draws, until one fits into the image
+
+    def box(self, draw: torch.Generator, height: int, width: int) -> Box:
+        choose = single_draw_box if self.single_draw else random_crop_box
+        return choose(draw, height, width, self.scale, self.ratio)
+
+    def __str__(self) -> str:
+        low, high = self.scale
+        return f"random resized crop {low:g} to {high:g} of the area" + (", drawn once" if self.single_draw else "")
+
+
+def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
+    """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
+
+    The dtype stays, uint8 (within a level or, rarely, two of Pillow's crop and resize) or uint16 (through float32).
+    The result is contiguous. A box that has the size already is cut out and not filtered.
+    """
+    top, left, height, width = box
+    crop = image[:, top : top + height, left : left + width]
+    if (height, width) == size:
+        return crop.contiguous()
+    if crop.dtype == torch.uint16:  # bicubic overshoots, so it needs clamping; the uint8 kernel does that by itself
+        return _bicubic(crop.float(), size).round_().clamp_(0, 65535).to(torch.uint16).contiguous()
+    if crop.shape[0] > 4:  # beyond 4 channels torch takes a path about three times slower, to the same pixels
+        return torch.cat([_bicubic(part, size) for part in torch.split(crop, 4)])
+    return _bicubic(crop, size).contiguous()
+
+
+def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+
+
+def batched_resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    """As `resized_crop`, of many images of one size at once, on any device; within a level or two of it.
+
+    Args:
+        images: (B, C, H, W) uint8.
+        boxes: (B, 4) int64, a box an image, on the same device.
+
+    Returns:
+        (B, C, *size) uint8, contiguous.
+    """
+    top, left, height, width = boxes.unbind(1)
+    # Across first, then down, rounded in between: as the kernel for one image does.
+    across = _filters(left, width, images.shape[3], size[1])  # (B, size[1], W)
+    down = _filters(top, height, images.shape[2], size[0])  # (B, size[0], H)
+    narrowed = (images.float() @ across.transpose(1, 2)[:, None]).round_().clamp_(0, 255)
+    return (down[:, None] @ narrowed).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _filters(start: Tensor, length: Tensor, side: int, wanted: int) -> Tensor:
+    """(B, wanted, side): what each of `side` pixels weighs in each of `wanted` ones; bicubic with antialiasing."""
+    places = torch.arange(side, device=start.device) - start[:, None, None]  # (B, 1, side), within the box
+    step = length.double() / wanted  # pixels of the box per pixel of the result
+    stretch = step.clamp(min=1)[:, None, None]
+    centre = (torch.arange(wanted, device=start.device).double() + 0.5)[None, :, None] * step[:, None, None]
+    first, end = (centre - 2 * stretch + 0.5).floor(), (centre + 2 * stretch + 0.5).floor()
+    inside = (places >= first.clamp(min=0)) & (places < torch.minimum(end, length[:, None, None].double()))
+    x = ((places - centre + 0.5) / stretch).abs()
+    near = (1.5 * x - 2.5) * x * x + 1  # Keys' cubic with a = -1/2, as Pillow's
+    far = ((-0.5 * x + 2.5) * x - 4) * x + 2
+    weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * inside
+    return (weights / weights.sum(2, keepdim=True)).float()
+
+
+def random_crop_box(
+    generator: torch.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.2, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """Draw the box of torchvision's RandomResizedCrop: an area, an aspect ratio, then a place.
+
+    Takes 22 numbers from the (CPU) generator whatever happens, so what is drawn after it does not depend on the image.
+
+    Args:
+        scale: Smallest and largest area of the box, as fractions of the image's.
+        ratio: Smallest and largest width / height of the box; uniform on a log scale.
+    """
+    draws = torch.rand(22, generator=generator, dtype=torch.float64).tolist()
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for area_draw, ratio_draw in zip(draws[:10], draws[10:20], strict=True):
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
+        aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(draws[20] * (height - box_height + 1))
+            left = int(draws[21] * (width - box_width + 1))
+            return top, left, box_height, box_width
+
+    # Ten misses, an image much longer than wide or the reverse: the largest central box whose ratio is allowed.
+    box_height = min(height, round(width / ratio[0]))
+    box_width = min(width, round(height * ratio[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
+
+
+def single_draw_box(
+    generator: torch.Generator,
+    height: int,
+    width: int,
+    scale: tuple[float, float] = (0.08, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """As `random_crop_box`, but drawn once: a side that is too long is cut to the image's, whatever ratio that leaves.
+
+    This is the crop of the official linear probe, after the TensorFlow pipeline; it keeps more large crops.
+    """
+    draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
+    aspect = math.exp(log_low + (log_high - log_low) * draws[1])
+    box_height = max(1, min(height, round(math.sqrt(area / aspect))))
+    box_width = max(1, min(width, round(math.sqrt(area * aspect))))
+    return int(draws[2] * (height - box_height + 1)), int(draws[3] * (width - box_width + 1)), box_height, box_width
+
+
+def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
+    """The part of a height x width image that evaluation looks at, to be resized to `size` (height, width).
+
+    Stands for the usual two steps, resize until the image just covers size / crop_pct, then cut `size` out of the
+    middle, with one resize and to the nearest whole pixel of the original. The official 256 -> 224 is crop_pct 0.875.
+
+    Args:
+        crop_pct: In (0, 1]; 1 keeps the whole of the side that limits.
+    """
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
+    step = crop_pct * min(height / size[0], width / size[1])  # pixels of the original per pixel of the result
+    box_height, box_width = max(1, round(step * size[0])), max(1, round(step * size[1]))
+    return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
