@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 
-from mae import demo, evaluate, report, runs, tools
+from mae import bench, demo, doctor, evaluate, pack, report, runs, tools
 from mae.errors import TrainingFailed, UserError
 from mae.samples import dead_loader
 
@@ -27,7 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return tell(error, 1)
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
+    except Exception as error:
         if said := dead_loader(error):
             return tell(TrainingFailed(said), 1)
         raise
@@ -88,6 +88,9 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
         report.run,
     ),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
+    "bench": ("speed: data, run", bench.run),
+    "doctor": ("what is in a data folder and what is wrong with it", doctor.run),
+    "pack": ("images into tar shards with an index; --verify finds damaged records", pack.run),
     "stats": ("mean and std of a data set, for its config", tools.stats),
 }
 

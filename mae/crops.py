@@ -72,16 +72,16 @@ def batched_resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -
 def _filters(start: Tensor, length: Tensor, side: int, wanted: int) -> Tensor:
     """(B, wanted, side): what each of `side` pixels weighs in each of `wanted` ones; bicubic with antialiasing."""
     places = torch.arange(side, device=start.device) - start[:, None, None]  # (B, 1, side), within the box
-    step = length.double() / wanted  # pixels of the box per pixel of the result
+    step = length.float() / wanted  # pixels of the box per pixel of the result
     stretch = step.clamp(min=1)[:, None, None]
-    centre = (torch.arange(wanted, device=start.device).double() + 0.5)[None, :, None] * step[:, None, None]
+    centre = (torch.arange(wanted, device=start.device) + 0.5)[None, :, None] * step[:, None, None]
     first, end = (centre - 2 * stretch + 0.5).floor(), (centre + 2 * stretch + 0.5).floor()
-    inside = (places >= first.clamp(min=0)) & (places < torch.minimum(end, length[:, None, None].double()))
+    inside = (places >= first.clamp(min=0)) & (places < torch.minimum(end, length[:, None, None].float()))
     x = ((places - centre + 0.5) / stretch).abs()
     near = (1.5 * x - 2.5) * x * x + 1  # Keys' cubic with a = -1/2, as Pillow's
     far = ((-0.5 * x + 2.5) * x - 4) * x + 2
     weights = torch.where(x < 1, near, torch.where(x < 2, far, 0.0)) * inside
-    return (weights / weights.sum(2, keepdim=True)).float()
+    return weights / weights.sum(2, keepdim=True)
 
 
 def random_crop_box(

@@ -26,9 +26,10 @@ from mae.samples import (
     Samples,
     TrainSamples,
     WholeSamples,
+    default_workers,
     normalize,
 )
-from mae.shards import holds_images, open_images
+from mae.shards import open_images, split_places
 from mae.sources import FileSource, Source, load_digits, load_torchvision, relabel
 from mae.storage import Place
 
@@ -146,7 +147,7 @@ class ImageData(LightningDataModule):
         if dataset != "folder" and self.in_chans != defaults.in_chans:
             raise UserError(f"--data.in_chans {in_chans}: the images of {dataset} have {defaults.in_chans}")
         if num_workers is None:
-            num_workers = min(8, len(os.sched_getaffinity(0)) - 1)
+            num_workers = default_workers()
         if crop_pct is None:
             crop_pct = 224 / 256 if 128 <= min(self.image_size) <= 224 else 1.0
         if not 0 < crop_pct <= 1:
@@ -198,18 +199,12 @@ class ImageData(LightningDataModule):
         return self.root
 
     def load_folders(self) -> None:
-        root = self.require_root()
-        train, val = root / (self.train_dir or "train"), root / (self.val_dir or "val")
-        held_out = self.val_dir is not None or holds_images(val)
-        if self.train_dir is None and not holds_images(train):
-            if held_out:
-                raise UserError(f"{root} has a held-out folder {val.name}/ but no {train.name}/; set --data.train_dir")
-            train = root  # a folder of images, no splits
-        self.train_source = images = open_images(train, self.in_chans, self.jpeg_scaling)
-        if held_out:
-            self.val_source = open_images(val, self.in_chans)
+        places = split_places(self.require_root(), self.train_dir, self.val_dir)
+        self.train_source = images = open_images(places["train"], self.in_chans, self.jpeg_scaling)
+        if "val" in places:
+            self.val_source = open_images(places["val"], self.in_chans)
             if images.classes and self.val_source.classes:
-                relabel(self.val_source, images.classes, str(train))
+                relabel(self.val_source, images.classes, str(places["train"]))
 
     def require_labels(self) -> tuple[Source, Source]:
         """Both splits, labelled.

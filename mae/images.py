@@ -6,6 +6,7 @@ Pixels are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing
 import math
 import os
 import re
+import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,8 @@ ALPHA_BACKGROUND = 255  # white, in every channel: what shows through where an i
 # its Ghostscript reader. JPEG first, as the first to accept the content wins.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
+_ORIENTATION_TAG = 0x0112
 _UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright already
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -77,7 +79,7 @@ def find_images(root: str | Path) -> list[str]:
         above |= {folder_id}
         prefix = f"{folder}/" if folder else ""
         for entry in _scan(root / folder):
-            if _is_dir(entry):
+            if is_dir(entry):
                 stack.append((prefix + entry.name, above))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
                 found.append(prefix + entry.name)
@@ -92,10 +94,11 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
         raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
 
 
-def _is_dir(entry: os.DirEntry[str]) -> bool:
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Also of a link; a link to itself is none."""
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:
         return False
 
 
@@ -166,14 +169,18 @@ class JpegPicture(Picture):
             reduce *= 2
         pixels = self._decode(top + height, reduce)
         if reduce > 1:
-            top, left, height, width = (round(side / reduce) for side in box)
+            (top, bottom), (left, right) = (
+                (round(start / reduce), round((start + length) / reduce))
+                for start, length in ((top, height), (left, width))
+            )
+            height, width = bottom - top, right - left
         return resized_crop(pixels, (top, left, height, width), size)
 
     def _decode(self, rows: int, reduce: int) -> Tensor:
-        pixels = jpeg.decode(self.data, self.header, rows, reduce)
-        if pixels is None:
-            with _told_as_bad_image(self.path):
-                whole = _open_with_pillow(self.data, self.path, self.in_chans)
+        with _told_as_bad_image(self.path):
+            pixels = jpeg.decode(self.data, self.header, rows, reduce)
+            whole = _open_with_pillow(self.data, self.path, self.in_chans) if pixels is None else None
+        if whole is not None:
             self.decoder = whole.decoder
             size = -(-self.height // reduce), -(-self.width // reduce)
             return whole.resized_crop((0, 0, self.height, self.width), size)
@@ -196,11 +203,18 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
 
 def read_file(path: str | Path) -> bytes:
     """The bytes of a file, or BadImage; more than any image needs are not read."""
-    with _told_as_bad_image(path), open(path, "rb", buffering=0) as file:
-        size = os.fstat(file.fileno()).st_size
+    with _told_as_bad_image(path), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        size = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(path, "not a file but a pipe or device")
         if size > MAX_BYTES:
             raise BadImage(path, f"{size} bytes, too many for an image of at most {MAX_PIXELS} pixels")
         return file.readall()
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for somebody to write
 
 
 def open_image(data: bytes, path: str | Path, in_chans: int = 3, reduced: bool = False) -> Picture:
@@ -235,11 +249,14 @@ def _open_image(data: bytes, path: str | Path, in_chans: int, reduced: bool) -> 
     if in_chans not in _MODES:
         raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
     header = jpeg.read_header(data)
-    # Grey from colour is Pillow's formula, and it alone knows of alpha.
-    if header is None or (in_chans, header.channels) not in ((3, 3), (3, 1), (1, 1)):
+    if header is None:
         return _open_with_pillow(data, path, in_chans)
     _check_pixels(path, header.height, header.width)
-    _check_end(data, path, "JPEG", header.scan)
+    _check_end(data, path, "JPEG", header.data)
+    # Grey from colour is Pillow's formula, and it alone knows of alpha.
+    exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
+    if not exact or (header.metadata and not _is_plain(_asked_of_pillow(BytesIO(data)))):
+        return _open_with_pillow(data, path, in_chans)
     return JpegPicture(data, path, header, in_chans, reduced)
 
 
@@ -274,14 +291,23 @@ def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
-def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
+def _asked_of_pillow(stream: BytesIO) -> Image.Image:
+    """The image as far as its header."""
     # One narrow filter for the process, not catch_warnings for each image: entering and leaving that makes Python
     # forget which warnings it has shown, so any other library's "once" warning would come back at every image.
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
         warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image.open(stream, formats=_FORMATS)
 
+
+def _is_plain(image: Image.Image) -> bool:
+    """Whether a JPEG file holds one image (not several, as MPO), upright."""
+    return image.format == "JPEG" and _orientation(image) not in _UPRIGHT
+
+
+def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
     stream = BytesIO(data)
-    image: Image.Image = Image.open(stream, formats=_FORMATS)
+    image = _asked_of_pillow(stream)
     _check_pixels(path, image.height, image.width)
     _check_end(data, path, image.format or "", stream.tell())
     image.load()  # raises on data that ends early: LOAD_TRUNCATED_IMAGES stays False
@@ -299,7 +325,7 @@ def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(jpeg.ORIENTATION_TAG, 1))
+        return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # of many types, as above
         return 1  # damaged EXIF does not make the pixels bad; some ImageNet files have it
 
@@ -343,3 +369,15 @@ def _with_channels(image: Image.Image, in_chans: int) -> Image.Image:
         opaque.paste(image, mask=image.getchannel("A"))  # per channel round((a * x + (255 - a) * 255) / 255)
         image = opaque
     return image if image.mode == mode else image.convert(mode)
+
+
+def moments(pixels: Tensor) -> list[tuple[float, float]]:
+    """Mean and mean square of each channel of (C, H, W) pixels, in [0, 1]; from whole numbers, so exact to rounding."""
+    full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
+    found = []
+    for channel in pixels:
+        counts = torch.bincount(channel.flatten() if full == 255 else channel.flatten().int())
+        levels = torch.arange(len(counts))
+        total, squares = int((counts * levels).sum()), int((counts * levels * levels).sum())
+        found.append((total / (n * full), squares / (n * full * full)))
+    return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae.data import ImageData
 from mae.errors import UserError
-from mae.images import BadImage, Picture
+from mae.images import BadImage, Picture, is_dir
 from mae.randomness import Stream, hashed_name, seeded
 from mae.samples import Batch
 from mae.sources import FolderSource, Source
@@ -161,7 +161,7 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
         )
     if isinstance(source, FolderSource):
         with os.scandir(source.root) as entries:
-            folders = sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
+            folders = sorted(e.name for e in entries if is_dir(e) and not e.name.startswith("."))
         filled = {source.classes[label] for label in set(source.labels)}
         if empty := [name for name in folders if name not in filled]:
             raise UserError(f"{source.root / empty[0]} holds no image: fill or remove the folder of this class")

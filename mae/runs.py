@@ -213,7 +213,7 @@ class StageCLI(LightningCLI):
             # last words, as soon as it sees another gone.
             getattr(trainer.strategy.launcher, "procs", []).clear()
             raise
-        except RuntimeError as error:
+        except Exception as error:
             if said := dead_loader(error):
                 raise TrainingFailed(f"{said}; --ckpt_path last goes on from the last checkpoint") from None
             raise
@@ -395,13 +395,13 @@ class ProbeCLI(ClassifyCLI):
         )
 
 
-def out_file(path: str) -> Path:
+def out_file(path: str, option: str = "--out") -> Path:
     """A file that can be written, before the work that fills it is done."""
     out = Path(path)
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}")
+        raise UserError(f"{option} {out}: there is no folder {out.parent}")
     if out.is_dir():
-        raise UserError(f"--out {out} is a folder; wanted is a file")
+        raise UserError(f"{option} {out} is a folder; wanted is a file")
     return out
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawArray
@@ -41,9 +42,9 @@ class Reading:
     all: ClassVar["WeakSet[Reading]"] = WeakSet()  # of this process
 
     def __init__(self, source: Source, workers: int) -> None:
-        Reading.all.add(self)
         self.source, self.workers = source, workers
         self.slots = RawArray("q", 2 * workers)  # process id, image, of each worker
+        Reading.all.add(self)  # last: another loader's process may die at any moment, this one included
 
     def note(self, index: int) -> None:
         worker = get_worker_info()
@@ -57,6 +58,11 @@ class Reading:
             if owner == pid:
                 return self.source.where(index)
         return None
+
+
+def default_workers() -> int:
+    """Loader processes: one a spare core, 8 at most."""
+    return min(8, len(os.sched_getaffinity(0)) - 1)
 
 
 class Samples(Dataset[Any]):
@@ -205,9 +211,16 @@ class WholeSamples(Samples):
         )
 
 
-def dead_loader(error: RuntimeError) -> str | None:
-    """What to say where an error of torch tells that loader processes have died; None for other errors."""
+def dead_loader(error: BaseException) -> str | None:
+    """What to say where an error tells that loader processes have died; None for other errors."""
+    if isinstance(error, OSError | EOFError) and Reading.all:
+        try:
+            time.sleep(1)
+        except RuntimeError as told:  # a connection to a dying process has ended, and only now torch knows it dead
+            error = told
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
+    if not match and error.__context__:  # torch raises it anywhere, and Lightning may fail over tidying up after it
+        return dead_loader(error.__context__)
     if not match:
         return None
     pids = [int(pid) for pid in match[1].split(",")]

@@ -5,18 +5,20 @@ labels, its class number `00001234.cls`; beside them `index.safetensors` says wh
 are read in any order, so training sees the same batches as from the folder that was packed.
 """
 
+import io
 import json
+import os
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
 from mae.errors import UserError
-from mae.images import IMAGE_SUFFIXES, BadImage
+from mae.images import IMAGE_SUFFIXES, BadImage, find_images
 from mae.sources import FileSource, FolderSource, class_labels
 from mae.storage import Place, Range
 
@@ -99,7 +101,10 @@ def write_index(index: Index, path: Path) -> None:
     metadata = {"mae_shards": json.dumps(said | {"crc32": index.checksum()})}
     arrays = {key: getattr(index, key) for key in (*_ARRAYS, "names")}
     unfinished = path.with_suffix(".partial")
-    unfinished.write_bytes(safetensors.numpy.save(arrays, metadata))
+    with open(unfinished, "wb") as file:
+        file.write(safetensors.numpy.save(arrays, metadata))
+        file.flush()
+        os.fsync(file.fileno())
     unfinished.replace(path)
 
 
@@ -136,7 +141,11 @@ class RecordSource(FileSource):
     def __init__(self, place: Place, index: Index, in_chans: int, reduced: bool = False):
         self.place, self.index, self.in_chans, self.reduced = place, index, in_chans, reduced
         self.classes = list(index.classes)
-        self.labels: list[int] | None = index.label.tolist() if len(index.label) else None
+        self.labels: list[int] | None = None
+        if len(index.label):
+            # One int object a class, not one an image: a million of them are 32 MB, and more in every loader process.
+            numbers = {int(label): int(label) for label in np.unique(index.label)}
+            self.labels = [numbers[label] for label in index.label.tolist()]
 
     def __len__(self) -> int:
         return len(self.index)
@@ -165,42 +174,107 @@ class RecordSource(FileSource):
         return known.files[known.file[index]], int(known.offset[index]), int(known.size[index])
 
 
-def scan_tar(path: Path, start: int = 0) -> Iterator[tuple[str, int, int]]:
+class FilePart(io.RawIOBase):
+    """A part of a file, to be read as if it were one."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        self.file.seek(self.start + self.at)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.at += len(data)
+        return data
+
+
+def scan_tar(
+    path: Path, start: int = 0, size: int | None = None, suffixes: frozenset[str] = IMAGE_SUFFIXES
+) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and size of every image in a tar file, without reading the images.
 
     Args:
         start: Where in the file the tar begins: it may be inside another one.
+        size: Its bytes (default: up to the end of the file).
+        suffixes: Of the members that are wanted, in lower case.
 
     Raises:
-        UserError: It cannot be read, or is compressed.
+        UserError: It cannot be read, is damaged or compressed, or an image in it is a link.
     """
     try:
         with open(path, "rb") as file:
-            file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    parts = member.name.split("/")
-                    hidden = any(part.startswith(".") and part != "." for part in parts)
-                    if member.isfile() and not hidden and Path(member.name).suffix.lower() in IMAGE_SUFFIXES:
-                        yield member.name.removeprefix("./"), member.offset_data, member.size
+            part = FilePart(file, start, os.fstat(file.fileno()).st_size - start if size is None else size)
+            with tarfile.open(fileobj=part, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else a million of them lie in memory
+                    hidden = any(name.startswith(".") and name != "." for name in member.name.split("/"))
+                    if member.isdir() or hidden or os.path.splitext(member.name)[1].lower() not in suffixes:
+                        continue
+                    if not member.isreg() or member.issparse():
+                        raise UserError(f"{path}: {member.name} is a link or sparse in there: unpack the archive")
+                    yield member.name.removeprefix("./"), start + member.offset_data, member.size
+                # tarfile takes a header that it cannot read for the end, and would leave out all that follows.
+                part.seek(tar.offset)
+                if part.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"no header at byte {start + tar.offset}")
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar file that can be read: {error}; unpack it if it is compressed") from None
 
 
 def tar_source(path: Path, in_chans: int, reduced: bool = False) -> RecordSource:
     """The images of a plain tar file, in the order that the unpacked folder would have."""
-    found = sorted(scan_tar(path))
+    # Of members of one name the last counts, as in unpacking.
+    found = {name: (0, offset, size) for name, offset, size in scan_tar(path)}
     if not found:
         raise UserError(f"{path} holds no image")
-    names, offsets, sizes = zip(*found, strict=True)
+    return record_source(Place(path.parent), [path.name], found, in_chans, reduced)
+
+
+def record_source(
+    place: Place, files: Sequence[str], found: dict[str, tuple[int, int, int]], in_chans: int, reduced: bool = False
+) -> RecordSource:
+    """Images by name, each (number of its file, first byte, size): sorted and labelled as a folder of them would be."""
+    names = sorted(found)
+    file, offset, size = zip(*(found[name] for name in names), strict=True)
     labels, classes = class_labels(names)
-    index = make_index([path.name], [0] * len(names), offsets, sizes, names, labels=labels, classes=classes)
-    return RecordSource(Place(path.parent), index, in_chans, reduced)
+    index = make_index(files, file, offset, size, names, labels=labels, classes=classes)
+    return RecordSource(place, index, in_chans, reduced)
 
 
 def holds_images(place: Place) -> bool:
     """Whether `open_images` would look there: a folder or tar file, from afar an index."""
     return (place / INDEX).exists() if place.remote else place.exists()
+
+
+def split_places(root: Place, train_dir: str | None, val_dir: str | None, option: str = "--data.") -> dict[str, Place]:
+    """Where the splits lie: `train`, the root itself if it has no splits, and `val` where there is one.
+
+    Args:
+        option: What the options of these names begin with, for messages.
+
+    Raises:
+        UserError: One of them is not there.
+    """
+    train, val = root / (train_dir or "train"), root / (val_dir or "val")
+    has_train, has_val = train_dir is not None or holds_images(train), val_dir is not None or holds_images(val)
+    if has_val and not has_train:
+        raise UserError(f"{root} has a held-out folder {val.name}/ but no {train.name}/; set {option}train_dir")
+    places = {"train": train if has_train else root} | ({"val": val} if has_val else {})
+    for split, place in places.items():
+        if not place.remote and not place.exists():
+            key = "" if place is root else f"{option}{split}_dir "
+            raise UserError(f"{key}{place} does not exist")
+    return places
 
 
 def open_images(place: Place, in_chans: int, reduced: bool = False) -> FileSource:
@@ -215,4 +289,6 @@ def open_images(place: Place, in_chans: int, reduced: bool = False) -> FileSourc
         raise UserError(f"{place / INDEX} does not exist: from afar only shards can be read (`mae pack`)")
     if place.path.is_file():
         return tar_source(place.path, in_chans, reduced)
+    if any(place.path.glob("*.tar")) and not find_images(place.path):
+        raise UserError(f"{place} holds tar files but no {INDEX}: the same `mae pack` again completes shards")
     return FolderSource(place.path, in_chans, reduced)

@@ -75,8 +75,8 @@ class Place:
         if not self.remote:
             return [self._read_local(*one) for one in ranges]
         fs, path = self._fs()
-        found: list[Any] = [None] * len(ranges)
-        missing = list(range(len(ranges)))
+        found: list[Any] = [b""] * len(ranges)
+        missing = [i for i, (_, _, size) in enumerate(ranges) if size]  # no bytes are no range to ask for
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(attempt)

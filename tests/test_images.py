@@ -6,9 +6,12 @@ import math
 import os
 import pickle
 import struct
+import tempfile
 import warnings
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -387,12 +390,77 @@ def test_damaged_bytes_give_pixels_or_a_bad_image_and_no_other_error(tmp_path):
                 decode_image(path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
-def test_no_permission(tmp_path):
-    path = tmp_path / "x.jpg"
-    path.write_bytes(encoded(RGB, "JPEG"))
-    path.chmod(0)
-    assert "Permission denied" in bad(path)
+def in_child(action: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> Any:
+    """What `action` returns in a process of its own, after `prepare` there; skips where that is not permitted."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            found: tuple[str, Any] = "not permitted", None
+            with contextlib.suppress(OSError):
+                prepare()
+                found = "failed", None
+            if found[0] == "failed":
+                try:
+                    found = "done", action()
+                except BaseException as error:
+                    found = "failed", repr(error)
+            os.write(writer, pickle.dumps(found))  # short enough to fit into a pipe
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with open(reader, "rb") as stream:
+        said = stream.read()
+    os.waitpid(child, 0)
+    outcome, value = pickle.loads(said)
+    if outcome == "not permitted":
+        pytest.skip("this user may not do that")
+    assert outcome == "done", value
+    return value
+
+
+def become_nobody() -> None:
+    """Root may read every file; another user has to be asked."""
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setegid(65534)
+        os.seteuid(65534)
+
+
+@contextlib.contextmanager
+def public_folder() -> Iterator[Path]:
+    """A folder that other users may enter."""
+    with tempfile.TemporaryDirectory() as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def test_no_permission():
+    with public_folder() as folder:
+        path, other = folder / "x.jpg", folder / "other.jpg"
+        for file in (path, other):
+            file.write_bytes(encoded(RGB, "JPEG"))
+            decode_image(file)  # before anything is forbidden
+        path.chmod(0)
+        (folder / "locked").mkdir(mode=0)
+
+        def tell() -> tuple[str, str, int]:
+            with pytest.raises(UserError) as caught:
+                find_images(folder)
+            return bad(path), str(caught.value), decode_image(other).shape[1]
+
+        told, folder_told, height = in_child(tell, become_nobody)
+        (folder / "locked").chmod(0o700)  # for whoever tidies up
+    assert told == f"{path}: Permission denied"
+    assert folder_told == f"cannot list the folder {folder / 'locked'}: Permission denied"
+    assert height == 37
+
+
+def test_what_is_no_file_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, target in (("pipe.jpg", tmp_path / "pipe"), ("zeros.png", Path("/dev/zero"))):
+        (tmp_path / name).symlink_to(target)
+        assert "not a file" in bad(tmp_path / name)
 
 
 def test_a_header_over_the_limit_is_refused_before_decoding(tmp_path, monkeypatch):

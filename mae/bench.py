@@ -1,0 +1,25 @@
+"""`mae bench`: how fast it goes, and what limits it."""
+
+from collections.abc import Callable, Sequence
+
+from mae import bench_data, bench_run
+from mae.errors import UserError
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "data": ("the input pipeline beside the official one, and loader processes", bench_data.run),
+    "run": ("loader against optimiser step in a run of `mae pretrain`: what limits, what to change", bench_run.run),
+}
+
+
+def run(args: Sequence[str]) -> None:
+    """One of the commands below `mae bench`."""
+    known = ", ".join(COMMANDS)
+    if not args:
+        raise UserError(f"`mae bench` needs to know what: {known}")
+    if args[0] in ("-h", "--help"):
+        lines = [f"  {name:<6} {text}" for name, (text, _) in COMMANDS.items()]
+        print("\n".join(["usage: mae bench WHAT [options]; mae bench WHAT --help lists them", "", *lines]))
+        return
+    if args[0] not in COMMANDS:
+        raise UserError(f"{args[0]!r} is nothing that `mae bench` measures; it knows {known}")
+    COMMANDS[args[0]][1](args[1:])

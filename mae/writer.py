@@ -1,0 +1,179 @@
+"""Shards as they are written: tar files of a fixed form, in a folder that is complete or taken for unfinished."""
+
+import errno
+import fcntl
+import os
+import re
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from io import BytesIO
+from pathlib import Path
+from types import TracebackType
+
+from mae.errors import UserError
+from mae.shards import INDEX, Index, write_index
+
+MARK = "pack.partial"  # in a folder whose packing has begun and not ended: what lies beside it is ours to remove
+_SHARD = re.compile(r"\d{6,}\.tar(\.partial)?")
+
+
+def member(name: str, size: int) -> tarfile.TarInfo:
+    """A file in a tar, without time and owner: the same images make the same bytes."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info
+
+
+def key(index: int) -> str:
+    """What the members of a sample are called before their suffix."""
+    return f"{index:08d}"
+
+
+def suffix_of(name: str) -> str:
+    """Of an image's member, without the dot."""
+    suffix = os.path.splitext(name)[1].lower().removeprefix(".")
+    return "jpg" if suffix == "jpeg" else suffix
+
+
+class ShardWriter:
+    """Writes samples into tar files in a folder, each under a temporary name until it is complete.
+
+    Args:
+        limit: Bytes that a shard does not exceed, unless one image does.
+
+    Attributes:
+        files: Names of the shards so far.
+    """
+
+    def __init__(self, folder: Path, limit: float) -> None:
+        self.folder, self.limit = folder, limit
+        self.files: list[str] = []
+        self.tar: tarfile.TarFile | None = None
+
+    def add(self, index: int, suffix: str, data: bytes, label: int | None) -> tuple[int, int]:
+        """Write one image; returns the number of its shard and where in there its bytes begin."""
+        members = [(suffix, data)] + ([] if label is None else [("cls", str(label).encode())])
+        needed = sum(tarfile.BLOCKSIZE + padded(len(content)) for _, content in members) + 2 * tarfile.BLOCKSIZE
+        if self.tar is not None and padded(self.tar.offset + needed, tarfile.RECORDSIZE) > self.limit:
+            self.close()
+        if self.tar is None:
+            self.files.append(f"{len(self.files):06d}.tar")
+        with told(self.path):
+            if self.tar is None:
+                self.tar = tarfile.open(self.unfinished, "w", format=tarfile.USTAR_FORMAT)
+            offset = self.tar.offset + tarfile.BLOCKSIZE
+            for kind, content in members:
+                self.tar.addfile(member(f"{key(index)}.{kind}", len(content)), BytesIO(content))
+            self.tar.members.clear()  # type: ignore[attr-defined]  # it remembers them all
+        return len(self.files) - 1, offset
+
+    @property
+    def path(self) -> Path:
+        return self.folder / self.files[-1]
+
+    @property
+    def unfinished(self) -> Path:
+        return self.folder / f"{self.files[-1]}.partial"
+
+    def close(self) -> None:
+        """Complete the shard under way, on disk."""
+        if self.tar is None:
+            return
+        with told(self.path):
+            self.tar.close()
+            sync(self.unfinished)
+            self.unfinished.replace(self.path)
+        self.tar = None
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            self.close()
+        elif self.tar is not None and self.tar.fileobj is not None:
+            with suppress(OSError):  # a full disk again
+                self.tar.fileobj.close()
+
+
+def padded(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
+    return -(-size // unit) * unit
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """A full disk and the like as one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}; nothing is packed") from None
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)
+
+
+def finish(folder: Path, index: Index) -> None:
+    """The index last: with it the folder is complete."""
+    with told(folder / INDEX):
+        sync(folder)
+        write_index(index, folder / INDEX)
+        sync(folder)
+
+
+def written_files(folder: Path) -> list[Path]:
+    """Shards and index, finished or not."""
+    known = {INDEX, Path(INDEX).with_suffix(".partial").name}
+    return sorted(path for path in folder.glob("*") if path.name in known or _SHARD.fullmatch(path.name))
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Whether shards may be written there; those of an interrupted run are no hindrance.
+
+    Raises:
+        UserError: It holds shards or an index, and they are not to be overwritten.
+    """
+    held = written_files(folder)
+    if held and not overwrite and not (folder / MARK).exists():
+        raise UserError(f"{folder} already holds {held[-1].name}: --overwrite true replaces the shards there")
+
+
+@contextmanager
+def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
+    """A folder without shards that only this process writes to. If an error ends that, nothing of its work is left."""
+    interrupted = (folder / MARK).exists()
+    check_free(folder, overwrite)
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark = open(folder / MARK, "a")
+    with mark:
+        try:
+            fcntl.lockf(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it up when this process ends
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # not: a file system that knows no locks
+                raise UserError(f"another mae pack is writing to {folder}") from None
+        with told(folder):
+            if (old := remove(folder)) and interrupted:
+                print(f"removed {old} files that an interrupted run left in {folder}", flush=True)
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError):
+                remove(folder)
+                (folder / MARK).unlink()
+            raise
+        with told(folder):
+            (folder / MARK).unlink()
+
+
+def remove(folder: Path) -> int:
+    paths = written_files(folder)
+    for path in reversed(paths):  # the index first: without it the folder is not taken for complete
+        path.unlink()
+    return len(paths)
