@@ -26,11 +26,11 @@ from mae.data import ImageData, raise_errors
 from mae.errors import UserError
 from mae.images import BadImage, open_image
 from mae.randomness import Key, generator
-from mae.runs import ToolParser
+from mae.runs import ToolParser, out_file
 from mae.samples import Batch, TrainSamples
 from mae.sources import FileSource, FolderSource
 from mae.storage import Place
-from mae.timing import Figure, figure, machine, one_thread, ratio, require_json, wait_for, write_json
+from mae.timing import Figure, figure, machine, one_thread, ratio, wait_for, write_json
 
 T = TypeVar("T")
 
@@ -54,7 +54,8 @@ def run(args: Sequence[str]) -> None:
     config = parser.parse_args(list(args))
     if min(config.rounds, config.images) < 1 or min(config.workers, default=-1) < 0 or config.seconds <= 0:
         raise UserError("--rounds and --images must be at least 1, --workers at least 0, --seconds above 0")
-    require_json(config.json)
+    if config.json:
+        out_file(config.json, "--json")
     module = ImageData(**config.data.as_dict())
     module.setup("fit")
     with one_thread():

@@ -23,11 +23,11 @@ from mae.data import ImageData, free_memory
 from mae.errors import UserError
 from mae.images import BadImage, open_image
 from mae.randomness import EpochSampler
-from mae.runs import PretrainCLI
+from mae.runs import PretrainCLI, out_file
 from mae.samples import Batch
 from mae.shards import RecordSource
 from mae.sources import FileSource
-from mae.timing import Figure, blocks, cores, figure, machine, one_thread, require_json, wait_for, write_json
+from mae.timing import Figure, blocks, cores, figure, machine, one_thread, wait_for, write_json
 
 WARM_UP = 2  # optimiser steps, at least
 STEPS = 3  # optimiser steps measured, at least
@@ -94,7 +94,8 @@ class RunCLI(PretrainCLI):
         super().before_instantiate_classes()
         if not self.config.seconds > 0:
             raise UserError(f"--seconds {self.config.seconds}: wanted is above 0")
-        require_json(self.config.json)
+        if self.config.json:
+            out_file(self.config.json, "--json")
 
     def finish(self) -> None:
         """No weights."""
@@ -285,8 +286,8 @@ def judge(
         line = f"the step is the bottleneck: the loader has {loader / step:.1f} times its rate"
         if wait <= LATE:
             text = f", so more workers would do nothing ({needed} would do)" if workers else ""
-            shared = on_cpu and workers and loop < 0.9 * step
-            return "step", [line + text] + ([f"loader processes and step share {has} cores"] if shared else [])
+            more = [slowed(loop / step, on_cpu * workers * loop / loader)] if loop < 0.9 * step else []
+            return "step", [line + text, *more]
         if module.device_resident:
             return "step", [line, "they take turns on the device; larger batches cost less an image"]
         if not workers:
@@ -306,6 +307,16 @@ def judge(
     else:
         lines.append(f"{text}, but there are {has} cores" + (", which the step needs, too" if on_cpu else ""))
     return "loader", lines + cheaper(module)
+
+
+def slowed(share: float, busy: float) -> str:
+    """Why the full loop has this share of the step's rate, though data are there in time.
+
+    Args:
+        busy: Cores' worth of work that loader processes take from the step.
+    """
+    why = f"loader processes and step share {cores()} cores" if busy > 0.1 else "do other programs use this machine?"
+    return f"the full loop has {share:.2f} of the step's rate, and does not wait for data: {why}"
 
 
 def cheaper(module: ImageData, count: int = 64) -> list[str]:

@@ -33,22 +33,37 @@ class Crop(NamedTuple):
 def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
 
-    The dtype stays, uint8 (within a level or, rarely, two of Pillow's crop and resize) or uint16 (through float32).
-    The result is contiguous. A box that has the size already is cut out and not filtered.
+    The dtype stays, uint8 (nearly always within a level of Pillow's crop and resize) or uint16 (through float32).
+    The result is dense, channels last where the image's are. A box that has the size already is cut out and not
+    filtered.
     """
     top, left, height, width = box
     crop = image[:, top : top + height, left : left + width]
     if (height, width) == size:
-        return crop.contiguous()
+        return _dense(crop)
     if crop.dtype == torch.uint16:  # bicubic overshoots, so it needs clamping; the uint8 kernel does that by itself
-        return _bicubic(crop.float(), size).round_().clamp_(0, 65535).to(torch.uint16).contiguous()
+        return _bicubic(crop.float(), size).round_().clamp_(0, 65535).to(torch.uint16)
     if crop.shape[0] > 4:  # beyond 4 channels torch takes a path about three times slower, to the same pixels
         return torch.cat([_bicubic(part, size) for part in torch.split(crop, 4)])
-    return _bicubic(crop, size).contiguous()
+    return _bicubic(crop, size)
+
+
+def _dense(image: Tensor) -> Tensor:
+    if is_channels_last(image):
+        return image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    return image.contiguous()
+
+
+def is_channels_last(image: Tensor) -> bool:
+    """Whether the channels of a pixel of (C, H, W) lie side by side in memory, as decoders leave them."""
+    return image.stride(0) == 1
 
 
 def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(image[None], size=size, mode="bicubic", antialias=True)[0]
+    batch = _dense(image)[None]
+    if is_channels_last(image):  # with the strides of a batch: torch's fast kernel for these goes by them
+        batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:]))
+    return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
 def batched_resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:

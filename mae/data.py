@@ -5,6 +5,8 @@ are done there, on the whole batch.
 """
 
 import os
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -27,6 +29,7 @@ from mae.samples import (
     TrainSamples,
     WholeSamples,
     default_workers,
+    mirrored,
     normalize,
 )
 from mae.shards import open_images, split_places
@@ -53,7 +56,27 @@ DEFAULTS: dict[DatasetName, Defaults] = {
 }
 
 
-class ReplayLoader(DataLoader[Batch]):
+class Loader(DataLoader[Any]):
+    """A DataLoader that names the process that has died, even if it was a connection to it that failed first."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return patiently(super().__iter__())
+
+
+def patiently(batches: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from batches
+    except (OSError, EOFError):
+        time.sleep(1)  # as soon as the dying process is dead, torch raises its own error here
+        raise
+
+
+def leave_in_silence(worker: int) -> None:
+    """For a loader process: that the main one has ended half-way through a transfer is not worth a page."""
+    sys.excepthook = lambda *_: None
+
+
+class ReplayLoader(Loader):
     """A DataLoader whose sampler knows where a resumed run goes on.
 
     Having these two methods tells Lightning that a checkpoint from the middle of an epoch can be continued; there is
@@ -265,7 +288,7 @@ class ImageData(LightningDataModule):
         source = samples.source
         images, bad = torch.zeros(0, dtype=torch.uint8), {}
         first = ""
-        for i, image in enumerate(self.loader(DataLoader, DecodedSamples(source), range(len(source)))):
+        for i, image in enumerate(self.loader(Loader, DecodedSamples(source), range(len(source)))):
             if isinstance(image, BadImage):
                 bad[i] = image
                 continue
@@ -336,7 +359,7 @@ class ImageData(LightningDataModule):
     def whole(self, source: Source, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
         """A pass over a source without randomness, each image once over all ranks."""
         sampler = Share(len(source), self.batch_size, rank, world_size)
-        return self.loader(DataLoader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
+        return self.loader(Loader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
 
     def readable(self, source: Source, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """As `whole`; a batch that holds an unreadable image comes image by image, so that only that one is lost."""
@@ -354,7 +377,7 @@ class ImageData(LightningDataModule):
     def crops(self, source: Source, epoch: int) -> DataLoader[Batch]:
         """A pass over a source in order, each image once, cropped and flipped as training would in that epoch."""
         keys = torch.arange(len(source)).split(self.batch_size)
-        return self.loader(DataLoader, self.samples(source), [[(epoch, i) for i in batch.tolist()] for batch in keys])
+        return self.loader(Loader, self.samples(source), [[(epoch, i) for i in batch.tolist()] for batch in keys])
 
     def loader(self, kind: type[DataLoader[Any]], samples: Samples, sampler: Any) -> DataLoader[Any]:
         samples.reading = Reading(samples.source, self.num_workers)
@@ -366,6 +389,7 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_in_silence,
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
@@ -381,9 +405,12 @@ class ImageData(LightningDataModule):
         if len(batch.images) == 0:
             return batch
         device = batch.images.device
-        images = normalize(batch.images, torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device))
-        images = torch.where(batch.flip[:, None, None, None], images.flip(3), images)
-        return batch._replace(images=images)
+        mean, std = torch.tensor(self.mean, device=device), torch.tensor(self.std, device=device)
+        images, small = batch.images, batch.images.dtype == torch.uint8
+        if small:  # a quarter of the memory to move; older torch cannot flip uint16
+            images = mirrored(images, batch.flip)
+        images = normalize(images, mean, std)
+        return batch._replace(images=images if small else mirrored(images, batch.flip))
 
     def statistics(self) -> tuple[list[float], list[float]]:
         """Mean and std of each channel over the pixels of all training images in [0, 1], resized as in evaluation."""

@@ -11,7 +11,8 @@ import simplejpeg
 
 _ALONE = range(0xD0, 0xD9)  # markers without a length
 _FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_WHOLE = {b"JFIF\0": 14, b"Adobe": 12}  # bytes of the segments that are the decoder's business alone, unless damaged
+# Segments that concern the decoder alone, by how they begin, and their bytes at least: damaged ones Pillow may refuse.
+_WHOLE = {b"JFIF\0": 14, b"Adobe": 12, b"ICC_P": 14}
 _DECODED = {0xC0: True, 0xC1: True, 0xC2: False}  # baseline, extended, progressive -> whether rows come in order
 # libjpeg's warning where data go on after the last row: in every file cut short here, and in some of ImageNet's.
 _STRAY = "extraneous bytes before marker"

@@ -2,7 +2,7 @@
 
 import os
 import re
-import time
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawArray
@@ -13,11 +13,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from mae.crops import Box, Crop, batched_resized_crop, center_box
+from mae.crops import Box, Crop, batched_resized_crop, center_box, is_channels_last
+from mae.errors import UserError
 from mae.images import BadImage, Picture
 from mae.randomness import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.sources import Source
 
+# A socket's path has 107 characters at most; Python adds "/pymp-xxxxxxxx/listener-xxxxxxxx". Where that is too long a
+# loader process fails to answer, in a thread of its own, and training would wait forever.
+LONGEST_TMPDIR = 75
 Pair = tuple[int, int]
 Distort = Callable[[Tensor], Tensor]  # (C, H, W) uint8 -> the same shape, by the global generators
 
@@ -37,11 +41,20 @@ class Batch(NamedTuple):
 
 
 class Reading:
-    """Which image each loader process is at, in memory that they share: asked when one of them has died."""
+    """Which image each loader process is at, in memory that they share: asked when one of them has died.
+
+    Raises:
+        UserError: TMPDIR does not let processes talk.
+    """
 
     all: ClassVar["WeakSet[Reading]"] = WeakSet()  # of this process
 
     def __init__(self, source: Source, workers: int) -> None:
+        if workers and len(os.fsencode(folder := tempfile.gettempdir())) > LONGEST_TMPDIR:
+            raise UserError(
+                f"TMPDIR {folder} has more than {LONGEST_TMPDIR} characters, too many for sockets between loader "
+                "processes: set TMPDIR to a shorter path, such as /tmp, or --data.num_workers 0"
+            )
         self.source, self.workers = source, workers
         self.slots = RawArray("q", 2 * workers)  # process id, image, of each worker
         Reading.all.add(self)  # last: another loader's process may die at any moment, this one included
@@ -212,12 +225,7 @@ class WholeSamples(Samples):
 
 
 def dead_loader(error: BaseException) -> str | None:
-    """What to say where an error tells that loader processes have died; None for other errors."""
-    if isinstance(error, OSError | EOFError) and Reading.all:
-        try:
-            time.sleep(1)
-        except RuntimeError as told:  # a connection to a dying process has ended, and only now torch knows it dead
-            error = told
+    """What to say where an error of torch tells that loader processes have died; None for other errors."""
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
     if not match and error.__context__:  # torch raises it anywhere, and Lightning may fail over tidying up after it
         return dead_loader(error.__context__)
@@ -244,14 +252,25 @@ def failed_batch(error: BadImage) -> Batch:
 
 
 def stack(images: list[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W), contiguous; uint8 beside uint16 is widened, exactly: 255 -> 65535."""
+    """(C, H, W) each -> (B, C, H, W), channels last where all are; uint8 beside uint16 is widened: 255 -> 65535."""
     if len({image.dtype for image in images}) > 1:
         images = [(i.int() * 257).to(torch.uint16) if i.dtype == torch.uint8 else i for i in images]
-    batch: Tensor = default_collate(images)  # in a loader process, straight into memory shared with the main one
+    batch: Tensor  # in a loader process, straight into memory shared with the main one
+    if all(map(is_channels_last, images)):
+        batch = default_collate([image.permute(1, 2, 0) for image in images])
+        return batch.permute(0, 3, 1, 2)
+    batch = default_collate(images)
     return batch
 
 
+def mirrored(images: Tensor, flip: Tensor) -> Tensor:
+    """(B, C, H, W), left and right exchanged where `flip` (B,) is True."""
+    return torch.where(flip[:, None, None, None], images.flip(3), images)
+
+
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 or uint16 -> float: full scale is 1, then minus mean over std, both of (C,)."""
+    """(B, C, H, W) uint8 or uint16 -> float, contiguous: full scale is 1, then minus mean over std, both of (C,)."""
     full = 255.0 if images.dtype == torch.uint8 else 65535.0
-    return (images.float() / full - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)
+    # In place: the memory of a batch is new each time, and making it costs more than the arithmetic.
+    pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return pixels.div_(full).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

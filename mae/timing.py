@@ -13,8 +13,6 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 
-from mae.errors import UserError
-
 T = TypeVar("T")
 
 
@@ -79,12 +77,6 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-
-def require_json(path: str | None) -> None:
-    """A file that can be written, before the work that fills it is done."""
-    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise UserError(f"--json {path} cannot be written: it is a folder, or lies in none")
 
 
 def write_json(path: str | None, figures: dict[str, Any]) -> None:

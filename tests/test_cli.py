@@ -158,9 +158,11 @@ def test_help_lists_commands_and_settings_with_their_meaning(capsys: pytest.Capt
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in COMMANDS)
-    for name in COMMANDS:
+    assert main(["bench", "--help"]) == 0
+    assert "mae bench WHAT" in capsys.readouterr().out
+    for name in [*(COMMANDS.keys() - {"bench"}), "bench data", "bench run"]:
         with pytest.raises(SystemExit) as stop:
-            main([name, "--help"])
+            main([*name.split(), "--help"])
         assert stop.value.code == 0
         said = capsys.readouterr().out
         assert f"usage: mae {name}" in said

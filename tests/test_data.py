@@ -1,9 +1,11 @@
 """Sources of images and the LightningDataModule."""
 
 import gzip
+import multiprocessing.process
 import pickle
 import struct
 import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from mae.data import ImageData
 from mae.errors import UserError
 from mae.randomness import EpochSampler
+from mae.samples import LONGEST_TMPDIR
 from mae.sources import load_digits
 
 
@@ -227,6 +230,24 @@ def test_fashion_mnist_from_files_of_its_format(tmp_path: Path) -> None:
     train, val = ImageData("fashion_mnist", str(tmp_path)).require_labels()
     assert train.open(0).pixels()[0, 0, :3].tolist() == [0, 1, 2]
     assert val.labels == [0, 1, 2, 3]
+
+
+def test_a_folder_for_temporary_files_that_is_too_long_for_sockets(
+    image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/" + "x" * LONGEST_TMPDIR)
+    data = folder(image_folder)
+    data.setup("fit")
+    next(iter(data.train_dataloader()))
+    data.num_workers = 1
+    with pytest.raises(UserError, match="set TMPDIR to a shorter path"):
+        data.train_dataloader()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        long = Path(short) / ("x" * (LONGEST_TMPDIR - len(short) - 1))
+        long.mkdir()
+        monkeypatch.setattr("tempfile.tempdir", str(long))
+        monkeypatch.setitem(multiprocessing.process.current_process()._config, "tempdir", None)  # it remembers one
+        assert len(next(iter(data.train_dataloader())).images) == 4  # the longest that will do
 
 
 def test_an_epoch_is_whole_steps_only(image_folder: Path) -> None:

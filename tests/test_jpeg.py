@@ -4,6 +4,7 @@ import io
 import os
 import random
 from collections import Counter
+from collections.abc import Callable
 from unittest import mock
 
 import numpy as np
@@ -264,10 +265,10 @@ def test_arithmetic_coding_is_left_to_pillow() -> None:
 # --- damage
 
 
-def outcome(decode: object) -> tuple[object, ...]:
+def outcome(decode: Callable[[], Tensor]) -> tuple[object, ...]:
     """The pixels, or that there are none; to be compared."""
     try:
-        pixels = decode()  # type: ignore[operator]
+        pixels = decode()
     except BadImage as error:
         return ("bad", "a reason" if len(str(error)) > len("x.jpg: ") and len(str(error).splitlines()) == 1 else "none")
     return (*pixels.shape, pixels.contiguous().numpy().tobytes())
