@@ -361,9 +361,8 @@ def cheaper(module: ImageData, count: int = 64) -> list[str]:
 
 def loading(module: ImageData, source: FileSource, chosen: Sequence[int], reduced: bool) -> float:
     """CPU seconds for some images."""
-    before, source.reduced = source.reduced, reduced
+    samples = module.samples(source)
+    samples.reduced = reduced
     start = time.process_time()
-    module.samples(source)[[(0, index) for index in chosen]]
-    spent = time.process_time() - start
-    source.reduced = before
-    return spent
+    samples[[(0, index) for index in chosen]]
+    return time.process_time() - start

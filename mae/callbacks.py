@@ -308,6 +308,9 @@ class Online(Callback):
         # Of training images some may be unreadable: the training counts them, and tolerates them or not.
         if source is data.val_source and (bad := gather(errors)):
             raise UserError(f"held-out images must all be readable: {bad[0][0]}")
-        indices, found, labels = (torch.cat(parts) for parts in zip(*itertools.chain(*gather(mine)), strict=True))
+        parts = list(itertools.chain(*gather(mine)))
+        if not parts:
+            raise UserError("online evaluation found no readable training image: look at them with `mae doctor`")
+        indices, found, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         order = indices.argsort()
         return found[order], labels[order]

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from mae import bench, demo, doctor, evaluate, pack, report, runs, tools
-from mae.errors import TrainingFailed, UserError
+from mae.errors import LoaderDied, TrainingFailed, UserError
 from mae.samples import dead_loader
 
 
@@ -29,14 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if said := dead_loader(error):
-            return tell(TrainingFailed(said), 1)
+            return tell(LoaderDied(said), 1)
         raise
     return 0
 
 
 def tell(error: Exception, code: int) -> int:
     # Ranks agree on why they stop, and one line is enough to say it.
-    if runs.is_first_rank():
+    if runs.is_first_rank() or isinstance(error, LoaderDied):
         print(f"mae: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
     return code
 

@@ -33,7 +33,7 @@ from mae.samples import (
     normalize,
 )
 from mae.shards import open_images, split_places
-from mae.sources import FileSource, Source, load_digits, load_torchvision, relabel
+from mae.sources import Source, load_digits, load_torchvision, relabel
 from mae.storage import Place
 
 DatasetName = Literal["folder", "digits", "cifar10", "fashion_mnist"]
@@ -189,6 +189,8 @@ class ImageData(LightningDataModule):
         self.batch_size, self.num_workers, self.crop_pct = batch_size_per_device, num_workers, crop_pct
         self.crop = None if crop_scale is None else Crop(crop_scale)
         self.hflip, self.max_bad_images, self.seed = hflip, max_bad_images, seed
+        if jpeg_scaling and (device_resident or dataset != "folder"):
+            raise UserError("--data.jpeg_scaling true has no effect on images that are held decoded in memory")
         self.device_resident, self.jpeg_scaling = device_resident, jpeg_scaling
         self.distort: Distort | None = None
         self.train_source: Source | None = None
@@ -223,7 +225,7 @@ class ImageData(LightningDataModule):
 
     def load_folders(self) -> None:
         places = split_places(self.require_root(), self.train_dir, self.val_dir)
-        self.train_source = images = open_images(places["train"], self.in_chans, self.jpeg_scaling)
+        self.train_source = images = open_images(places["train"], self.in_chans)
         if "val" in places:
             self.val_source = open_images(places["val"], self.in_chans)
             if images.classes and self.val_source.classes:
@@ -297,7 +299,7 @@ class ImageData(LightningDataModule):
                 if needed > (free := free_memory(device)):
                     raise UserError(
                         f"--data.device_resident needs {needed / 2**30:.1f} GiB on {device}, {free / 2**30:.1f} GiB "
-                        "are free: set it to false"
+                        "are there: set it to false"
                     )
                 images = torch.zeros(len(source), *image.shape, dtype=torch.uint8, device=device)
             if image.shape != images.shape[1:] or image.dtype != torch.uint8:
@@ -311,8 +313,9 @@ class ImageData(LightningDataModule):
         return ResidentSamples(images, bad, samples)
 
     def samples(self, source: Source) -> TrainSamples:
-        size, distort = self.image_size, self.distort
-        return TrainSamples(source, size, self.in_chans, self.seed, self.crop, self.hflip, distort)
+        return TrainSamples(
+            source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip, self.distort, self.jpeg_scaling
+        )
 
     def augmentations(self) -> list[str]:
         """What happens to a training image, in order."""
@@ -336,15 +339,11 @@ class ImageData(LightningDataModule):
     def scaling_difference(self, count: int = 16) -> float:
         """Mean difference that `jpeg_scaling` makes to training crops, in levels of 255, over some images."""
         source = self.train_source
-        if not isinstance(source, FileSource):
-            return 0.0
-        step = max(1, len(source) // count)
-        keys = [(0, index) for index in range(0, len(source), step)][:count]
+        assert source is not None
+        keys = [(0, index) for index in range(0, len(source), max(1, len(source) // count))][:count]
         samples, crops = self.samples(source), []
-        for reduced in (True, False):
-            source.reduced = reduced
+        for samples.reduced in (True, False):
             crops.append(samples[keys].images.float())
-        source.reduced = True
         return float((crops[0] - crops[1]).abs().mean())
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:

@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class TrainingFailed(RuntimeError):
     """The run cannot go on (a non-finite loss): told as one line; exit code 1."""
+
+
+class LoaderDied(TrainingFailed):
+    """A loader process is gone: told by the rank it belonged to, whichever that is."""

@@ -120,7 +120,7 @@ class Files(FileSource):
     """Any image files, without labels."""
 
     def __init__(self, paths: list[Path], in_chans: int):
-        self.paths, self.in_chans, self.reduced = paths, in_chans, False
+        self.paths, self.in_chans = paths, in_chans
         self.classes = []
 
     def __len__(self) -> int:

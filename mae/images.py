@@ -132,8 +132,13 @@ class Picture:
         """
         return self._pixels
 
-    def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
-        """As the function of this name, of the whole image's pixels."""
+    def resized_crop(self, box: Box, size: tuple[int, int], reduced: bool = False) -> Tensor:
+        """As the function of this name, of the whole image's pixels.
+
+        Args:
+            reduced: Decode a JPEG's large boxes at a half, quarter or eighth of the size where that is still enough:
+                faster, and not the same pixels.
+        """
         return resized_crop(self.pixels(), box, size)
 
 
@@ -146,26 +151,21 @@ class NpyPicture(Picture):
 
 
 class JpegPicture(Picture):
-    """A JPEG for libjpeg-turbo, decoded when and as far as it is needed; by Pillow where that fails.
-
-    Args:
-        reduced: Decode large boxes at a half, quarter or eighth of the size where that is still enough: faster, and
-            not the same pixels.
-    """
+    """A JPEG for libjpeg-turbo, decoded when and as far as it is needed; by Pillow where that fails."""
 
     decoder = "libjpeg-turbo"
 
-    def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int, reduced: bool = False):
-        self.data, self.path, self.header, self.in_chans, self.reduced = data, path, header, in_chans, reduced
+    def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int) -> None:
+        self.data, self.path, self.header, self.in_chans = data, path, header, in_chans
         self.height, self.width = header.height, header.width
 
     def pixels(self) -> Tensor:
         return self._decode(self.height, 1)
 
-    def resized_crop(self, box: Box, size: tuple[int, int]) -> Tensor:
+    def resized_crop(self, box: Box, size: tuple[int, int], reduced: bool = False) -> Tensor:
         top, left, height, width = box
         reduce = 1
-        while self.reduced and reduce < 8 and height >= 2 * reduce * size[0] and width >= 2 * reduce * size[1]:
+        while reduced and reduce < 8 and height >= 2 * reduce * size[0] and width >= 2 * reduce * size[1]:
             reduce *= 2
         pixels = self._decode(top + height, reduce)
         if reduce > 1:
@@ -217,15 +217,14 @@ def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for somebody to write
 
 
-def open_image(data: bytes, path: str | Path, in_chans: int = 3, reduced: bool = False) -> Picture:
+def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
     """An image from the bytes of its file; arguments and errors as for `decode_image`.
 
     Args:
         path: For messages; and its suffix tells `.npy` from all others, which are known by their content.
-        reduced: As for `JpegPicture`.
     """
     with _told_as_bad_image(path):
-        return _open_image(data, path, in_chans, reduced)
+        return _open_image(data, path, in_chans)
 
 
 @contextmanager
@@ -241,7 +240,7 @@ def _told_as_bad_image(path: str | Path) -> Iterator[None]:
         raise BadImage(path, reason or type(error).__name__) from error
 
 
-def _open_image(data: bytes, path: str | Path, in_chans: int, reduced: bool) -> Picture:
+def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
     if not data:
         raise BadImage(path, "empty file")
     if os.path.splitext(path)[1].lower() == ".npy":
@@ -257,7 +256,7 @@ def _open_image(data: bytes, path: str | Path, in_chans: int, reduced: bool) -> 
     exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
     if not exact or (header.metadata and not _is_plain(_asked_of_pillow(BytesIO(data)))):
         return _open_with_pillow(data, path, in_chans)
-    return JpegPicture(data, path, header, in_chans, reduced)
+    return JpegPicture(data, path, header, in_chans)
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:

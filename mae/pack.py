@@ -62,11 +62,17 @@ def run(args: Sequence[str]) -> None:
     if config.verify is not None:
         if config.src is not None:
             raise UserError(f"--verify {config.verify} packs nothing: leave out {config.src}")
-        verify(local(config.verify, "--verify"))
+        try:
+            verify(local(config.verify, "--verify"))
+        except OSError as error:
+            raise UserError(f"--verify {error.filename or config.verify}: {error.strerror or error}") from None
     elif config.src is None or config.dst is None:
         raise UserError("wanted are two folders, mae pack SRC DST, or mae pack --verify DST")
     else:
-        pack(config)
+        try:
+            pack(config)
+        except OSError as error:  # a folder above that cannot be looked into, a name that is too long
+            raise UserError(f"{error.filename or config.dst}: {error.strerror or error}") from None
 
 
 def local(where: str, what: str) -> Path:

@@ -1,5 +1,6 @@
 """A run: its settings, its folder, its loggers, its end."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -18,7 +19,7 @@ from mae.cached import CachedSettings
 from mae.callbacks import Checkpoints, MetricsCSV, Online, Panels, Progress
 from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import DEFAULTS, ImageData
-from mae.errors import TrainingFailed, UserError
+from mae.errors import LoaderDied, TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
@@ -49,7 +50,7 @@ class ToolParser(OneLineErrors, ArgumentParser):
 
 
 # Settings of the data that mean nothing where nothing is trained.
-TRAINING_ONLY = {"crop_scale", "hflip", "max_bad_images", "seed"}
+TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}
 
 # Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
 WHOLE_STEPS_ONLY = {
@@ -215,7 +216,7 @@ class StageCLI(LightningCLI):
             raise
         except Exception as error:
             if said := dead_loader(error):
-                raise TrainingFailed(f"{said}; --ckpt_path last goes on from the last checkpoint") from None
+                raise LoaderDied(f"{said}; --ckpt_path last goes on from the last checkpoint") from None
             raise
         self.finish()
 
@@ -402,6 +403,8 @@ def out_file(path: str, option: str = "--out") -> Path:
         raise UserError(f"{option} {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise UserError(f"{option} {out} is a folder; wanted is a file")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise UserError(f"{option} {out} cannot be written: no permission")
     return out
 
 

@@ -110,7 +110,9 @@ class DecodedSamples(Samples):
 class TrainSamples(Samples):
     """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys.
 
-    `distort`, where there is one, sees the flipped crop; else the flip is left to the device.
+    Args:
+        distort: Where there is one, it sees the flipped crop; else the flip is left to the device.
+        reduced: As for `images.Picture.resized_crop`.
     """
 
     def __init__(
@@ -122,10 +124,11 @@ class TrainSamples(Samples):
         crop: Crop | None,
         flip: float,
         distort: Distort | None = None,
+        reduced: bool = False,
     ):
         super().__init__(source, size)
         self.in_chans, self.seed = in_chans, seed
-        self.crop, self.flip, self.distort = crop, flip, distort
+        self.crop, self.flip, self.distort, self.reduced = crop, flip, distort, reduced
 
     def draw(self, key: Key, height: int, width: int) -> tuple[bool, Box]:
         """Whether to flip, and what to crop."""
@@ -142,7 +145,7 @@ class TrainSamples(Samples):
                 if isinstance(picture, BadImage):
                     raise picture
                 flip, box = self.draw(key, picture.height, picture.width)
-                image = picture.resized_crop(box, self.size)
+                image = picture.resized_crop(box, self.size, self.reduced)
                 decoders[picture.decoder] += 1
                 if self.distort:
                     with seeded(self.seed, *key, "distort"):

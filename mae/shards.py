@@ -8,6 +8,7 @@ are read in any order, so training sees the same batches as from the folder that
 import io
 import json
 import os
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -138,8 +139,8 @@ def read_index(place: Place) -> Index:
 class RecordSource(FileSource):
     """Images at known places in few files."""
 
-    def __init__(self, place: Place, index: Index, in_chans: int, reduced: bool = False):
-        self.place, self.index, self.in_chans, self.reduced = place, index, in_chans, reduced
+    def __init__(self, place: Place, index: Index, in_chans: int):
+        self.place, self.index, self.in_chans = place, index, in_chans
         self.classes = list(index.classes)
         self.labels: list[int] | None = None
         if len(index.label):
@@ -217,12 +218,15 @@ def scan_tar(
             with tarfile.open(fileobj=part, mode="r:") as tar:
                 while (member := tar.next()) is not None:
                     tar.members.clear()  # type: ignore[attr-defined]  # else a million of them lie in memory
-                    hidden = any(name.startswith(".") and name != "." for name in member.name.split("/"))
-                    if member.isdir() or hidden or os.path.splitext(member.name)[1].lower() not in suffixes:
+                    name = posixpath.normpath(member.name).lstrip("/")  # as unpacking would have it
+                    if name.startswith("../"):
+                        raise UserError(f"{path}: {member.name} would lie outside the folder: unpack the archive")
+                    hidden = any(part.startswith(".") for part in name.split("/"))
+                    if member.isdir() or hidden or os.path.splitext(name)[1].lower() not in suffixes:
                         continue
                     if not member.isreg() or member.issparse():
                         raise UserError(f"{path}: {member.name} is a link or sparse in there: unpack the archive")
-                    yield member.name.removeprefix("./"), start + member.offset_data, member.size
+                    yield name, start + member.offset_data, member.size
                 # tarfile takes a header that it cannot read for the end, and would leave out all that follows.
                 part.seek(tar.offset)
                 if part.read(tarfile.BLOCKSIZE).strip(b"\0"):
@@ -231,24 +235,24 @@ def scan_tar(
         raise UserError(f"{path} is not a tar file that can be read: {error}; unpack it if it is compressed") from None
 
 
-def tar_source(path: Path, in_chans: int, reduced: bool = False) -> RecordSource:
+def tar_source(path: Path, in_chans: int) -> RecordSource:
     """The images of a plain tar file, in the order that the unpacked folder would have."""
     # Of members of one name the last counts, as in unpacking.
     found = {name: (0, offset, size) for name, offset, size in scan_tar(path)}
     if not found:
         raise UserError(f"{path} holds no image")
-    return record_source(Place(path.parent), [path.name], found, in_chans, reduced)
+    return record_source(Place(path.parent), [path.name], found, in_chans)
 
 
 def record_source(
-    place: Place, files: Sequence[str], found: dict[str, tuple[int, int, int]], in_chans: int, reduced: bool = False
+    place: Place, files: Sequence[str], found: dict[str, tuple[int, int, int]], in_chans: int
 ) -> RecordSource:
     """Images by name, each (number of its file, first byte, size): sorted and labelled as a folder of them would be."""
     names = sorted(found)
     file, offset, size = zip(*(found[name] for name in names), strict=True)
     labels, classes = class_labels(names)
     index = make_index(files, file, offset, size, names, labels=labels, classes=classes)
-    return RecordSource(place, index, in_chans, reduced)
+    return RecordSource(place, index, in_chans)
 
 
 def holds_images(place: Place) -> bool:
@@ -277,18 +281,18 @@ def split_places(root: Place, train_dir: str | None, val_dir: str | None, option
     return places
 
 
-def open_images(place: Place, in_chans: int, reduced: bool = False) -> FileSource:
+def open_images(place: Place, in_chans: int) -> FileSource:
     """What lies at a place: a folder of shards, a tar file, or a folder of image files.
 
     Raises:
         UserError: None of these, or without images.
     """
     if (place / INDEX).exists():
-        return RecordSource(place, read_index(place), in_chans, reduced)
+        return RecordSource(place, read_index(place), in_chans)
     if place.remote:
         raise UserError(f"{place / INDEX} does not exist: from afar only shards can be read (`mae pack`)")
     if place.path.is_file():
-        return tar_source(place.path, in_chans, reduced)
+        return tar_source(place.path, in_chans)
     if any(place.path.glob("*.tar")) and not find_images(place.path):
         raise UserError(f"{place} holds tar files but no {INDEX}: the same `mae pack` again completes shards")
-    return FolderSource(place.path, in_chans, reduced)
+    return FolderSource(place.path, in_chans)

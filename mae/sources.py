@@ -68,14 +68,9 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Images that are files, or parts of files.
-
-    Args:
-        reduced: As for `images.JpegPicture`.
-    """
+    """Images that are files, or parts of files."""
 
     in_chans: int
-    reduced: bool
 
     def read(self, index: int) -> bytes:
         """The image's file as it is; raises BadImage."""
@@ -100,7 +95,7 @@ class FileSource(Source):
                 yield error
 
     def _opened(self, data: bytes, index: int) -> Picture:
-        return open_image(data, self.where(index), self.in_chans, self.reduced)
+        return open_image(data, self.where(index), self.in_chans)
 
 
 class FolderSource(FileSource):
@@ -110,12 +105,12 @@ class FolderSource(FileSource):
         UserError: The folder does not exist or holds no image.
     """
 
-    def __init__(self, root: Path, in_chans: int, reduced: bool = False):
+    def __init__(self, root: Path, in_chans: int):
         if not root.is_dir():
             raise UserError(
                 f"{root} does not exist or is not a folder; set --data.root, --data.train_dir, --data.val_dir"
             )
-        self.root, self.in_chans, self.reduced = root, in_chans, reduced
+        self.root, self.in_chans = root, in_chans
         # As bytes in an array, not a list of str: workers are forked, and touching a million Python objects' reference
         # counts would copy them into each.
         paths = find_images(root)

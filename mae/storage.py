@@ -6,11 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientTimeout
 from fsspec.core import url_to_fs
 
 from mae.errors import UserError
 
 ATTEMPTS = 3  # at remote bytes, a second apart and more: a network stumbles, and a run lasts for days
+_HTTP = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=10, sock_read=30)}}  # seconds without an answer
+OPTIONS: dict[str, dict[str, Any]] = {
+    "http": _HTTP,
+    "https": _HTTP,
+    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30}},
+}
 Range = tuple[str, int, int]  # name of a file in the folder, first byte, number of bytes
 
 
@@ -53,10 +60,17 @@ class Place:
         if not self.remote:
             return os.path.exists(self.where)
         fs, path = self._fs()
-        try:
-            return bool(fs.exists(path))
-        except Exception as error:  # of the store's own types
-            raise UserError(f"{self.where} cannot be reached: {error or type(error).__name__}") from None
+        for attempt in range(ATTEMPTS):
+            try:
+                # Not fs.exists: over HTTP that takes any trouble for a no, and held-out images would go unnoticed.
+                fs.cat_file(path, start=0, end=1)
+                return True
+            except FileNotFoundError:
+                return False
+            except Exception as error:  # of the store's own types
+                trouble = str(error) or type(error).__name__
+                time.sleep(attempt)
+        raise UserError(f"{self.where} cannot be reached: {trouble}")
 
     def read(self) -> bytes:
         """The whole file.
@@ -108,7 +122,9 @@ class Place:
         # Once a process: connections and threads of a store do not survive the fork of a loader process.
         if self._opened[0] != os.getpid():
             try:
-                self._opened = (os.getpid(), *url_to_fs(self.where))
+                protocol = self.where.split("://")[0].split("::")[-1]
+                options = {protocol: OPTIONS[protocol]} if protocol in OPTIONS else {}
+                self._opened = (os.getpid(), *url_to_fs(self.where, **options))
             except (ImportError, ValueError) as error:
                 raise UserError(f"{self.where}: {error}") from None
         return self._opened[1:]

@@ -257,7 +257,8 @@ class Stage(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.bad_images = dict(checkpoint["mae_counts"]["bad_images"])
+        found = checkpoint["mae_counts"]["bad_images"]  # earlier versions: a list of "path: reason"
+        self.bad_images = found if isinstance(found, dict) else dict(error.split(": ", 1) for error in found)
         self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
         self.seconds = checkpoint["mae_counts"].get("seconds", 0.0)
 

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from types import TracebackType
 from mae.errors import UserError
 from mae.shards import INDEX, Index, write_index
 
+ASIDE = ".replaced"  # folder for the shards that are being replaced
 MARK = "pack.partial"  # in a folder whose packing has begun and not ended: what lies beside it is ours to remove
 _SHARD = re.compile(r"\d{6,}\.tar(\.partial)?")
 
@@ -128,9 +130,14 @@ def finish(folder: Path, index: Index) -> None:
 
 
 def written_files(folder: Path) -> list[Path]:
-    """Shards and index, finished or not."""
+    """Shards and index, finished or not; none where there is no folder.
+
+    Raises:
+        OSError: The folder cannot be looked into.
+    """
     known = {INDEX, Path(INDEX).with_suffix(".partial").name}
-    return sorted(path for path in folder.glob("*") if path.name in known or _SHARD.fullmatch(path.name))
+    names = os.listdir(folder) if folder.exists() else []
+    return sorted(folder / name for name in names if name in known or _SHARD.fullmatch(name))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -146,9 +153,8 @@ def check_free(folder: Path, overwrite: bool) -> None:
 
 @contextmanager
 def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
-    """A folder without shards that only this process writes to. If an error ends that, nothing of its work is left."""
+    """A folder without shards that only this process writes to. If an error ends that, it is as it was before."""
     interrupted = (folder / MARK).exists()
-    check_free(folder, overwrite)
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         mark = open(folder / MARK, "a")
@@ -158,18 +164,41 @@ def claimed(folder: Path, overwrite: bool) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):  # not: a file system that knows no locks
                 raise UserError(f"another mae pack is writing to {folder}") from None
+        if not (folder / MARK).exists() or os.fstat(mark.fileno()).st_ino != (folder / MARK).stat().st_ino:
+            raise UserError(f"another mae pack has just finished in {folder}")
         with told(folder):
-            if (old := remove(folder)) and interrupted:
-                print(f"removed {old} files that an interrupted run left in {folder}", flush=True)
+            if interrupted and (left := remove(folder)):
+                print(f"removed {left} files that an interrupted run left in {folder}", flush=True)
+            bring_back(folder)
+            if not interrupted:
+                check_free(folder, overwrite)
+            set_aside(folder)
         try:
             yield
         except BaseException:
             with suppress(OSError):
                 remove(folder)
+                bring_back(folder)
                 (folder / MARK).unlink()
             raise
         with told(folder):
+            shutil.rmtree(folder / ASIDE, ignore_errors=True)
             (folder / MARK).unlink()
+
+
+def set_aside(folder: Path) -> None:
+    """Shards that are to be replaced, the index first: without it they are not taken for complete."""
+    for path in reversed(written_files(folder)):
+        (folder / ASIDE).mkdir(exist_ok=True)
+        path.rename(folder / ASIDE / path.name)
+
+
+def bring_back(folder: Path) -> None:
+    """What was set aside, the index last."""
+    if (folder / ASIDE).exists():
+        for path in written_files(folder / ASIDE):
+            path.rename(folder / path.name)
+        (folder / ASIDE).rmdir()
 
 
 def remove(folder: Path) -> int:

@@ -412,7 +412,7 @@ def test_damaged_files_give_pillows_pixels_or_none(start: int, capfd: pytest.Cap
 
 def crops(data: bytes, box: Box, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Reduced, exact."""
-    reduced, exact = (open_image(data, "x.jpg", reduced=yes).resized_crop(box, size) for yes in (True, False))
+    reduced, exact = (open_image(data, "x.jpg").resized_crop(box, size, yes) for yes in (True, False))
     assert reduced.shape == exact.shape == (3, *size)
     return reduced.float(), exact.float()
 

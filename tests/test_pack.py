@@ -638,3 +638,20 @@ def test_an_index_says_how_it_came_to_be(shards: Path) -> None:
     said = json.loads(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]["mae_shards"])
     assert said["version"] == 1
     assert set(said["about"]) == {"mean", "std", "images", "bad_images", "encoding"}
+
+
+def test_shards_that_cannot_be_replaced_stay_as_they_were(image_folder: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "shards"
+    pack.run([str(image_folder), str(dst), "--num_workers=0"])
+    before = {path: path.read_bytes() for path in sorted(dst.rglob("*")) if path.is_file()}
+    broken = image_folder / "val" / "dog" / "003.png"
+    whole = broken.read_bytes()
+    broken.write_bytes(whole[:40])
+    with pytest.raises(UserError, match=r"dog/003\.png"):
+        pack.run([str(image_folder), str(dst), "--num_workers=0", "--overwrite=true"])
+    assert {path: path.read_bytes() for path in sorted(dst.rglob("*")) if path.is_file()} == before
+    broken.write_bytes(whole)
+    (image_folder / "train" / "cat" / "000.png").unlink()
+    pack.run([str(image_folder), str(dst), "--num_workers=0", "--overwrite=true"])
+    assert len(read_index(Place(dst / "train"))) == 15
+    assert {path.name for path in dst.rglob("*") if path.is_file()} == {"000000.tar", "index.safetensors"}

@@ -149,3 +149,8 @@ def test_reduced_decoding_has_an_effect_only_where_it_is_asked_for(tmp_path: Pat
         assert data.settings()["data.jpeg_scaling"] is scaling
     difference = (found[True] - found[False]).abs().mean()
     assert 0 < difference < 4
+    assert f"({data.scaling_difference():.2f} of 255 levels off)" in said
+    assert data.scaling_difference() > 0.1
+    for settings in ({"device_resident": True}, {"dataset": "digits"}):
+        with pytest.raises(UserError, match=r"--data.jpeg_scaling true has no effect"):
+            ImageData(root=str(tmp_path), jpeg_scaling=True, **settings)  # type: ignore[arg-type]
