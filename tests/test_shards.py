@@ -92,14 +92,19 @@ class Store(SimpleHTTPRequestHandler):
     Attributes:
         ranges: Whether it knows of parts; else it sends the whole file.
         failing: Requests for shards that it still has to answer with an error.
+        closed: How paths begin that it never answers but with an error.
         asked: What was asked for.
     """
 
     ranges = True
     failing = 0
+    closed = "-"
     asked: list[str]
 
     def do_GET(self) -> None:
+        if self.path.startswith(self.closed):
+            self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
+            return
         if "tar" in self.path and type(self).failing > 0:
             type(self).failing -= 1
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
@@ -196,6 +201,15 @@ def test_a_server_that_stumbles_is_asked_again(
     bad = next(iter(loaded(store(shards, failing=100), max_bad_images=100).train_dataloader()))
     assert (len(bad.errors), bad.images.any().item()) == (6, False)
     assert "503" in str(bad.errors[0])
+
+
+def test_held_out_images_do_not_vanish_with_a_server_in_trouble(
+    shards: Path, store: Callable[..., str], pauses: list[float]
+) -> None:
+    data = ImageData(root=store(shards, closed="/val"))
+    with pytest.raises(UserError, match=r"val/index\.safetensors cannot be reached: 503"):
+        data.load()
+    assert len(pauses) == 3
 
 
 def test_a_shard_that_is_not_there_makes_errors(
@@ -404,6 +418,18 @@ def test_a_tar_file_inside_another(tmp_path: Path) -> None:
         list(scan_tar(outer, bad, bad_size))
     with pytest.raises(UserError, match=r"outer.tar is not a tar file that can be read"):
         list(scan_tar(outer, start, 1024 + 2))  # ends within a.jpg's padding
+
+
+def test_names_in_a_tar_file_are_those_of_the_unpacked_folder(tmp_path: Path) -> None:
+    def tar_of(name: str) -> Path:
+        with tarfile.open(tmp_path / "odd.tar", "w") as tar:
+            tar.addfile(tarfile.TarInfo(name))
+        return tmp_path / "odd.tar"
+
+    for name in ("/cat/1.png", "./cat/1.png", "././cat//1.png", "cat/1.png"):
+        assert tar_source(tar_of(name), 3).name(0) == "cat/1.png"
+    with pytest.raises(UserError, match=r"\.\./1\.png would lie outside"):
+        tar_source(tar_of("cat/../../1.png"), 3)
 
 
 def test_tar_files_that_would_lose_images_are_refused(tmp_path: Path) -> None:
