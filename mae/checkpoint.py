@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mae import saving
 from mae.errors import UserError
 from mae.model import MaskedAutoencoder
 
@@ -137,6 +139,8 @@ def read(src: str | Path) -> Weights:
         path = found[0]
     if not path.is_file():
         raise UserError(f"{path} does not exist")
+    if saving.is_sealed(path) and (wrong := saving.damage(path)):
+        raise UserError(f"{path} is damaged: {wrong}")
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
@@ -146,13 +150,20 @@ def read(src: str | Path) -> Weights:
             state = {ENCODER + key: value for key, value in state.items()}
     except SafetensorError:
         try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            # torch's first sentences advise to load it all the same; what is wrong comes later.
+            found = re.search(r"[Uu]nsupported [^\n]*", str(error))
+            reason = found[0] if found else (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{path} is neither a .safetensors file nor a checkpoint that is safe to load: {reason}"
             ) from None
         description = checkpoint.get("mae") if isinstance(checkpoint, dict) else None
+        if description and (version := checkpoint.get("mae_format", 0)) > saving.FORMAT:
+            raise UserError(
+                f"{path} was written by a newer version of this package (format {version}, this one reads up to "
+                f"{saving.FORMAT}): update the package"
+            ) from None
         state = state_of_run(checkpoint["state_dict"], description) if description else {}
     if description is None:
         raise UserError(f"{path} was not written by this project; other formats cannot be read yet")
@@ -245,10 +256,10 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
 
 
 def require_resumable(src: Path, architecture: dict[str, Any]) -> dict[str, Any]:
-    """The recipe of the run that wrote `src`, by key of the command line.
+    """The description of the run that wrote `src`: its recipe by key of the command line, step, devices.
 
     Raises:
-        UserError: It is no checkpoint of a run, or one of another network.
+        UserError: It is no checkpoint of a run, one of a newer version, or one of another network.
     """
     weights = read(src)
     if src.suffix == ".safetensors" or "recipe" not in weights.description:
@@ -259,8 +270,7 @@ def require_resumable(src: Path, architecture: dict[str, Any]) -> dict[str, Any]
             raise UserError(
                 f"--ckpt_path {src} is of another architecture: {key} {given.get(key, 'is missing')}, here {own}"
             )
-    recipe: dict[str, Any] = weights.description["recipe"]
-    return recipe
+    return weights.description
 
 
 def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> None:

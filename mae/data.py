@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader
 
+from mae import signals
 from mae.crops import Crop
 from mae.errors import UserError
 from mae.images import BadImage
@@ -72,8 +73,12 @@ def patiently(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def leave_in_silence(worker: int) -> None:
-    """For a loader process: that the main one has ended half-way through a transfer is not worth a page."""
+    """For a loader process: that the main one has ended half-way through a transfer is not worth a page.
+
+    It goes by what the main one does, not by signals: a batch system sends them to every process.
+    """
     sys.excepthook = lambda *_: None
+    signals.ignore()
 
 
 class ReplayLoader(Loader):

@@ -11,3 +11,15 @@ class TrainingFailed(RuntimeError):
 
 class LoaderDied(TrainingFailed):
     """A loader process is gone: told by the rank it belonged to, whichever that is."""
+
+
+class PeerLost(TrainingFailed):
+    """Another process of the run is gone: told by whoever misses it."""
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has saved: told as one line, with the exit code that says by what."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code

@@ -22,7 +22,7 @@ import yaml
 
 from mae import page, runs, tools
 from mae.errors import TrainingFailed, UserError
-from mae.training import last_checkpoint
+from mae.saving import last_checkpoint
 
 Settings = dict[str, Any]
 

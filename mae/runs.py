@@ -1,37 +1,42 @@
 """A run: its settings, its folder, its loggers, its end."""
 
+import multiprocessing
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+import torch.distributed as dist
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae import cached, checkpoint, pictures
+from mae import cached, checkpoint, pictures, saving, signals
 from mae.cached import CachedSettings
-from mae.callbacks import Checkpoints, MetricsCSV, Online, Panels, Progress
+from mae.callbacks import Alive, Checkpoints, MetricsCSV, Online, Panels, Progress
 from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import DEFAULTS, ImageData
-from mae.errors import LoaderDied, TrainingFailed, UserError
+from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
+from mae.lock import RunLock
 from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
 from mae.samples import dead_loader
+from mae.saving import CheckpointFiles
 from mae.scores import Report
 from mae.tracking import WandbSettings, log_panel, wandb_logger
-from mae.training import Stage, last_checkpoint
+from mae.training import Stage
 
 
 def is_first_rank() -> bool:
     """Of all processes of the run, known from the launcher's environment before there is a trainer."""
-    return getattr(rank_zero_only, "rank", 0) == 0
+    return getattr(rank_zero_only, "rank", 0) == 0 and os.environ.get("NODE_RANK", "0") == "0"
 
 
 class OneLineErrors:
@@ -52,12 +57,27 @@ class ToolParser(OneLineErrors, ArgumentParser):
 # Settings of the data that mean nothing where nothing is trained.
 TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}
 
+# Settings that a run may change when it is started again: where and how it runs and is watched, not what it learns. The
+# effective batch has a check of its own.
+FREE = (
+    *("allow_changes", "cached.", "checkpoint.", "ckpt_path", "config", "online.", "panels.", "run_dir", "wandb."),
+    *("data.batch_size_per_device", "data.download", "data.max_bad_images", "data.num_workers", "data.root"),
+    *("data.train_dir", "data.val_dir", "model.activation_checkpointing", "trainer.accelerator"),
+    *("trainer.accumulate_grad_batches", "trainer.callbacks", "trainer.default_root_dir", "trainer.devices"),
+    *("trainer.enable_", "trainer.log_every_n_steps", "trainer.logger", "trainer.max_epochs", "trainer.max_steps"),
+    *("trainer.num_nodes", "trainer.plugins", "trainer.profiler", "trainer.strategy", "watchdog"),
+)
+
 # Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
 WHOLE_STEPS_ONLY = {
     "limit_train_batches": 1.0,
     "overfit_batches": 0.0,
     "fast_dev_run": False,
     "use_distributed_sampler": False,
+    "min_epochs": None,
+    "min_steps": None,
+    "max_time": None,
+    "val_check_interval": 1.0,
 }
 
 
@@ -71,6 +91,14 @@ class StageCLI(LightningCLI):
     epochs: int  # of the paper
 
     def __init__(self, args: Sequence[str]):
+        try:
+            self.parse_and_build(args)
+        except BaseException:
+            if hasattr(self, "lock"):
+                self.lock.release()
+            raise
+
+    def parse_and_build(self, args: Sequence[str]) -> None:
         super().__init__(
             self.stage,
             self.data,
@@ -100,6 +128,18 @@ class StageCLI(LightningCLI):
         parser.add_argument("--run_dir", type=str | None, default=None, help="Run folder; runs/ + the config's name.")
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="`last`: go on with the run in run_dir; or a .ckpt file."
+        )
+        parser.add_argument(
+            "--allow_changes",
+            type=bool,
+            default=False,
+            help="Go on with settings that differ from those of the run in run_dir; they are said at the start.",
+        )
+        parser.add_argument(
+            "--watchdog_minutes",
+            type=float | None,
+            default=30,
+            help="A process without a batch for so long says where it stands, and ends; null: never.",
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -135,31 +175,70 @@ class StageCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "log_every_n_steps"):
             if (number := self.config.trainer[key]) is not None and number < 1:
                 raise UserError(f"--trainer.{key} {number}: at least 1")
-        existing = last_checkpoint(self.run_dir)
-        self.ckpt_path = self.config.ckpt_path
-        if self.ckpt_path == "last":
-            self.ckpt_path = str(existing) if existing.exists() else None
-        elif self.ckpt_path is not None and not Path(self.ckpt_path).is_file():
-            raise UserError(f"--ckpt_path {self.ckpt_path} does not exist; `last` goes on with the run in --run_dir")
-        elif self.ckpt_path is None and existing.exists():
-            raise UserError(
-                f"{self.run_dir} holds a run; add --ckpt_path last to go on with it, or give another --run_dir"
-            )
-
-    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        # Wrong data or weights are an error now, before anything is written or a process is started.
-        self.datamodule.setup("fit")
-        self.resumed_recipe: dict[str, Any] = {}
-        if self.ckpt_path:
-            self.resumed_recipe = checkpoint.require_resumable(Path(self.ckpt_path), self.model.architecture())
-        else:
-            self.start()
         try:
             self.run_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--run_dir {self.run_dir} cannot be made: {error.strerror}") from None
+        if (minutes := self.config.watchdog_minutes) is not None and not minutes > 0:
+            raise UserError(f"--watchdog_minutes {minutes}: above 0, or null")
+        self.lock = RunLock(self.run_dir)
+        if is_first_rank():
+            self.lock.take()
+        self.ckpt_path = self.resumed_from()
+        if not saving.saved(self.run_dir):
+            self.refuse_another_config()
+
+    def resumed_from(self) -> Path | None:
+        """The checkpoint to go on from."""
+        given, say = self.config.ckpt_path, is_first_rank()
+        if given is None:
+            if saving.saved(self.run_dir):
+                raise UserError(
+                    f"{self.run_dir} holds a run; add --ckpt_path last to go on with it, or give another --run_dir"
+                )
+            return None
+        if given != "last":
+            path = Path(given)
+            if not path.is_file():
+                raise UserError(f"--ckpt_path {path} does not exist; `last` goes on with the run in --run_dir")
+            if path.suffix != ".safetensors" and (wrong := saving.damage(path)):
+                raise UserError(f"--ckpt_path {path} is damaged: {wrong}")
+            return path
+        found, complaints = saving.newest(self.run_dir)
+        for complaint in complaints if say else ():
+            print(f"mae: warning: {complaint}; going on from {found}", flush=True)
+        return found
+
+    def refuse_another_config(self) -> None:
+        """A run that ended before its first checkpoint left its settings: others would be another run."""
+        path = self.run_dir / "config.yaml"
+        if not path.exists():
+            return
+        before, now = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(self.parser.dump(self.config)))
+        for key in sorted(before.keys() & now.keys()):
+            if before[key] != now[key] and not key.startswith(FREE):
+                self.differ(key, now[key], before[key], f"{path}, left by a run that ended before its first checkpoint")
+
+    def differ(self, key: str, own: Any, given: Any, where: str) -> None:
+        said = f"{key} is {own}, but {given} in {where}"
+        if not self.config.allow_changes:
+            raise UserError(f"{said}; another --run_dir starts a new run, --allow_changes true goes on all the same")
+        if is_first_rank():
+            print(f"mae: warning: {said}", flush=True)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        # Wrong data or weights are an error now, before anything is written or a process is started.
+        self.datamodule.setup("fit")
+        self.resumed: dict[str, Any] = {}
+        if self.ckpt_path:
+            self.resumed = checkpoint.require_resumable(self.ckpt_path, self.model.architecture())
+        else:
+            self.start()
+        if is_first_rank():
+            self.tidy_up()
         given = self.config_init.trainer
-        loggers: list[Logger] = [MetricsCSV(self.run_dir / "metrics.csv")]
+        metrics = MetricsCSV(self.run_dir / "metrics.csv", self.resumed.get("step", 0))
+        loggers: list[Logger] = [metrics]
         if given.logger is not False:
             settings = WandbSettings(**self.config.wandb.as_dict())
             merged = yaml.safe_load(self.parser.dump(self.config))
@@ -172,12 +251,28 @@ class StageCLI(LightningCLI):
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
+        self.alive = Alive(self.lock, self.config.watchdog_minutes)
+        callbacks.append(self.alive)
+        files = CheckpointFiles(self.config.checkpoint.keep)
+        files.alongside = [metrics.path]
+        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
         try:
             return super().instantiate_trainer(
-                callbacks=callbacks, logger=loggers, default_root_dir=str(self.run_dir), **kwargs
+                callbacks=callbacks,
+                logger=loggers,
+                plugins=[*plugins, files],
+                default_root_dir=str(self.run_dir),
+                **kwargs,
             )
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
+
+    def tidy_up(self) -> None:
+        """What a run that was killed, or one that is gone back upon, leaves."""
+        for path in saving.clear_unfinished(self.run_dir):
+            print(f"{path} was being written when the run was killed: removed", flush=True)
+        for path in saving.supersede(self.run_dir, self.resumed.get("step", 0)) if self.resumed else ():
+            print(f"the run goes back before {path.name}: kept as {path.name}{saving.SUPERSEDED}", flush=True)
 
     def start(self) -> None:
         """What a run that is not resumed does first."""
@@ -193,43 +288,82 @@ class StageCLI(LightningCLI):
             KeyboardInterrupt: After Ctrl-C, which Lightning turns into exit code 1.
         """
         trainer = self.trainer
+        self.keep_effective_batch()
         self.refuse_another_recipe()
         if is_first_rank():
-            self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
+            self.write_config()
         try:
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=self.ckpt_path, weights_only=True)
+            with signals.noted():
+                path = str(self.ckpt_path) if self.ckpt_path else None
+                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         except MisconfigurationException as error:
             raise UserError(f"--trainer: {error}") from None
-        except SIGTERMException:
-            raise SystemExit(143) from None
         except SystemExit:
-            if trainer.interrupted:
-                kept = last_checkpoint(self.run_dir)
-                hint = f"--ckpt_path last goes on from {kept}" if kept.is_file() else "there is no checkpoint yet"
-                print(f"stopped at step {trainer.global_step}; {hint}", flush=True)
+            if trainer.interrupted:  # by a second Ctrl-C, before the first was obeyed
                 raise KeyboardInterrupt from None
             raise
-        except (UserError, TrainingFailed):
+        except (UserError, TrainingFailed, Stopped):
             # Every rank ends by itself with this error. Lightning's observer would kill this one, half-way through its
             # last words, as soon as it sees another gone.
             getattr(trainer.strategy.launcher, "procs", []).clear()
             raise
         except Exception as error:
             if said := dead_loader(error):
-                raise LoaderDied(f"{said}; --ckpt_path last goes on from the last checkpoint") from None
+                raise LoaderDied(f"{said}; {self.way_on()}") from None
+            if said := lost_peer(error):
+                raise PeerLost(f"rank {trainer.global_rank}: {said}; {self.way_on()}") from None
             raise
-        self.finish()
+        else:
+            self.finish()
+        finally:
+            self.alive.stop()
+            for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
+                child.kill()
+            self.lock.release()
+
+    def way_on(self) -> str:
+        if saving.saved(self.run_dir):
+            return "--ckpt_path last goes on from the last checkpoint"
+        return "there is no checkpoint yet, the same command starts anew"
+
+    def write_config(self) -> None:
+        unfinished = self.run_dir / "config.yaml.partial"
+        try:
+            self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
+            unfinished.replace(self.run_dir / "config.yaml")
+        except OSError as error:
+            raise UserError(f"--run_dir {self.run_dir} cannot be written: {error.strerror}") from None
+
+    def keep_effective_batch(self) -> None:
+        """With more or fewer devices than before, a run goes on with as many images a step, in the same order."""
+        trainer, data = self.trainer, self.datamodule
+        before = self.resumed.get("devices")
+        if not self.model.elastic or before in (None, trainer.world_size):
+            return
+        images = self.resumed["recipe"]["effective batch"]
+        batch, world = data.batch_size, trainer.world_size
+        if batch * world * trainer.accumulate_grad_batches == images:
+            return
+        if images % world:
+            raise UserError(
+                f"{images} images a step, as before, cannot be divided among {world} devices: use another number of them"
+            )
+        # As few micro-batches as the memory for `batch` images allows.
+        accumulate = next(n for n in range(1, images + 1) if images % (n * world) == 0 and images <= n * world * batch)
+        data.batch_size, trainer.accumulate_grad_batches = images // (accumulate * world), accumulate
+        if is_first_rank():
+            print(
+                f"{world} devices instead of {before}: {data.batch_size} images a device x {accumulate} accumulated, "
+                f"so that a step has {images} images as before",
+                flush=True,
+            )
 
     def refuse_another_recipe(self) -> None:
         """Going on with other settings would be another run under the same name."""
-        trainer, data = self.trainer, self.datamodule
-        own = self.model.settings(trainer, data)
-        for key, given in self.resumed_recipe.items():
+        own = self.model.settings(self.trainer, self.datamodule)
+        for key, given in self.resumed.get("recipe", {}).items():
             if own.get(key) != given:
-                raise UserError(
-                    f"{key} is {own.get(key)}, but {given} in the run that {self.ckpt_path} belongs to; "
-                    "another --run_dir starts a new one"
-                )
+                self.differ(key, own.get(key), given, f"the run that {self.ckpt_path} belongs to")
 
 
 class PretrainCLI(StageCLI):
@@ -358,7 +492,9 @@ class ProbeCLI(ClassifyCLI):
             if self.trainer.world_size > 1:
                 raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
             fast = self.fit_cached()
-        if self.config.mode != "cached":
+        if self.config.mode == "cached":
+            self.lock.release()
+        else:
             super().fit()
         if self.config.mode == "both":
             self.compare(fast)
@@ -394,6 +530,22 @@ class ProbeCLI(ClassifyCLI):
             f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
+
+
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their keys on the command line."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """What to say where an error of torch tells that another process of the run is gone; None for other errors."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", text):
+        return f"another process of the run is gone ({text.splitlines()[0].strip()[:200]})"
+    return lost_peer(error.__context__) if error.__context__ else None
 
 
 def out_file(path: str, option: str = "--out") -> Path:

@@ -7,11 +7,12 @@ optimiser steps is here.
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -20,11 +21,14 @@ from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.optim import WarmupCosine, scaled_lr
 from mae.samples import Batch
+from mae.saving import FORMAT, last_checkpoint
 
 
-def last_checkpoint(run_dir: str | Path) -> Path:
-    """Where a run keeps its newest checkpoint."""
-    return Path(run_dir) / "checkpoints" / "last.ckpt"
+@runtime_checkable
+class AfterStep(Protocol):
+    """A callback with something to do at the end of an optimiser step, when its row is written."""
+
+    def after_step(self, trainer: Trainer, stage: "Stage") -> None: ...
 
 
 class Stage(LightningModule):
@@ -38,6 +42,7 @@ class Stage(LightningModule):
     window_loss: Tensor
     window_weight: Tensor
     own_settings: tuple[str, ...] = ()  # what a resumed run must not change, besides what all stages share
+    elastic = True  # a global batch gives the same gradients however it is divided among devices
 
     def __init__(self, base_lr: float, weight_decay: float, warmup_epochs: float, min_lr: float, seed: int):
         super().__init__()
@@ -56,6 +61,7 @@ class Stage(LightningModule):
         self.clock, self.clock_step = time.perf_counter(), 0  # when the last row of metrics was written
         self.gradients_checked = False
         self.seconds = 0.0  # of training, looks at held-out images included; without what a kill has lost
+        self.resumed_at: int | None = None  # the optimiser step of the checkpoint that the run goes on from
 
     # ---- what a stage says of itself ------------------------------------------------------------------------------
 
@@ -85,8 +91,9 @@ class Stage(LightningModule):
         if max(limits) < 0:
             raise UserError("the run has no end: set --trainer.max_epochs or --trainer.max_steps")
         steps = self.total_steps = min(limit for limit in limits if limit >= 0)
-        # The end is a number of steps: Lightning's count of epochs can be off by one after a restart.
-        trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = -1, steps
+        # The end is a number of steps, and ours to tell: Lightning's count of epochs begins anew at each restart, and a
+        # run that comes back after its last step has that step's look at held-out images still to take.
+        trainer.fit_loop.max_epochs = trainer.fit_loop.epoch_loop.max_steps = -1
         warmup = self.warmup_epochs * per_epoch
         if warmup >= steps:
             raise UserError(
@@ -112,6 +119,44 @@ class Stage(LightningModule):
     def max_bad_images(self) -> int:
         number: int = self.trainer.datamodule.max_bad_images  # type: ignore[attr-defined]
         return number
+
+    # ---- Lightning's loop, by optimiser steps ----------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        trainer = self.trainer
+        # When to look at held-out images follows from the step alone, wherever in an epoch the run was started.
+        trainer.fit_loop.epoch_loop._should_check_val_fx = lambda data_fetcher: self.validation_due()  # type: ignore[method-assign]
+        # Lightning's handlers save and broadcast within the handler, where ranks wait for each other forever, and its
+        # loop asks all ranks about SIGTERM before each micro-batch, which makes the device wait. Ours: `signals`.
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    @property
+    def step_done(self) -> bool:
+        """No accumulation window is open."""
+        ready: int = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        return ready % self.trainer.accumulate_grad_batches == 0
+
+    @property
+    def at_epoch_end(self) -> bool:
+        return self.global_step > 0 and self.global_step % self.steps_per_epoch == 0
+
+    def validation_due(self) -> bool:
+        trainer = self.trainer
+        if not trainer.enable_validation or not self.step_done or not self.at_epoch_end:
+            return False
+        return self.global_step // self.steps_per_epoch % (trainer.check_val_every_n_epoch or 1) == 0
+
+    def finish_epoch(self) -> None:
+        """What a run does between epochs; for one that was stopped after the last step of an epoch and has it to do."""
+        trainer = self.trainer
+        if self.validation_due():
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.run()
+            trainer.training = True
+        call._call_callback_hooks(trainer, "on_train_epoch_end")
 
     # ---- the audit ------------------------------------------------------------------------------------------------
 
@@ -197,6 +242,11 @@ class Stage(LightningModule):
         for group, rate in zip(self.trainer.optimizers[0].param_groups, self.schedule.get_lr(), strict=True):
             group["lr"] = rate
 
+        if self.resumed_at is not None and self.at_epoch_end:
+            self.finish_epoch()
+        if self.global_step >= self.total_steps:
+            self.trainer.should_stop = True
+
     def on_train_epoch_start(self) -> None:
         loader = self.trainer.train_dataloader
         assert loader is not None
@@ -226,10 +276,16 @@ class Stage(LightningModule):
     # ---- what is logged, and when a run must stop ------------------------------------------------------------------
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+        if not self.step_done:
             return
-        if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        trainer, step = self.trainer, self.global_step
+        if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
             self.log_dict(self.write(self.step_metrics()), logger=False)
+        if step >= self.total_steps:
+            trainer.should_stop = True
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, AfterStep):
+                callback.after_step(trainer, self)
 
     def step_metrics(self) -> dict[str, float]:
         """Of the optimiser step just taken; and how fast it has gone since the last call, held-out loss not counted."""
@@ -248,24 +304,36 @@ class Stage(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training:
             self.agree()  # nothing is written after a step that went wrong
+        del checkpoint["loops"]  # the place in the run is its number of optimiser steps
+        checkpoint["mae_format"] = FORMAT
         checkpoint["mae"] = self.description()
         seconds = self.seconds + (time.perf_counter() - self.started if self.trainer.training else 0.0)
         checkpoint["mae_counts"] = {
             "bad_images": self.all_bad_images(),
+            "decoded": dict(sum(gather(self.decoded), Counter[str]())),
             "skipped_steps": self.skipped_steps,
             "seconds": seconds,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        found = checkpoint["mae_counts"]["bad_images"]  # earlier versions: a list of "path: reason"
-        self.bad_images = found if isinstance(found, dict) else dict(error.split(": ", 1) for error in found)
-        self.skipped_steps = checkpoint["mae_counts"]["skipped_steps"]
-        self.seconds = checkpoint["mae_counts"].get("seconds", 0.0)
+        step, counts = checkpoint["global_step"], checkpoint["mae_counts"]
+        if len(set(gather(step))) > 1:
+            raise TrainingFailed(f"the processes see different checkpoints, of the steps {gather(step)}: start again")
+        self.resumed_at = step
+        progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
+        progress.ready = progress.completed = step
+        self.bad_images, self.skipped_steps, self.seconds = (
+            counts["bad_images"],
+            counts["skipped_steps"],
+            counts["seconds"],
+        )
+        if self.global_rank == 0:  # summed over the ranks again
+            self.decoded = Counter(counts["decoded"])
 
     def on_train_end(self) -> None:
         self.seconds += time.perf_counter() - self.started
         if self.global_step != self.clock_step:
-            self.write(self.step_metrics())  # the last step is always logged
+            self.write(self.step_metrics())  # a callback has ended the run early
         decoded = sum(gather(self.decoded), Counter[str]())
         del decoded["memory"]
         if decoded and self.trainer.is_global_zero:
@@ -287,8 +355,9 @@ class Stage(LightningModule):
         loss, bad, pillow = sums.tolist()
         if step.isfinite():
             lr = self.schedule.lr_at(int(step) - 1, float(self.schedule.base_lrs[0]))
+            self.trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
             path = last_checkpoint(self.trainer.default_root_dir)
-            last = path if path.is_file() else "none was written"
+            last = path.resolve() if path.is_file() else "none was written"
             raise TrainingFailed(
                 f"the loss is not finite at step {int(step)} (learning rate {lr:g}); last good checkpoint: {last}. "
                 "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"
@@ -335,6 +404,7 @@ class Stage(LightningModule):
             "std": data.std,
             "step": self.global_step,
             "images_seen": self.global_step * self.images_per_step,
+            "devices": self.trainer.world_size,
             "recipe": self.settings(self.trainer, data),
             **self.describe(),
         }

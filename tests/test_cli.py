@@ -11,7 +11,8 @@ from conftest import mae as command
 from PIL import Image
 
 import mae
-from mae.cli import COMMANDS, main
+from mae.cli import main
+from mae.commands import COMMANDS
 from mae.errors import UserError
 from mae.runs import PretrainCLI
 

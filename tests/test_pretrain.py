@@ -205,7 +205,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_writes_nothing_more(tmp_pat
         return out._replace(per_image=out.per_image * float("nan")) if cli.model.global_step == 14 else out
 
     cli.model.model.forward = poisoned  # type: ignore[method-assign]
-    with pytest.raises(TrainingFailed, match=r"not finite at step 15 \(learning rate .*last.ckpt"):
+    with pytest.raises(TrainingFailed, match=r"not finite at step 15 \(learning rate .*step_0000010.ckpt"):
         cli.fit()
     saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 10

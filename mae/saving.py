@@ -1,0 +1,259 @@
+"""A run's checkpoints as files: written in the background, complete or not there, checked before they are used.
+
+A checkpoint is one file as torch writes it, a zip archive of tensors and plain types, with the SHA-256 of all its bytes
+in the archive's comment: torch reads it as any other, and a torn or flipped one is told from a good one.
+"""
+
+import hashlib
+import os
+import re
+import threading
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO
+from torch import Tensor
+
+from mae.errors import UserError
+
+FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
+LAST = "last.ckpt"  # a link to the newest
+PARTIAL = ".partial"
+SUPERSEDED = ".superseded"
+COMMENT = b"mae sha256 "
+SEALED = len(COMMENT) + 64  # bytes of a comment
+CHUNK = 1 << 22
+
+
+def folder_of(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run, by the name that stays."""
+    return folder_of(run_dir) / LAST
+
+
+def step_file(run_dir: str | Path, step: int) -> Path:
+    return folder_of(run_dir) / f"step_{step:07d}.ckpt"
+
+
+def saved(run_dir: str | Path) -> list[Path]:
+    """All checkpoints of a run, the newest first; whole or not."""
+    found = [path for path in folder_of(run_dir).glob("step_*.ckpt") if re.fullmatch(r"step_\d+\.ckpt", path.name)]
+    found.sort(key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
+    last = last_checkpoint(run_dir)
+    return found if last.is_symlink() or not last.exists() else [last, *found]  # a copy whose links became files
+
+
+def seal_of(file: IO[bytes], size: int) -> bytes | None:
+    file.seek(max(0, size - SEALED))
+    comment = file.read()
+    return comment if len(comment) == SEALED and comment.startswith(COMMENT) else None
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends with a checksum of ours; weights from elsewhere do not."""
+    with path.open("rb") as file:
+        return seal_of(file, path.stat().st_size) is not None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None if they are those that were written."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if (comment := seal_of(file, size)) is None:
+                return "it is torn: its checksum is missing"
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - SEALED - 2
+            while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                digest.update(chunk)
+                left -= len(chunk)
+            length = file.read(2)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    digest.update(b"\0\0")  # the comment's length, as it was when the sum was taken
+    same = length == SEALED.to_bytes(2, "little") and digest.hexdigest().encode() == comment[len(COMMENT) :]
+    return None if same else "its checksum differs"
+
+
+def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, None if it has none yet; and what is wrong with newer ones.
+
+    Raises:
+        UserError: There are checkpoints, but every one is damaged. Starting over would lose the run without a word.
+    """
+    complaints: list[str] = []
+    for path in (paths := saved(run_dir)):
+        if (wrong := damage(path)) is None:
+            return path, complaints
+        complaints.append(f"{path} is damaged: {wrong}")
+    if paths:
+        raise UserError(f"{'; '.join(complaints)}; there is no other checkpoint: another --run_dir starts anew")
+    return None, complaints
+
+
+class Sealing:
+    """A file that sums up what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def seal(self) -> None:
+        """The archive ends with the length of its comment, 0 so far, and the comment."""
+        self.file.seek(-2, os.SEEK_END)
+        comment = COMMENT + self.digest.hexdigest().encode()
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """To a temporary name, to the disk, and only then under its own name.
+
+    Raises:
+        OSError: The disk is full or cannot be written to; nothing of this checkpoint is left then.
+    """
+    unfinished = path.with_name(path.name + PARTIAL)
+    try:
+        with unfinished.open("w+b") as file:
+            sealing = Sealing(file)
+            try:
+                torch.save(checkpoint, sealing)  # type: ignore[arg-type]  # it asks for no more than this
+            except RuntimeError as error:  # torch's writer hides what the file has raised
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            sealing.seal()
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        sync(path.parent)  # a rename outlives a crash of the machine once its folder is on the disk
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """A file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def point_last_at(path: Path) -> None:
+    link = path.with_name(LAST + PARTIAL)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.with_name(LAST))
+
+
+def supersede(run_dir: str | Path, step: int) -> list[Path]:
+    """Put aside the checkpoints of later steps than a run goes on from, so that they are not taken for its own."""
+    found = [path for path in folder_of(run_dir).glob("step_*.ckpt") if int(path.stem.removeprefix("step_")) > step]
+    for path in found:
+        path.rename(path.with_name(path.name + SUPERSEDED))
+    return found
+
+
+def clear_unfinished(run_dir: str | Path) -> list[Path]:
+    """Remove what a killed run was writing; to be called by the only process of the run that writes."""
+    found = sorted(folder_of(run_dir).glob(f"*{PARTIAL}"))
+    for path in found:
+        path.unlink()
+    return found
+
+
+class HostCopy:
+    """A copy of all tensors in memory of the host, which is kept for the next copy: new pages cost more than bytes."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[tuple[Any, ...], Tensor] = {}
+
+    def take(self, value: Any) -> Any:
+        """`value` with every tensor replaced by its copy; valid until the next call."""
+        copied = self.copy(value, ())
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copied
+
+    def copy(self, value: Any, key: tuple[Any, ...]) -> Any:
+        if isinstance(value, Tensor):
+            buffer = self.buffers.get(key)
+            if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+                self.buffers[key] = buffer
+            return buffer.copy_(value.detach(), non_blocking=True)
+        if isinstance(value, dict):
+            return {name: self.copy(item, (*key, name)) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)([self.copy(item, (*key, i)) for i, item in enumerate(value)])
+        return value
+
+
+class CheckpointFiles(CheckpointIO):
+    """Lightning's way to the disk: training waits for a copy in memory, a thread of its own writes.
+
+    Args:
+        keep: So many checkpoints stay; older ones are removed once a newer one is complete.
+
+    `alongside` are files that must be on the disk before a checkpoint is there: what has happened up to its step.
+    """
+
+    def __init__(self, keep: int) -> None:
+        self.keep = keep
+        self.alongside: list[Path] = []
+        self.host = HostCopy()
+        self.thread: threading.Thread | None = None
+        self.failed: tuple[Path, OSError] | None = None  # the last write, where it did not succeed
+        self.failures = 0  # in a row
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Begin to write; `path` exists when the checkpoint is complete. Waits for the one before."""
+        self.wait()
+        path = Path(path)
+        # Not a daemon: the end of the program waits for it.
+        self.thread = threading.Thread(target=self.put, args=(self.host.take(checkpoint), path), name=f"write {path}")
+        self.thread.start()
+
+    def put(self, checkpoint: dict[str, Any], path: Path) -> None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for beside in self.alongside:
+                if beside.exists():
+                    sync(beside)
+            write(checkpoint, path)
+            point_last_at(path)
+            self.failed, self.failures = None, 0
+            for old in saved(path.parent.parent)[self.keep :]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            self.failed, self.failures = (path, error), self.failures + 1
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on the disk, or has failed to get there."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors and plain types, on the CPU, read from the file as they are needed."""
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        Path(path).unlink(missing_ok=True)
