@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Sequence
 
-from mae import bench_data, bench_run
+from mae import bench_data, bench_run, bench_save
 from mae.errors import UserError
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "data": ("the input pipeline beside the official one, and loader processes", bench_data.run),
     "run": ("loader against optimiser step in a run of `mae pretrain`: what limits, what to change", bench_run.run),
+    "save": ("what checkpoints, and results that repeat to the bit, cost the training step", bench_save.run),
 }
 
 

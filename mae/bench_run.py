@@ -18,12 +18,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
-from mae.callbacks import Checkpoints, Online, Panels, spread
+from mae.callbacks import Online, Panels, spread
 from mae.data import ImageData, free_memory
 from mae.errors import UserError
 from mae.images import BadImage, open_image
 from mae.randomness import EpochSampler
 from mae.runs import PretrainCLI, out_file
+from mae.safekeeping import Checkpoints
 from mae.samples import Batch
 from mae.shards import RecordSource
 from mae.sources import FileSource

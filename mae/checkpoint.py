@@ -153,8 +153,8 @@ def read(src: str | Path) -> Weights:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
             # torch's first sentences advise to load it all the same; what is wrong comes later.
-            found = re.search(r"[Uu]nsupported [^\n]*", str(error))
-            reason = found[0] if found else (str(error).splitlines() or [type(error).__name__])[0]
+            match = re.search(r"[Uu]nsupported [^\n]*", str(error))
+            reason = match[0] if match else (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
                 f"{path} is neither a .safetensors file nor a checkpoint that is safe to load: {reason}"
             ) from None
@@ -197,9 +197,9 @@ def merge_lora(state: State, scale: float) -> State:
     return merged
 
 
-def export(model: MaskedAutoencoder, description: dict[str, Any], folder: Path) -> list[Path]:
+def export(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
     """Write encoder.safetensors (timm's names and layout) and model.safetensors (encoder and decoder)."""
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
     paths = [folder / "encoder.safetensors", folder / "model.safetensors"]
     for kind, tensors, path in zip(("encoder", "model"), (encoder, state), paths, strict=True):

@@ -5,13 +5,13 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mae import checkpoint
 from mae.checkpoint import Weights
 from mae.errors import UserError
-from mae.model import SIZES, Pair, as_pair, init_linear, init_stem
+from mae.model import SIZES, CheckpointedBlock, Pair, as_pair, init_linear, init_stem
 
 Pool = Literal["mean", "class"]
 Head = Literal["linear", "batchnorm"]
@@ -36,7 +36,12 @@ class Classifier(NamedTuple):
 
 
 def build(
-    config: dict[str, Any], num_classes: int, pool: Pool, head: Head, drop_path: float = 0.0
+    config: dict[str, Any],
+    num_classes: int,
+    pool: Pool,
+    head: Head,
+    drop_path: float = 0.0,
+    activation_checkpointing: bool = False,
 ) -> VisionTransformer:
     """A timm VisionTransformer with the reference's initialisation.
 
@@ -47,6 +52,7 @@ def build(
             is dropped (Sec. A.1). "batchnorm": for the linear probe, BatchNorm without affine before the linear layer,
             on features after the encoder's own norm (Sec. A.1, Table 10).
         drop_path: Stochastic depth of the last block; it rises linearly from 0 at the first.
+        activation_checkpointing: In training, compute the blocks' activations twice instead of keeping them.
     """
     network = LayeredViT(
         img_size=as_pair(config["image_size"]),
@@ -60,6 +66,7 @@ def build(
         num_heads=config["num_heads"],
         mlp_ratio=config["mlp_ratio"],
         drop_path_rate=drop_path,
+        block_fn=CheckpointedBlock if activation_checkpointing else Block,
     )
     init_linear(network)
     init_stem(network, network.patch_embed.grid_size)

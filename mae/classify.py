@@ -30,6 +30,7 @@ from mae.optim import adamw_by_layer, lars
 from mae.randomness import hashed, seeded
 from mae.samples import Batch
 from mae.scores import Report, Scores
+from mae.sharding import full_state
 from mae.training import Stage, gather
 
 MIN_REACH = 20  # of the linear probe's weight, in norms; below it the recipe warns
@@ -41,6 +42,7 @@ class Classify(Stage):
 
     model: VisionTransformer
     head: Head
+    elastic = False  # BatchNorm, mixing and drop path go by micro-batch and rank
 
     def make_network(
         self,
@@ -53,6 +55,7 @@ class Classify(Stage):
         own: dict[str, Any],
         allow_finetuned: bool,
         drop_path: float = 0.0,
+        activation_checkpointing: bool = False,
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
@@ -62,7 +65,7 @@ class Classify(Stage):
         self.encoder = SCRATCH if weights is None else weights.fingerprint()
         self.pool, self.classes = pool, list(classes)
         self.config = encoder_config(weights, image_size, in_chans, size, own)
-        self.model = build(self.config, len(classes), pool, self.head, drop_path)
+        self.model = build(self.config, len(classes), pool, self.head, drop_path, activation_checkpointing)
         self.said = "random weights" if weights is None else load_pretrained(self.model, weights)
         self.scores = nn.ModuleDict({"model": Scores(len(classes))})
         self.report: Report | None = None  # of the last look at the held-out images
@@ -128,9 +131,9 @@ class Classify(Stage):
         return 1.0
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What is kept at the end."""
+        """What is kept at the end, on the first process; all call it together."""
         average = self.averaged()
-        return (self.model if average is None else average).state_dict()
+        return full_state(self.model if average is None else average)
 
 
 class Probe(Classify):
@@ -190,6 +193,10 @@ class Probe(Classify):
         self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned)
         self.model.requires_grad_(False)
         self.model.head.requires_grad_(True)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            raise UserError("--trainer.strategy fsdp2: the probe trains one linear layer, which is small; use ddp")
 
     def train(self, mode: bool = True) -> "Probe":
         super().train(mode)
@@ -251,6 +258,8 @@ class Finetune(Classify):
         switch_prob: Probability of cutmix where both are on.
         label_smoothing: Weight of the uniform distribution in the targets.
         ema_decay: Keep a moving average of the weights, evaluate it beside them, and export it; null: none.
+        activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
+            less memory, more time, the same bits.
         size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
         patch_size: Pixels, a side or [height, width]; as size.
         embed_dim: Encoder width, where it is not the size's own.
@@ -289,6 +298,7 @@ class Finetune(Classify):
         switch_prob: float = 0.5,
         label_smoothing: float = 0.1,
         ema_decay: float | None = None,
+        activation_checkpointing: bool = False,
         size: str | None = None,
         patch_size: int | Pair | None = None,
         embed_dim: int | None = None,
@@ -329,7 +339,11 @@ class Finetune(Classify):
         self.mixup, self.cutmix, self.mix_prob, self.switch_prob = mixup, cutmix, mix_prob, switch_prob
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
         own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned, drop_path)
+        self.make_network(
+            *(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned),
+            drop_path=drop_path,
+            activation_checkpointing=activation_checkpointing,
+        )
         if blocks is not None:
             train_last(self.model, blocks)
         if lora_rank is not None:
@@ -349,6 +363,13 @@ class Finetune(Classify):
         if ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=ema_decay).requires_grad_(False)  # DDP waits for what requires them
             self.scores["average"] = Scores(len(classes))
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None and self.ema is not None:
+            raise UserError(
+                "--trainer.strategy fsdp2 has no moving average of the weights: --model.ema_decay null, or ddp"
+            )
+        super().configure_model()
 
     def averaged(self) -> nn.Module | None:
         return None if self.ema is None else self.ema.module

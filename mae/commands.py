@@ -95,7 +95,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
         report.run,
     ),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
-    "bench": ("speed: data, run", bench.run),
+    "bench": ("speed: data, run, save", bench.run),
     "doctor": ("what is in a data folder and what is wrong with it", doctor.run),
     "pack": ("images into tar shards with an index; --verify finds damaged records", pack.run),
     "stats": ("mean and std of a data set, for its config", tools.stats),

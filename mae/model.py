@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Pair = tuple[int, int]  # (height, width)
 
@@ -146,6 +147,21 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
+class CheckpointedBlock(Block):
+    """timm's block, with its activations computed again in the backward pass instead of kept: less memory, same bits.
+
+    Inside `forward`, so that what others hook to the block, as FSDP does, stays around both computations.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            # The generators are set back for the second computation: drop path drops the same branches.
+            out: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
+        else:
+            out = super().forward(x, *args, **kwargs)
+        return out
+
+
 class MaskedAutoencoder(nn.Module):
     """A ViT encoder that sees only the visible patches, and a light decoder that fills in the hidden ones.
 
@@ -164,6 +180,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: Decoder attention heads.
         mlp_ratio: Hidden width of every MLP over the width of its block.
         norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels as they come in.
+        activation_checkpointing: In training, compute the blocks' activations twice instead of keeping them.
 
     Raises:
         ValueError: A patch that does not divide the image, or a width that its heads do not divide.
@@ -182,6 +199,7 @@ class MaskedAutoencoder(nn.Module):
         decoder_num_heads: int = 16,
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = True,
+        activation_checkpointing: bool = False,
     ):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
@@ -213,6 +231,7 @@ class MaskedAutoencoder(nn.Module):
         self.num_patches = self.grid[0] * self.grid[1]
         self.norm_pix_loss = norm_pix_loss
 
+        block = CheckpointedBlock if activation_checkpointing else Block
         self.encoder = VisionTransformer(
             img_size=self.image_size,
             patch_size=self.patch_size,
@@ -222,12 +241,13 @@ class MaskedAutoencoder(nn.Module):
             depth=depth,
             num_heads=num_heads,
             mlp_ratio=mlp_ratio,
+            block_fn=block,
         )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(
-            Block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True) for _ in range(decoder_depth)
+            block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)

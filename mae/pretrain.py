@@ -36,6 +36,8 @@ class Pretrain(Stage):
         betas: Of AdamW.
         warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.
         min_lr: Learning rate at the end of the cosine.
+        activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
+            less memory, more time, the same bits.
         init: Weights to start from: a run folder, .ckpt or .safetensors. Not a resume: that is --ckpt_path.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
@@ -62,6 +64,7 @@ class Pretrain(Stage):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup_epochs: float = 40,
         min_lr: float = 0.0,
+        activation_checkpointing: bool = False,
         init: str | None = None,
         image_size: int | Pair = 224,
         in_chans: int = 3,
@@ -85,6 +88,7 @@ class Pretrain(Stage):
                 decoder_depth=decoder_depth,
                 decoder_num_heads=decoder_num_heads,
                 norm_pix_loss=norm_pix_loss,
+                activation_checkpointing=activation_checkpointing,
             )
         except ValueError as error:
             raise UserError(

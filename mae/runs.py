@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae import cached, checkpoint, pictures, saving, signals
 from mae.cached import CachedSettings
-from mae.callbacks import Alive, Checkpoints, MetricsCSV, Online, Panels, Progress
+from mae.callbacks import MetricsCSV, Online, Panels, Progress
 from mae.classify import SCRATCH, Finetune, Probe
 from mae.data import DEFAULTS, ImageData
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
@@ -27,10 +27,12 @@ from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.lock import RunLock
 from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
+from mae.safekeeping import Alive, Checkpoints
 from mae.samples import dead_loader
 from mae.saving import CheckpointFiles
 from mae.scores import Report
-from mae.tracking import WandbSettings, log_panel, wandb_logger
+from mae.sharding import FSDP2, full_state
+from mae.tracking import Resumed, RunLogger, WandbSettings, log_panel, wandb_logger
 from mae.training import Stage
 
 
@@ -185,7 +187,8 @@ class StageCLI(LightningCLI):
         if is_first_rank():
             self.lock.take()
         self.ckpt_path = self.resumed_from()
-        if not saving.saved(self.run_dir):
+        self.begun = (self.run_dir / "config.yaml").exists()
+        if self.begun and not saving.saved(self.run_dir):
             self.refuse_another_config()
 
     def resumed_from(self) -> Path | None:
@@ -212,8 +215,6 @@ class StageCLI(LightningCLI):
     def refuse_another_config(self) -> None:
         """A run that ended before its first checkpoint left its settings: others would be another run."""
         path = self.run_dir / "config.yaml"
-        if not path.exists():
-            return
         before, now = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(self.parser.dump(self.config)))
         for key in sorted(before.keys() & now.keys()):
             if before[key] != now[key] and not key.startswith(FREE):
@@ -242,12 +243,15 @@ class StageCLI(LightningCLI):
         if given.logger is not False:
             settings = WandbSettings(**self.config.wandb.as_dict())
             merged = yaml.safe_load(self.parser.dump(self.config))
-            if wandb := wandb_logger(self.run_dir, settings, merged):
+            went_before = Resumed(self.resumed.get("step", 0), metrics.rows) if self.begun else None
+            if wandb := wandb_logger(self.run_dir, settings, merged, went_before):
                 loggers.append(wandb)
             if given.logger not in (None, True):
                 loggers += given.logger if isinstance(given.logger, list) else [given.logger]
         if given.precision is None:
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
+        if given.strategy == "fsdp2":
+            kwargs["strategy"] = FSDP2()
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
@@ -315,6 +319,9 @@ class StageCLI(LightningCLI):
             raise
         else:
             self.finish()
+            for logger in trainer.loggers:
+                if isinstance(logger, RunLogger):
+                    logger.complete()
         finally:
             self.alive.stop()
             for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
@@ -346,7 +353,7 @@ class StageCLI(LightningCLI):
             return
         if images % world:
             raise UserError(
-                f"{images} images a step, as before, cannot be divided among {world} devices: use another number of them"
+                f"{images} images a step, as before, cannot be divided among {world} devices: use another number"
             )
         # As few micro-batches as the memory for `batch` images allows.
         accumulate = next(n for n in range(1, images + 1) if images % (n * world) == 0 and images <= n * world * batch)
@@ -387,8 +394,9 @@ class PretrainCLI(StageCLI):
                 print(said, flush=True)
 
     def finish(self) -> None:
+        state = full_state(self.network)
         if self.trainer.is_global_zero:
-            for path in checkpoint.export(self.network, self.model.description(), self.run_dir):
+            for path in checkpoint.export(state, self.model.description(), self.run_dir):
                 print(f"wrote {path}", flush=True)
 
 
@@ -420,9 +428,10 @@ class ClassifyCLI(StageCLI):
         model, data = self.model, self.datamodule
         if data.val_source is not None and model.report_step != model.global_step:
             self.trainer.validate(model, datamodule=data, verbose=False)
+        state = model.trained_state()
         if not self.trainer.is_global_zero:
             return
-        paths = checkpoint.export_classifier(model.trained_state(), model.description(), self.run_dir)
+        paths = checkpoint.export_classifier(state, model.description(), self.run_dir)
         if isinstance(data.train_source, Part):
             paths.append(self.run_dir / "subset.txt")
             paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))

@@ -6,6 +6,7 @@ optimiser steps is here.
 
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ from mae.errors import TrainingFailed, UserError
 from mae.optim import WarmupCosine, scaled_lr
 from mae.samples import Batch
 from mae.saving import FORMAT, last_checkpoint
+from mae.sharding import shard, whole
 
 
 @runtime_checkable
@@ -295,10 +297,18 @@ class Stage(LightningModule):
         self.clock, self.clock_step = now, step
         return metrics
 
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            shard(self.model, self.device_mesh)
+
     def on_validation_start(self) -> None:
+        # Processes may have different numbers of held-out batches, and a sharded network waits in each for the others.
+        self.gathered = ExitStack()
+        self.gathered.enter_context(whole(self.model))
         self.validation_start = time.perf_counter()
 
     def on_validation_end(self) -> None:
+        self.gathered.close()
         self.clock += time.perf_counter() - self.validation_start
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

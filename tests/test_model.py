@@ -1,13 +1,16 @@
 """The network: the official numbers, and what must hold for any of its sizes."""
 
+from collections.abc import Callable
+
 import pytest
 import timm
 import torch
 from conftest import reference
-from torch import Tensor
+from torch import Tensor, nn
 
 from mae import MaskedAutoencoder
 from mae.checkpoint import load_official_state_dict, official_name
+from mae.classifier import build
 from mae.model import SIZES, patchify, random_masking, sincos_positions, unpatchify
 
 SIZE = {
@@ -214,3 +217,68 @@ def test_noise_none_draws_from_the_global_generator() -> None:
     drawn = model(images).mask
     torch.manual_seed(3)
     assert torch.equal(drawn, model(images, torch.rand(2, 64)).mask)
+
+
+def both_ways(build: Callable[[bool], nn.Module]) -> list[nn.Module]:
+    """The same network in training, without and with activation checkpointing."""
+    plain, checkpointed = build(False).train(), build(True).train()
+    checkpointed.load_state_dict(plain.state_dict())  # strict: the names are the same
+    return [plain, checkpointed]
+
+
+def kept_bytes(loss: Callable[[], Tensor]) -> int:
+    """What the forward pass keeps for the backward pass."""
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss()
+    return sum(kept.values())
+
+
+def test_activation_checkpointing_gives_the_same_bits_from_less_memory() -> None:
+    networks = both_ways(lambda on: small(depth=6, decoder_depth=4, activation_checkpointing=on))
+    images, noise = torch.randn(8, 3, 32, 32), torch.rand(8, 64)
+    for network in networks:
+        network(images, noise).loss.backward()
+    plain, checkpointed = (dict(network.named_parameters()) for network in networks)
+    assert networks[0](images, noise).loss == networks[1](images, noise).loss
+    for name, p in plain.items():
+        assert (p.grad is None) == (checkpointed[name].grad is None)
+        assert p.grad is None or torch.equal(p.grad, checkpointed[name].grad), name
+    kept = [kept_bytes(lambda network=network: network(images, noise).loss) for network in networks]
+    assert kept[1] < kept[0] / 3
+    # Where nothing is trained there is nothing to save.
+    calls = []
+    for network in networks:
+        network.encoder.blocks[0].mlp.fc1.register_forward_hook(lambda *_: calls.append(1))
+        network.eval()(images, noise).loss.backward()
+    assert len(calls) == 2
+
+
+def test_a_block_is_computed_twice_and_drops_the_same_branches_again() -> None:
+    config = {"image_size": 32, "patch_size": 4, "in_chans": 3, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    networks = both_ways(
+        lambda on: build(config | {"mlp_ratio": 4.0}, 5, "mean", "linear", 0.5, activation_checkpointing=on)
+    )
+    images, losses, after, calls = torch.randn(8, 3, 32, 32), [], [], [0, 0]
+
+    def count(i: int) -> None:
+        calls[i] += 1
+
+    for i, network in enumerate(networks):
+        with torch.no_grad():
+            network.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+        network.blocks[2].mlp.fc1.register_forward_hook(lambda *_, i=i: count(i))
+        torch.manual_seed(7)
+        losses.append(network(images).square().mean())
+        losses[-1].backward()
+        after.append(torch.rand(1))
+    assert calls == [1, 2]
+    assert losses[0] == losses[1]
+    assert after[0] == after[1]  # nor are later draws moved
+    for (name, p), q in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
+        assert p.grad is None or torch.equal(p.grad, q.grad), name

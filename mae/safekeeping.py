@@ -1,0 +1,166 @@
+"""What keeps a run safe: it is saved as it goes, stopped where a signal asks, and known to be alive."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
+
+from mae import signals, slurm
+from mae.agreement import Agreement
+from mae.errors import Stopped, TrainingFailed, UserError
+from mae.lock import RunLock
+from mae.saving import CheckpointFiles, last_checkpoint, step_file
+from mae.signals import Wish
+from mae.training import Stage
+from mae.watchdog import Watchdog
+
+
+class Checkpoints(Checkpoint):
+    """Saves the run as it goes, so that `--ckpt_path last` goes on to the same bits; stops it where a signal asks.
+
+    Always at the end of an optimiser step, never inside an accumulation window, when the step's row is in `metrics.csv`
+    and before the look at held-out images that an epoch ends with: a run that goes on from there takes it first. The
+    last step is always saved, and so is the one after which a signal stops the run. Training waits while the state is
+    copied in memory; writing goes on beside it.
+
+    Args:
+        every_n_epochs: Save at the end of each so many epochs.
+        every_n_steps: Save after each so many optimiser steps, too.
+        every_n_minutes: Save when so many minutes have gone by since the last time, too; null: never for that reason.
+        keep: So many checkpoints stay in `checkpoints/`, the newest; `last.ckpt` is a link to the newest.
+    """
+
+    ATTEMPTS = 3  # to save, in a row, before a run that cannot save is stopped
+    RETRY_SECONDS = 60.0
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = 30,
+        keep: int = 3,
+    ):
+        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1) or keep < 1:
+            raise UserError(
+                f"--checkpoint.every_n_epochs {every_n_epochs}, every_n_steps {every_n_steps}, keep {keep}: at least 1"
+            )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise UserError(f"--checkpoint.every_n_minutes {every_n_minutes}: above 0, or null")
+        self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
+        self.keep = keep
+        self.saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        files = trainer.strategy.checkpoint_io
+        assert isinstance(files, CheckpointFiles)
+        self.files = files
+        self.agreement = Agreement(3)
+        self.clock = time.monotonic()
+
+    def after_step(self, trainer: Trainer, stage: Stage) -> None:
+        step = trainer.global_step
+        # Between epochs comes the look at held-out images, which may take minutes: signals are heard before it.
+        border = stage.at_epoch_end or step >= stage.total_steps
+        said = [signals.wished, int(self.overdue()), self.files.failures]
+        wished, overdue, failures = self.agreement.hear(said, wait=border)
+        if failures >= self.ATTEMPTS:
+            raise TrainingFailed(f"{failures} checkpoints in a row could not be written{self.why()}")
+        intervals = [self.every_n_epochs * stage.steps_per_epoch, stage.total_steps, self.every_n_steps]
+        if wished or overdue or any(interval and step % interval == 0 for interval in intervals):
+            self.save(trainer)
+        if wished:
+            self.stop(trainer, Wish(wished))
+
+    def overdue(self) -> bool:
+        """For the rank that writes to say: the others do not know its clock or its disk."""
+        if self.files.busy:
+            return False
+        passed = time.monotonic() - self.clock
+        if self.files.failures:
+            return passed > self.RETRY_SECONDS
+        return self.every_n_minutes is not None and passed > 60 * self.every_n_minutes
+
+    def save(self, trainer: Trainer) -> None:
+        if self.files.failures and not self.files.busy:
+            print(f"mae: warning: a checkpoint could not be written{self.why()}; trying again", flush=True)
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(step_file(trainer.default_root_dir, self.saved_step), weights_only=False)
+        self.clock = time.monotonic()
+
+    def why(self) -> str:
+        """Of the last failure, on the rank that knows it."""
+        if self.files.failed is None:
+            return ""
+        path, error = self.files.failed
+        whole = last_checkpoint(path.parent.parent)
+        kept = f"the last good one is {whole.resolve().name}" if whole.exists() else "there is none yet"
+        return f": {path}: {error.strerror or error}; {kept}; make room or repair {path.parent}"
+
+    def stop(self, trainer: Trainer, wish: Wish) -> None:
+        """
+        Raises:
+            Stopped: On every rank, when the checkpoint is on the disk and, where it can be, the job in the queue again.
+            TrainingFailed: The checkpoint could not be written.
+        """
+        said: tuple[str, int] = ("", 1)
+        if trainer.is_global_zero:
+            self.files.wait()
+            if self.files.failed is None:
+                requeued, how = (False, "") if wish == Wish.INTERRUPT else slurm.requeue()
+                parts = [f"stopped at step {trainer.global_step}, saved", how, "--ckpt_path last goes on from there"]
+                said = "; ".join(filter(None, parts)), 0 if requeued else signals.EXIT_CODES[wish]
+        words, code = trainer.strategy.broadcast(said)
+        if not words:
+            raise TrainingFailed(f"asked to stop, but the checkpoint could not be written{self.why()}")
+        raise Stopped(words, code)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.saved_step != trainer.global_step and trainer.global_step != pl_module.resumed_at:
+            self.save(trainer)  # a callback has ended the run early
+        self.files.wait()
+        if self.files.failed is not None:
+            raise TrainingFailed(f"the last checkpoint could not be written{self.why()}")
+
+
+class Alive(Callback):
+    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch."""
+
+    def __init__(self, lock: RunLock, minutes: float | None) -> None:
+        self.lock, self.minutes = lock, minutes
+        self.watchdog: Watchdog | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        rank = trainer.global_rank
+        if rank > 0:  # by now rank 0 has it
+            self.lock.share(rank)
+        if stage != "fit" or self.minutes is None:
+            return
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        children = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+        parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
+        relatives = [os.getppid()] if started_by_rank_0 else children
+        folder = Path(trainer.default_root_dir)
+        self.watchdog = Watchdog(60 * self.minutes, folder, rank, lambda: relatives, parent)
+        self.watchdog.start()
+
+    def beat(self, where: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.beat(where)
+
+    def stop(self) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.beat(f"step {trainer.global_step}, in training")
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.beat(f"step {trainer.global_step}, looking at held-out images")
+
+    def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
+        self.beat(f"step {trainer.global_step}, between epochs")
