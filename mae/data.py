@@ -72,13 +72,15 @@ def patiently(batches: Iterator[Any]) -> Iterator[Any]:
         raise
 
 
-def leave_in_silence(worker: int) -> None:
-    """For a loader process: that the main one has ended half-way through a transfer is not worth a page.
+def serve(worker: int) -> None:
+    """For a loader process: it goes by what its main process does, in silence, and ends with it at once.
 
-    It goes by what the main one does, not by signals: a batch system sends them to every process.
+    Not by signals, which a batch system sends to every process; and not later, as it has inherited the connections to
+    other ranks: as long as it lives, they wait for its main process.
     """
     sys.excepthook = lambda *_: None
     signals.ignore()
+    signals.die_with_parent()
 
 
 class ReplayLoader(Loader):
@@ -393,7 +395,7 @@ class ImageData(LightningDataModule):
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_in_silence,
+            worker_init_fn=serve,
         )
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -131,7 +131,7 @@ class RunLock:
         self.rank = 0
         self.made = False
 
-    def take(self, wait: float = 10.0) -> None:
+    def take(self, wait: float = 20.0) -> None:
         """For rank 0, before anything in the folder is read or written; makes the folder.
 
         Args:
@@ -143,7 +143,7 @@ class RunLock:
         """
         self._acquire(0, wait)
 
-    def share(self, rank: int, wait: float = 10.0) -> None:
+    def share(self, rank: int, wait: float = 20.0) -> None:
         """For the other ranks, when rank 0 surely has the lock.
 
         Raises:

@@ -70,6 +70,8 @@ FREE = (
     *("trainer.num_nodes", "trainer.plugins", "trainer.profiler", "trainer.strategy", "watchdog"),
 )
 
+HURRY_SECONDS = 5.0  # for W&B's last uploads where a run is stopped; the next start sends what is missing
+
 # Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
 WHOLE_STEPS_ONLY = {
     "limit_train_batches": 1.0,
@@ -177,10 +179,6 @@ class StageCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "log_every_n_steps"):
             if (number := self.config.trainer[key]) is not None and number < 1:
                 raise UserError(f"--trainer.{key} {number}: at least 1")
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"--run_dir {self.run_dir} cannot be made: {error.strerror}") from None
         if (minutes := self.config.watchdog_minutes) is not None and not minutes > 0:
             raise UserError(f"--watchdog_minutes {minutes}: above 0, or null")
         self.lock = RunLock(self.run_dir)
@@ -255,7 +253,7 @@ class StageCLI(LightningCLI):
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
-        self.alive = Alive(self.lock, self.config.watchdog_minutes)
+        self.alive = Alive(self.lock, self.config.watchdog_minutes, self.write_config)
         callbacks.append(self.alive)
         files = CheckpointFiles(self.config.checkpoint.keep)
         files.alongside = [metrics.path]
@@ -294,8 +292,6 @@ class StageCLI(LightningCLI):
         trainer = self.trainer
         self.keep_effective_batch()
         self.refuse_another_recipe()
-        if is_first_rank():
-            self.write_config()
         try:
             with signals.noted():
                 path = str(self.ckpt_path) if self.ckpt_path else None
@@ -319,14 +315,19 @@ class StageCLI(LightningCLI):
             raise
         else:
             self.finish()
-            for logger in trainer.loggers:
-                if isinstance(logger, RunLogger):
-                    logger.complete()
+            for logger in self.trackers():
+                logger.complete()
+                logger.finish()
         finally:
             self.alive.stop()
+            for logger in self.trackers():
+                logger.finish(HURRY_SECONDS)
             for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
                 child.kill()
             self.lock.release()
+
+    def trackers(self) -> list[RunLogger]:
+        return [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
 
     def way_on(self) -> str:
         if saving.saved(self.run_dir):
@@ -334,6 +335,7 @@ class StageCLI(LightningCLI):
         return "there is no checkpoint yet, the same command starts anew"
 
     def write_config(self) -> None:
+        """When training begins, so that settings which cannot be leave nothing that others would differ from."""
         unfinished = self.run_dir / "config.yaml.partial"
         try:
             self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,10 +128,16 @@ class Checkpoints(Checkpoint):
 
 
 class Alive(Callback):
-    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch."""
+    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch.
 
-    def __init__(self, lock: RunLock, minutes: float | None) -> None:
-        self.lock, self.minutes = lock, minutes
+    Args:
+        lock: Of the run folder.
+        minutes: Without a batch, before the watchdog ends the process; None: it never does.
+        begin: What the first rank does when training begins.
+    """
+
+    def __init__(self, lock: RunLock, minutes: float | None, begin: Callable[[], None]) -> None:
+        self.lock, self.minutes, self.begin = lock, minutes, begin
         self.watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -155,6 +162,10 @@ class Alive(Callback):
     def stop(self) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
+
+    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.is_global_zero:
+            self.begin()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.beat(f"step {trainer.global_step}, in training")

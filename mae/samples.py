@@ -254,6 +254,13 @@ def failed_batch(error: BadImage) -> Batch:
     return Batch(torch.zeros(0, 1, 1, 1), empty, empty, empty, empty.bool(), empty.float(), [error], {})
 
 
+def blank_batch(size: int, in_chans: int, image_size: Pair) -> Batch:
+    """As it comes to a training step, but for masking scores: black images of class 0."""
+    zeros = torch.zeros(size, dtype=torch.long)
+    images = torch.zeros(size, in_chans, *image_size)
+    return Batch(images, zeros, torch.arange(size), zeros, zeros.bool(), torch.ones(size), [], {})
+
+
 def stack(images: list[Tensor]) -> Tensor:
     """(C, H, W) each -> (B, C, H, W), channels last where all are; uint8 beside uint16 is widened: 255 -> 65535."""
     if len({image.dtype for image in images}) > 1:

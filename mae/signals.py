@@ -4,6 +4,7 @@ A handler that did more, such as saving, could come upon a process half-way thro
 not reached yet, and each would wait for the other. Imports nothing heavy: it listens before the rest is loaded.
 """
 
+import ctypes
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ class Wish(IntEnum):
 
 
 WISHES = {signal.SIGINT: Wish.INTERRUPT, signal.SIGTERM: Wish.END, signal.SIGUSR1: Wish.REQUEUE}
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 EXIT_CODES = {Wish.INTERRUPT: 130, Wish.END: 143, Wish.REQUEUE: 143}
 
 wished = Wish.NONE  # of this process
@@ -56,3 +58,8 @@ def ignore() -> None:
     """For loader processes: a batch system signals them, too, but they serve the step under way."""
     for number in WISHES:
         signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the one that started it ends."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -15,13 +15,14 @@ import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from mae import audit
 from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.optim import WarmupCosine, scaled_lr
-from mae.samples import Batch
+from mae.samples import Batch, blank_batch
 from mae.saving import FORMAT, last_checkpoint
 from mae.sharding import shard, whole
 
@@ -232,9 +233,34 @@ class Stage(LightningModule):
         self.window_loss *= factor
         self.window_weight = torch.zeros_like(self.window_weight)
 
-    def on_train_start(self) -> None:
+    def settle_buckets(self) -> None:
+        """A pass over a blank batch, of which nothing is kept.
+
+        After its first backward pass DDP arranges the gradients anew in its buckets, and from three ranks on a sum
+        rounds by its place there: the first step of each start would be another than in a run that was never stopped.
+        """
+        trainer = self.trainer
+        if not isinstance(trainer.strategy.model, DistributedDataParallel):
+            return
+        buffers = [buffer.clone() for buffer in self.buffers()]
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        batch = self.on_before_batch_transfer(blank_batch(data.batch_size, data.in_chans, data.image_size), 0)
+        batch = batch._replace(images=batch.images.to(self.dtype))
+        loss = trainer.strategy.training_step(trainer.strategy.batch_to_device(batch), 0)
+        assert isinstance(loss, Tensor)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.zero_grad(set_to_none=True)
+        for buffer, before in zip(self.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+
+    def open_window(self) -> None:
         self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
         self.window_weight = torch.zeros((), device=self.device)  # share of its slots that are readable, of this rank
+
+    def on_train_start(self) -> None:
+        self.open_window()
+        self.settle_buckets()
+        self.open_window()
         self.step_loss = self.window_loss
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
         self.clock, self.clock_step = time.perf_counter(), self.global_step

@@ -303,7 +303,7 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
 def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 
-    from wandb_records import read_records
+    from mae.wandb_file import read_records
 
     settings = [*DIGITS, *TINY, "--wandb.mode=auto", "--trainer.log_every_n_steps=2", "--trainer.max_steps=5"]
     monkeypatch.delenv("WANDB_MODE")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,10 @@ import pytest
 import wandb
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
-from wandb_records import read_records
 
 from mae import tracking
-from mae.tracking import WandbSettings, log_panel, wandb_logger, wandb_mode
+from mae.tracking import Resumed, RunLogger, WandbSettings, log_panel, wandb_logger, wandb_mode
+from mae.wandb_file import cut_torn_tail, read_records
 
 KEY = "0123456789" * 4
 CONFIG = {"model": {"arch": "vit_tiny", "mask_ratio": 0.75}, "seed": 0}
@@ -38,27 +41,46 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     end()
 
 
-def end() -> None:
-    """End the run and W&B's helper process: until that has gone, the records may not be on disk."""
-    wandb.finish()
-    wandb.teardown()
+def end(logger: RunLogger | None = None) -> None:
+    """The natural end of a run, or of all: until W&B's helper process has gone, the records may not be on disk."""
+    if logger is not None:
+        logger.complete()
+        logger.finish()
+    elif tracking._open is not None:
+        tracking._open.finish()
+    wandb.teardown()  # forgets the environment's settings
 
 
 class FakeServer(ThreadingHTTPServer):
-    """Enough of W&B's API to open an online run; `requests` holds what was asked."""
+    """Enough of W&B's API for online runs; `requests` holds what was asked, `history` the rows by run and line."""
 
     status = 200
     never_opens_a_run = False
+    daemon_threads = True
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.viewer: Any = {"id": "V", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}
         self.requests: list[str] = []
+        self.history: dict[str, list[dict[str, Any]]] = {}
         self.url = f"http://127.0.0.1:{self.server_port}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that gave up
+
+    def resume_status(self, run_id: str) -> dict[str, Any]:
+        if (rows := self.history.get(run_id)) is None:
+            return {"model": None}
+        counts = {"historyLineCount": len(rows), "eventsLineCount": 0, "logLineCount": 0}
+        tails = {"historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]"}
+        config = {"seed": {"value": 1}}
+        about = {"summaryMetrics": "{}", "config": json.dumps(config), "wandbConfig": json.dumps({"t": 1}), "tags": []}
+        return {"model": {"id": "p", "name": "mae", "bucket": {"id": "b", "name": run_id, **counts, **tails, **about}}}
+
+    def receive(self, run_id: str, lines: dict[str, Any]) -> None:
+        rows = self.history.setdefault(run_id, [])
+        rows[lines["offset"] :] = [json.loads(line) for line in lines["content"]]
 
 
 class FakeHandler(BaseHTTPRequestHandler):
@@ -71,8 +93,16 @@ class FakeHandler(BaseHTTPRequestHandler):
             if self.server.never_opens_a_run:
                 time.sleep(10)
             project = {"id": "p", "name": "mae", "entity": {"id": "e", "name": "me"}}
-            bucket = {"id": "b", "name": "r1", "displayName": "r1", "project": project, "config": "{}"}
+            name = json.loads(query)["variables"]["name"] or "r1"
+            self.server.history.setdefault(name, [])
+            bucket = {"id": "b", "name": name, "displayName": "r1", "project": project, "config": "{}"}
             data: dict[str, Any] = {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        elif "RunResumeStatus" in query:
+            data = self.server.resume_status(json.loads(query)["variables"]["name"])
+        elif self.path.endswith("/file_stream"):
+            if history := json.loads(query).get("files", {}).get("wandb-history.jsonl"):
+                self.server.receive(self.path.split("/")[-2], history)
+            data = {}
         elif "createRunFiles" in query:
             data = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []}}
         else:
@@ -129,7 +159,7 @@ def test_offline_run_holds_everything(
         logger.log_metrics({"train/loss": 1 / step, "images_seen": 64 * step}, step=step)
     log_panel(logger, "val/panel", tmp_path / "panel.png", "original | masked | reconstruction", step=3)
     logger.finalize("success")
-    end()
+    end(logger)
 
     folder = offline_run(run_dir)
     out, err = capfd.readouterr()
@@ -280,6 +310,294 @@ def test_wandb_offline_command_is_obeyed(server: FakeServer, tmp_path: Path, cap
     assert capfd.readouterr() == ("", "")
 
 
+# Going on with a run
+
+
+def log(logger: RunLogger, steps: range) -> None:
+    for step in steps:
+        logger.log_metrics({"train/loss": 1 / step, "images_seen": 64 * step}, step=step)
+
+
+def csv_rows(*steps: int) -> list[dict[str, Any]]:
+    """As metrics.csv holds them."""
+    return [
+        {"step": str(step), "train/loss": str(1 / step), "images_seen": str(64 * step), "val": ""} for step in steps
+    ]
+
+
+def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """The history rows of all segments, in the order of time."""
+    files = sorted((run_dir / "wandb").glob("*run-*/*.wandb"), key=lambda file: file.parent.name)
+    return [
+        {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in r.history.item}
+        for file in files
+        for r in read_records(file)
+        if r.HasField("history")
+    ]
+
+
+def steps_of(rows: list[dict[str, Any]]) -> list[int]:
+    assert all(row["_step"] == row["trainer/global_step"] for row in rows)
+    return [row["_step"] for row in rows]
+
+
+def begin(run_dir: Path, resumed: Resumed | None = None) -> RunLogger:
+    logger = wandb_logger(run_dir, WandbSettings(), CONFIG, resumed)
+    assert logger is not None
+    return logger
+
+
+def new_second() -> None:
+    """Segments are named by it."""
+    time.sleep(1.1)
+
+
+def test_a_row_is_recorded_when_a_later_step_comes_or_the_run_is_complete(tmp_path: Path) -> None:
+    logger = begin(tmp_path)
+    logger.log_metrics({"train/loss": 2.0, "images_seen": 64}, step=1)
+    logger.log_metrics({"train/loss": 1.0, "images_seen": 128}, step=2)
+    logger.log_metrics({"val/loss": 3.0, "images_seen": 128}, step=2)
+    logger.finalize("success")
+    logger.finish()
+    (row,) = read_rows(tmp_path)
+    assert (row["trainer/global_step"], row["train/loss"]) == (1, 2.0)
+    new_second()
+    logger = begin(tmp_path, Resumed(2, [{"step": 2, "train/loss": 1.0, "val/loss": "", "images_seen": 128}]))
+    logger.log_metrics({"val/loss": 3.0, "images_seen": 128}, step=2)
+    end(logger)
+    rows = read_rows(tmp_path)
+    assert steps_of(rows) == [1, 2]
+    assert (rows[1]["train/loss"], rows[1]["val/loss"], rows[1]["images_seen"]) == (1.0, 3.0, 128)
+
+
+def test_replayed_rows_are_not_recorded_again(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = begin(tmp_path)
+    log(logger, range(1, 6))  # 1 to 4 are recorded
+    logger.finish()
+    new_second()
+    capfd.readouterr()
+    logger = begin(tmp_path, Resumed(2, csv_rows(1, 2)))
+    run_id = logger.version
+    folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
+    assert [folder.name.split("-")[-1] for folder in folders] == [run_id, run_id]
+    option = " --append" if find_spec("wandb.sync") else ""
+    said = f"continued from step 2; upload with: wandb sync{option} {folders[0]} {folders[1]}"
+    assert capfd.readouterr().out == f"W&B: no API key, recording offline, run {run_id} {said}\n"
+    log(logger, range(3, 9))
+    end(logger)
+    assert steps_of(read_rows(tmp_path)) == list(range(1, 9))
+
+
+def test_lost_rows_are_recorded_from_metrics_csv_with_their_pictures(tmp_path: Path) -> None:
+    logger = begin(tmp_path)
+    log(logger, range(1, 4))
+    logger.finish()
+    (tmp_path / "reconstructions").mkdir()
+    for step in (2, 4, 5, 9):  # recorded; of a row; of no row; of a step that comes again
+        Image.new("RGB", (8, 8), (step, 0, 0)).save(tmp_path / "reconstructions" / f"step_{step:07d}.png")
+    new_second()
+    logger = begin(tmp_path, Resumed(6, csv_rows(1, 2, 3, 4, 6)))
+    log(logger, range(7, 9))
+    end(logger)
+    rows = read_rows(tmp_path)
+    assert steps_of(rows) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["_step"] for row in rows if "reconstructions/filenames" in row] == [4, 5]
+    assert [row["train/loss"] for row in rows if "train/loss" in row] == [1 / step for step in (1, 2, 3, 4, 6, 7, 8)]
+    assert not any("val" in row for row in rows)
+    (media,) = rows[3]["reconstructions/filenames"]
+    assert any((folder / "files" / media).exists() for folder in (tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_new_run_in_a_used_folder_has_an_id_of_its_own(tmp_path: Path) -> None:
+    ids = []
+    for _ in range(2):
+        logger = begin(tmp_path)
+        log(logger, range(1, 4))
+        ids.append(logger.version)
+        end(logger)
+    assert len(set(ids)) == 2
+    assert steps_of(read_rows(tmp_path)) == [1, 2, 3, 1, 2, 3]
+
+
+def test_torn_file_ends_where_it_is_torn(tmp_path: Path) -> None:
+    logger = begin(tmp_path)
+    log(logger, range(1, 2001))
+    end(logger)
+    (file,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    raw = file.read_bytes()
+    assert len(raw) > 3 * 32 * 1024
+    last = None
+    for cut in (0, 3, 7, 10, 2 * 32 * 1024 - 3, 2 * 32 * 1024, 2 * 32 * 1024 + 5, len(raw) - 1):
+        file.write_bytes(raw[:cut])
+        steps = steps_of(read_rows(tmp_path))
+        cut_torn_tail(file)
+        assert steps_of(read_rows(tmp_path)) == steps
+        assert file.stat().st_size <= cut
+        assert steps == list(range(1, len(steps) + 1))
+        assert last is None or len(steps) >= last
+        last = len(steps)
+    assert last > 1900
+    file.write_bytes(b"not of W&B")
+    with pytest.raises(ValueError, match=r"not a \.wandb file"):
+        list(read_records(file))
+
+
+def test_online_run_is_continued(server: FakeServer, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logger = begin(tmp_path)
+    log(logger, range(1, 6))
+    logger.finish()
+    run_id = logger.version
+    assert run_id is not None
+    assert steps_of(server.history[run_id]) == [1, 2, 3, 4]
+    del server.history[run_id][3:]  # and an upload was lost
+    capfd.readouterr()
+    new_second()
+    logger = begin(tmp_path, Resumed(4, csv_rows(1, 2, 3, 4)))
+    assert f", run {run_id} continued from step 4\n" in capfd.readouterr().out
+    log(logger, range(5, 8))
+    end(logger)
+    assert list(server.history) == [run_id]
+    assert steps_of(server.history[run_id]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_offline_then_online_sends_all(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("WANDB_MODE", "offline")
+        logger = begin(tmp_path)
+        log(logger, range(1, 6))
+        logger.finish()
+    new_second()
+    wandb.teardown()
+    logger = begin(tmp_path, Resumed(3, csv_rows(1, 2, 3)))
+    assert "it gets what was recorded offline, too" in capfd.readouterr().out
+    log(logger, range(4, 8))
+    end(logger)
+    assert logger.version is not None
+    assert steps_of(server.history[logger.version]) == [1, 2, 3, 4, 5, 6, 7]
+
+
+SEGMENT = """
+import sys, time
+from pathlib import Path
+from mae.tracking import Resumed, WandbSettings, wandb_logger
+
+def row(step):
+    return {"train/loss": 1 / step, "images_seen": 64 * step, "padding": "x" * 300}
+
+first, last, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+resumed = None if first == 0 else Resumed(first, [{"step": s, **row(s)} for s in range(1, first + 1)])
+logger = wandb_logger(Path("run"), WandbSettings(), {}, resumed)
+for step in range(first + 1, last + 1):
+    logger.log_metrics(row(step), step=step)
+print("logged", flush=True)
+if end == "kill":
+    time.sleep(120)
+if end == "complete":
+    logger.complete()
+    logger.finish()
+"""
+
+
+def helpers(pid: int) -> list[int]:
+    """W&B's helper processes of a process."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "wandb-core"], capture_output=True, text=True).stdout
+    return [int(line) for line in found.split()]
+
+
+def newest(run_dir: Path) -> Path:
+    return max((run_dir / "wandb").glob("offline-run-*"))
+
+
+def segment(first: int, last: int, end: str) -> None:
+    """Log steps after `first` in a process of its own; "kill" kills it and W&B's helper, with rows on disk and not."""
+    env = os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    command = [sys.executable, "-c", SEGMENT, str(first), str(last), end]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout is not None
+        try:
+            said = ""
+            while "logged" not in said:
+                said = process.stdout.readline()
+                assert said
+            if end == "kill":
+                (file,) = newest(Path("run")).glob("*.wandb")
+                while file.stat().st_size < 40_000:  # it is written in blocks of 32 KB
+                    assert process.poll() is None
+                    time.sleep(0.05)
+                for helper in helpers(process.pid):
+                    os.kill(helper, signal.SIGKILL)
+            else:
+                assert process.wait(60) == 0
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_three_kills_leave_one_curve(server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.delenv("WANDB_API_KEY")
+        segment(0, 400, "kill")
+        recorded = steps_of(read_rows(tmp_path / "run"))
+        assert 0 < len(recorded) < 399  # some were not on disk yet
+        segment(390, 700, "kill")  # more than was recorded
+        assert len(steps_of(read_rows(tmp_path / "run"))) > len(recorded)
+        segment(100, 1000, "kill")  # less than was recorded
+        segment(900, 1100, "complete")
+    rows = read_rows(tmp_path / "run")
+    assert steps_of(rows) == list(range(1, 1101))
+    assert [row["train/loss"] for row in rows] == [1 / step for step in range(1, 1101)]
+    folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    (run_id,) = {folder.name.split("-")[-1] for folder in folders}
+
+    command = shlex.split(tracking._sync_command(folders, append=True))
+    subprocess.run([sys.executable, "-m", *command], capture_output=True, timeout=120, check=True)
+    assert steps_of(server.history[run_id]) == list(range(1, 1101))
+
+
+AFTER_A_SIGNAL = """
+import os, signal, subprocess, sys
+from pathlib import Path
+from mae import tracking
+from mae.tracking import WandbSettings, wandb_logger
+
+tracking.FINISH_SECONDS, tracking.PATIENCE_SECONDS, tracking.QUEUE = 3.0, 1.0, 100
+logger = wandb_logger(Path("run"), WandbSettings(), {})
+logger.log_metrics({"a": 1.0}, step=0)
+found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
+os.kill(int(found), int(sys.argv[1]))
+for step in range(1, 5000):
+    logger.log_metrics({"a": 1.0, "padding": "x" * 100}, step=step)
+print("trained", flush=True)
+if sys.argv[2] == "finish":
+    logger.complete()
+    logger.finish()
+    second = wandb_logger(Path("second"), WandbSettings(), {})
+    second.log_metrics({"a": 1.0}, step=3)
+    second.complete()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", ["finish", "exit"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_dead_or_frozen_helper_process_stops_neither_training_nor_exit(
+    tmp_path: Path, number: signal.Signals, end: str
+) -> None:
+    env = os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[1])}
+    command = [sys.executable, "-c", AFTER_A_SIGNAL, str(int(number)), end]
+    # A helper process that is left over keeps the pipe open: the time runs out then, too.
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0
+    assert set(done.stderr.splitlines()) <= {"wandb: ERROR Problem finishing run"}
+    assert "trained" in done.stdout
+    assert done.stdout.count("W&B: recording stops at step ") == 1
+    assert done.stdout.count("W&B: does not end in time") == (number == signal.SIGSTOP)
+    assert steps_of(read_rows(tmp_path / "second")) == ([3] if end == "finish" else [])
+
+
 # Starting, failing, ending
 
 
@@ -309,8 +627,7 @@ def test_online_run_and_loss_of_the_network(
     server.server_close()
     logger.log_metrics({"train/loss": 1.0, "images_seen": 64}, step=1)
     start = time.monotonic()
-    logger.finalize("success")
-    wandb.finish()
+    end(logger)
     assert time.monotonic() - start < 8
 
 
@@ -348,9 +665,23 @@ def test_death_of_the_helper_process_is_told_once(
 
     monkeypatch.setattr(logger.experiment, "log", gone)
     capfd.readouterr()
-    for step in (7, 8):
+    for step in (7, 8, 9):
         logger.log_metrics({"train/loss": 1.0, "images_seen": 64}, step=step)
-    assert capfd.readouterr().out == "W&B: recording stops at step 7, ConnectionResetError: Connection lost\n"
+    end(logger)
+    line = "W&B: recording stops at step 7, ConnectionResetError: Connection lost; a restart sends what is missing\n"
+    assert capfd.readouterr().out == line
+
+
+def test_start_that_takes_too_long_is_given_up(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(tracking, "START_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "KILL_SECONDS", 0.2)
+    monkeypatch.setattr(tracking, "_start", lambda *args, **kwargs: release.wait(30))
+    assert wandb_logger(tmp_path / "run", WandbSettings(mode="offline"), CONFIG) is None
+    release.set()
+    assert "W&B: not recording, TimeoutError: W&B does not start within 0.2 s\n" in capfd.readouterr().out
 
 
 def test_other_ranks_record_nothing(
@@ -386,6 +717,8 @@ logger = wandb_logger(Path("run"), WandbSettings(), {"a": {"b": 1}})
 trainer = L.Trainer(logger=logger, accelerator="cpu", devices=2, strategy="ddp", max_steps=4, log_every_n_steps=1,
                     callbacks=[LearningRateMonitor()], enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(Model())
+logger.complete()
+logger.finish()
 """
 
 
