@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and make; `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor check format clean
+.PHONY: help demo test test-slow test-floor soak check format clean
 FAST := -m "not slow and not gpu"
 
 # The first candidate that is at least Python 3.11 and can make environments; else the first that is at least 3.11.
@@ -36,6 +36,10 @@ test: .venv/stamp ## the fast tests: make test ARGS="-k NAME -x"
 
 test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, notebooks
 	.venv/bin/python -m pytest -m slow $(ARGS)
+
+soak: .venv/stamp ## kill a small run 25 times, signal a Slurm job 20 times: the same bits
+	.venv/bin/python scripts/soak.py --kills 25 $(ARGS)
+	.venv/bin/python scripts/slurm_soak.py --signals 20
 
 test-floor: .venv-floor/stamp ## the fast tests with the lowest supported versions
 	.venv-floor/bin/python -m pytest $(FAST) $(ARGS)

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mae.callbacks import Online, Panels
+from mae.errors import UserError
 from mae.runs import PretrainCLI, out_file
 from mae.safekeeping import Checkpoints
 from mae.saving import CheckpointFiles, HostCopy, step_file
@@ -39,6 +40,8 @@ class SaveCLI(PretrainCLI):
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
+        if self.config.rounds < 1:
+            raise UserError(f"--rounds {self.config.rounds}: at least 1")
         if self.config.json:
             out_file(self.config.json, "--json")
 

@@ -160,14 +160,15 @@ def test_what_cannot_be_measured(tmp_path: Path, photographs: Path, capsys: pyte
     (photographs / "05.jpg").write_bytes((photographs / "05.jpg").read_bytes()[:-500])
     assert "05.jpg: " in fails(capsys, *data)
     assert "--seconds" in fails(capsys, "run", *DIGITS, *TINY, "--seconds=0")
+    assert "--rounds" in fails(capsys, "save", *DIGITS, *TINY, "--rounds=0")
     assert "--json" in fails(capsys, "run", *DIGITS, *TINY, f"--json={tmp_path / 'nowhere' / 'figures.json'}")
     assert "mask_ration" in fails(capsys, "run", *DIGITS, *TINY, "--model.mask_ration=1")
 
 
 def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--help"]) == 0
-    assert {"data", "run"} <= set(capsys.readouterr().out.split())
-    for command, option in (("data", "--rounds"), ("run", "--trainer.precision")):
+    assert {"data", "run", "save"} <= set(capsys.readouterr().out.split())
+    for command, option in (("data", "--rounds"), ("run", "--trainer.precision"), ("save", "--rounds")):
         with pytest.raises(SystemExit) as ended:
             main(["bench", command, "--help"])
         assert ended.value.code == 0
@@ -183,6 +184,20 @@ def check_run(found: dict[str, Any], batch: int, workers: int) -> None:
     slower = found["loader"]["median"] < found["step"]["median"]
     assert found["bottleneck"] == ("loader" if slower else "step")
     assert f"the {found['bottleneck']} is the bottleneck" in found["advice"][0]
+
+
+def test_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(tmp_path, "save", *DIGITS, *TINY, "--rounds=2", "--trainer.accumulate_grad_batches=2")
+    for key in ("clone", "write", "plain", "saving", "deterministic"):
+        fits(found[key])
+    assert [len(found[key]["rounds"]) for key in ("plain", "saving", "deterministic", "write")] == [4, 2, 4, 2]
+    assert found["bound"] == pytest.approx(found["plain"]["high"] + 1.5 * found["clone"]["median"])
+    assert found["bytes"] > 50_000
+    said = capsys.readouterr().out
+    assert ("OVER it" in said) == (found["saving"]["high"] > found["bound"])
+    kept = tmp_path / "kept"
+    measured(tmp_path, "save", *DIGITS, *TINY, "--rounds=1", f"--run_dir={kept}")
+    assert not list(kept.glob("checkpoints/*"))
 
 
 def test_run_with_workers_and_accumulation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
