@@ -292,6 +292,7 @@ class StageCLI(LightningCLI):
         trainer = self.trainer
         self.keep_effective_batch()
         self.refuse_another_recipe()
+        self.model.allow_changes = self.config.allow_changes
         try:
             with signals.noted():
                 path = str(self.ckpt_path) if self.ckpt_path else None

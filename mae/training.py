@@ -65,6 +65,8 @@ class Stage(LightningModule):
         self.gradients_checked = False
         self.seconds = 0.0  # of training, looks at held-out images included; without what a kill has lost
         self.resumed_at: int | None = None  # the optimiser step of the checkpoint that the run goes on from
+        self.planned: int | None = None  # the length of the run, in steps, when that checkpoint was written
+        self.allow_changes = False  # of the plan
 
     # ---- what a stage says of itself ------------------------------------------------------------------------------
 
@@ -270,10 +272,27 @@ class Stage(LightningModule):
         for group, rate in zip(self.trainer.optimizers[0].param_groups, self.schedule.get_lr(), strict=True):
             group["lr"] = rate
 
+        self.keep_plan()
         if self.resumed_at is not None and self.at_epoch_end:
             self.finish_epoch()
         if self.global_step >= self.total_steps:
             self.trainer.should_stop = True
+
+    def keep_plan(self) -> None:
+        """A run may be made longer, and says so; a shorter one would have had other learning rates from the start.
+
+        Raises:
+            UserError: It is to be shorter.
+        """
+        if self.planned in (None, self.total_steps):
+            return
+        said = f"the run is to have {self.total_steps} optimiser steps, and was to have {self.planned}"
+        if self.total_steps < self.planned and not self.allow_changes:  # type: ignore[operator]
+            raise UserError(
+                f"{said}: give --trainer.max_epochs and --trainer.max_steps as before; --allow_changes true goes on"
+            )
+        if self.trainer.is_global_zero:
+            print(f"{said}: from step {self.global_step} on the learning rate follows the new schedule", flush=True)
 
     def on_train_epoch_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -349,13 +368,14 @@ class Stage(LightningModule):
             "decoded": dict(sum(gather(self.decoded), Counter[str]())),
             "skipped_steps": self.skipped_steps,
             "seconds": seconds,
+            "total_steps": self.total_steps,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         step, counts = checkpoint["global_step"], checkpoint["mae_counts"]
         if len(set(gather(step))) > 1:
             raise TrainingFailed(f"the processes see different checkpoints, of the steps {gather(step)}: start again")
-        self.resumed_at = step
+        self.resumed_at, self.planned = step, counts["total_steps"]
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = step
         self.bad_images, self.skipped_steps, self.seconds = (

@@ -1,18 +1,26 @@
-"""Two processes against one: the same losses from the same images and masks, and the same end."""
+"""Two processes against one: the same losses and gradients from the same images and masks, and the same end."""
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DIGITS, TINY, mae, save_images
 from PIL import Image
+from torch import Tensor
 
 from mae.data import ImageData
+from mae.errors import Stopped, UserError
+from mae.runs import FinetuneCLI, PretrainCLI, ProbeCLI, StageCLI
+from mae.saving import saved, step_file
 
 pytestmark = pytest.mark.slow
+
+TESTS = Path(__file__).parent
 
 
 def pretrain(run_dir: Path, processes: int, *settings: str) -> subprocess.CompletedProcess[str]:
@@ -27,22 +35,179 @@ def column(run_dir: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row[name]]
 
 
-def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
-    settings = [*DIGITS, "--trainer.max_steps=20", "--model.base_lr=0.01"]
-    runs = {
-        "one": (1, "--data.batch_size_per_device=64"),
-        "two": (2, "--data.batch_size_per_device=32"),
-        "accumulated": (2, "--data.batch_size_per_device=16", "--trainer.accumulate_grad_batches=2"),
-    }
-    for name, (processes, *own) in runs.items():
-        done = pretrain(tmp_path / name, processes, *settings, *own)
-        assert done.returncode == 0, done.stderr
-        assert f"x {processes} devices = 64 an optimiser step" in done.stdout
-        assert len(column(tmp_path / name, "train/loss")) == 20
-    for name in ("two", "accumulated"):
-        for key in ("train/loss", "lr", "images_seen"):
-            wanted = column(tmp_path / "one", key)
-            assert column(tmp_path / name, key) == pytest.approx(wanted, rel=1e-5), (name, key)
+# Settings of a command, and how long it is: 30 steps of 32 images, less than an epoch.
+LENGTH = [
+    *("--trainer.max_steps=30", "--trainer.log_every_n_steps=1", "--trainer.limit_val_batches=0"),
+    *("--wandb.mode=disabled", "--trainer.accelerator=cpu", "--data.num_workers=0", "--ckpt_path=last"),
+]
+PRETRAIN = [*DIGITS, *TINY, *LENGTH, "--model.base_lr=0.01", "--checkpoint.every_n_steps=7"]
+SCRATCH = [
+    *("--model.encoder=scratch", "--model.size=nano", "--model.embed_dim=32", "--model.depth=2"),
+    *("--model.num_heads=2", "--model.warmup_epochs=0.01"),
+]
+# LARS moves the weight by a thousandth of its norm for a rate of 1.
+PROBE = [*LENGTH, *SCRATCH, "--data.dataset=digits", "--model.patch_size=7", "--model.base_lr=100"]
+FINETUNE = [*LENGTH, *SCRATCH, "--data.image_size=16", "--model.patch_size=4", "--model.base_lr=0.01"]
+
+
+def divided(run_dir: Path, processes: int, batch: int, accumulate: int = 1) -> list[str]:
+    return [
+        *(f"--run_dir={run_dir}", f"--trainer.devices={processes}", "--trainer.strategy=auto"),
+        *(f"--data.batch_size_per_device={batch}", f"--trainer.accumulate_grad_batches={accumulate}"),
+    ]
+
+
+def watched(run_dir: Path) -> list[str]:
+    callback = "--trainer.callbacks+=run_callbacks.Gradients"
+    return [callback, f"--trainer.callbacks.folder={run_dir / 'gradients'}", "--trainer.callbacks.steps=[1,10,20]"]
+
+
+def signalled(step: int, number: int) -> list[str]:
+    callback = "--trainer.callbacks+=run_callbacks.SignalAt"
+    return [callback, f"--trainer.callbacks.step={step}", f"--trainer.callbacks.number={int(number)}"]
+
+
+def two_processes(command: str, *settings: str) -> str:
+    done = mae(command, *settings, timeout=400, PYTHONPATH=str(TESTS))
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def require_same_gradients(run_dir: Path, wanted_dir: Path) -> None:
+    for step in (1, 10, 20):
+        found, wanted = (torch.load(folder / "gradients" / f"{step}.pt") for folder in (run_dir, wanted_dir))
+        assert found.keys() == wanted.keys()
+        whole = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+        for name in wanted:
+            require_close(name, found[name], wanted[name], whole)
+
+
+def require_close(name: str, found: Tensor, wanted: Tensor, whole: Tensor) -> None:
+    assert wanted.norm() > 0, name
+    if name.endswith("qkv.bias"):
+        # The key bias' gradient is zero in theory, rounding noise in practice: held against the whole.
+        keys = slice(len(wanted) // 3, 2 * len(wanted) // 3)
+        assert (found[keys] - wanted[keys]).norm() <= 1e-5 * whole, name
+        found, wanted = (torch.cat(gradient.chunk(3)[::2]) for gradient in (found, wanted))
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm(), name
+
+
+def require_same_losses(run_dir: Path, wanted_dir: Path, rel: float = 1e-6) -> None:
+    for key in ("train/loss", "lr", "images_seen"):
+        wanted = column(wanted_dir, key)
+        assert len(wanted) == 30
+        assert column(run_dir, key) == pytest.approx(wanted, rel=rel), key
+
+
+@pytest.fixture(scope="module")
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pre-training by two processes that nothing has disturbed."""
+    run_dir = tmp_path_factory.mktemp("runs") / "by_two"
+    said = two_processes("pretrain", *PRETRAIN, *divided(run_dir, 2, 16), *watched(run_dir))
+    assert "16 a device x 1 accumulated x 2 devices = 32 an optimiser step" in said
+    losses = column(run_dir, "train/loss")
+    assert losses[-1] < 0.9 * losses[0]
+    return run_dir
+
+
+@pytest.mark.parametrize(("processes", "batch", "accumulate"), [(1, 32, 1), (1, 16, 2), (2, 8, 2)])
+def test_pretraining_is_the_same_however_a_step_is_divided(
+    tmp_path: Path, by_two: Path, processes: int, batch: int, accumulate: int
+) -> None:
+    settings = [*PRETRAIN, *divided(tmp_path, processes, batch, accumulate), *watched(tmp_path)]
+    two_processes("pretrain", *settings) if processes == 2 else PretrainCLI(settings).fit()
+    require_same_losses(tmp_path, by_two)
+    require_same_gradients(tmp_path, by_two)
+
+
+def pictures(root: Path) -> Path:
+    """64 RGB images of two classes."""
+    for seed, name in enumerate(("cat", "dog")):
+        save_images(root / "train" / name, 40, seed=seed)
+        save_images(root / "val" / name, 2, seed=seed + 2)
+    return root
+
+
+@pytest.mark.parametrize("cli_type", [ProbeCLI, FinetuneCLI])
+def test_classifiers_are_the_same_where_no_image_depends_on_another(tmp_path: Path, cli_type: type[StageCLI]) -> None:
+    # Crops, RandAugment and erasing are drawn by image; BatchNorm, mixing and drop path go by micro-batch.
+    if cli_type is ProbeCLI:
+        settings = [*PROBE, "--trainer.callbacks+=run_callbacks.FixedNorm"]
+    else:
+        root = pictures(tmp_path / "images")
+        settings = [*FINETUNE, f"--data.root={root}", "--model.mixup=0", "--model.cutmix=0", "--model.drop_path=0"]
+    dirs = {name: tmp_path / name for name in ("one", "accumulated", "two")}
+    own = {name: [*settings, *watched(run_dir)] for name, run_dir in dirs.items()}
+    cli_type([*own["one"], *divided(dirs["one"], 1, 32)]).fit()
+    cli_type([*own["accumulated"], *divided(dirs["accumulated"], 1, 16, 2)]).fit()
+    two_processes(cli_type.command, *own["two"], *divided(dirs["two"], 2, 16))
+    losses = column(dirs["one"], "train/loss")
+    assert abs(losses[0] - losses[-1]) > 1e-3 * losses[0]
+    for name in ("accumulated", "two"):
+        require_same_losses(dirs[name], dirs["one"])
+        require_same_gradients(dirs[name], dirs["one"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=lambda n: n.name)
+def test_what_two_processes_began_one_goes_on_with(
+    tmp_path: Path, by_two: Path, number: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*PRETRAIN, *divided(tmp_path, 2, 16)]
+    done = mae("pretrain", *settings, *signalled(9, number), timeout=400, PYTHONPATH=str(TESTS))
+    if number == signal.SIGTERM:
+        assert done.returncode == 143, done.stderr
+        assert saved(tmp_path)[0] in (step_file(tmp_path, 10), step_file(tmp_path, 11))  # rank 1 hears of it later
+    else:
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert saved(tmp_path)[0] == step_file(tmp_path, 7)
+    PretrainCLI([*settings, "--trainer.devices=1"]).fit()
+    said = "1 devices instead of 2: 16 images a device x 2 accumulated, so that a step has 32 images as before"
+    assert said in capsys.readouterr().out
+    require_same_losses(tmp_path, by_two, rel=1e-5)
+
+
+def began(run_dir: Path) -> list[str]:
+    """Settings of a pre-training by one process, which a signal has stopped."""
+    settings = [*PRETRAIN, *divided(run_dir, 1, 32)]
+    with pytest.raises(Stopped, match="stopped at step 10, saved"):
+        PretrainCLI([*settings, *signalled(9, signal.SIGTERM)]).fit()
+    return settings
+
+
+def test_what_one_process_began_two_go_on_with(tmp_path: Path, by_two: Path) -> None:
+    said = two_processes("pretrain", *began(tmp_path), "--trainer.devices=2")
+    line = "2 devices instead of 1: 16 images a device x 1 accumulated, so that a step has 32 images as before"
+    assert said.count(line) == 1
+    require_same_losses(tmp_path, by_two, rel=1e-5)
+
+
+def test_accumulation_may_change_between_starts(tmp_path: Path, by_two: Path) -> None:
+    settings = [*began(tmp_path), "--data.batch_size_per_device=8"]
+    with pytest.raises(UserError, match="effective batch is 8, but 32 in the run that"):
+        PretrainCLI(settings).fit()
+    PretrainCLI([*settings, "--trainer.accumulate_grad_batches=4"]).fit()
+    require_same_losses(tmp_path, by_two, rel=1e-5)
+
+
+def test_devices_that_do_not_divide_a_step_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        PretrainCLI([*began(tmp_path), "--trainer.devices=3"]).fit()
+    said = "32 images a step, as before, cannot be divided among 3 devices: use another number"
+    assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("cli_type", [ProbeCLI, FinetuneCLI])
+def test_classifiers_keep_their_number_of_devices(tmp_path: Path, cli_type: type[StageCLI]) -> None:
+    root = pictures(tmp_path / "images")
+    run_dir = tmp_path / "run"
+    settings = [*PROBE] if cli_type is ProbeCLI else [*FINETUNE, f"--data.root={root}"]
+    settings += divided(run_dir, 1, 32)
+    cli_type([*settings, "--trainer.max_steps=2"]).fit()
+    with pytest.raises(UserError, match="but 32 in the run that"):
+        cli_type([*settings, "--trainer.devices=2"]).fit()
+    with pytest.raises(UserError, match=r"data\.batch_size_per_device is 16, but 32 in the run that"):
+        cli_type([*settings, "--trainer.devices=2", "--data.batch_size_per_device=16"]).fit()
+    assert saved(run_dir) == [step_file(run_dir, 2)]
 
 
 def test_held_out_loss_counts_every_image_once(tmp_path: Path) -> None:

@@ -148,10 +148,15 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     assert [row["train/loss"] for row in logged] == [row["train/loss"] for row in wanted]
 
 
-def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path: Path) -> None:
+def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--data.batch_size_per_device=400"]
     run(tmp_path, *settings, "--trainer.max_epochs=1")
     cli = run(tmp_path, *settings, "--trainer.max_epochs=2", "--ckpt_path=last")
+    assert (
+        "20 optimiser steps, and was to have 10: from step 10 on the learning rate follows" in capsys.readouterr().out
+    )
+    with pytest.raises(UserError, match="is to have 10 optimiser steps, and was to have 20"):
+        run(tmp_path, *settings, "--trainer.max_epochs=1", "--ckpt_path=last")
     logged = rows(tmp_path)
     assert [int(row["step"]) for row in logged] == list(range(1, 21))
     assert float(logged[10]["lr"]) == cli.model.schedule.lr_at(10, 1.5e-4 * 400 / 256)  # of the longer schedule
