@@ -60,7 +60,6 @@ class Rounds(Callback):
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
         self.seconds: dict[str, list[float]] = {kind: [] for kind in self.KINDS}
-        self.writes: list[float] = []
         self.clones: list[float] = []
         self.plan = self.steps()
 
@@ -72,7 +71,6 @@ class Rounds(Callback):
             yield "saving"
             while self.files.busy:
                 yield "writing"
-            self.writes.append(time.perf_counter() - self.began)
             torch.use_deterministic_algorithms(True, warn_only=True)
             yield from ["deterministic"] * 2
             torch.use_deterministic_algorithms(False)
@@ -97,7 +95,6 @@ class Rounds(Callback):
             return
         self.start = time.perf_counter()
         if self.kind == "saving":
-            self.began = self.start
             trainer.save_checkpoint(step_file(trainer.default_root_dir, trainer.global_step), weights_only=False)
 
     def clone(self, trainer: Trainer) -> float:
@@ -141,7 +138,7 @@ def bench_save(cli: SaveCLI) -> dict[str, Any]:
     clone, plain, saving = figure(rounds.clones), kinds["plain"], kinds["saving"]
     bound = plain.high + 1.5 * clone.median
     batch = cli.model.images_per_step
-    print(f"checkpoint     {size / 1e6:,.0f} MB; written in {figure(rounds.writes)} s; seconds below: median (range)")
+    print(f"checkpoint     {size / 1e6:,.0f} MB; written in {figure(files.seconds)} s; seconds below: median (range)")
     print(f"clone of it    {clone}, in memory")
     print(f"step           {plain}, batch {batch}")
     verdict = "within it" if saving.high <= bound else "OVER it"
@@ -157,7 +154,7 @@ def bench_save(cli: SaveCLI) -> dict[str, Any]:
         "batch": batch,
         "bytes": size,
         "clone": clone,
-        "write": figure(rounds.writes),
+        "write": figure(files.seconds),
         "bound": bound,
         **kinds,
     }

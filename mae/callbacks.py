@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from tqdm import tqdm
 
-from mae import features, heads
+from mae import features, heads, watchdog
 from mae.data import ImageData, raise_errors
 from mae.errors import UserError
 from mae.labelled import Part
@@ -22,6 +22,7 @@ from mae.pictures import panel, reconstruct
 from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.samples import WholeSamples
+from mae.saving import sync
 from mae.sharding import whole
 from mae.sources import Source
 from mae.tracking import log_panel
@@ -41,18 +42,33 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step"]
         self.rows: list[dict[str, Any]] = []
-        self.behind = False  # the file lacks rows that could not be written
+        self.behind: OSError | None = None  # why the file lacks rows
         if path.exists():
-            self.cut(step)
-
-    @rank_zero_only
-    def cut(self, step: int) -> None:
-        with self.path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            # A line that was cut off by a full disk has no end, and is measured again.
-            self.rows = [row for row in reader if None not in row.values() and int(row["step"]) <= step]
+            # A line without an end was torn by a full disk, and no checkpoint knows of it.
+            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            reader = csv.DictReader(lines)
+            self.rows = [row for row in reader if int(row["step"]) <= step]
             self.columns = list(reader.fieldnames or self.columns)
-        self.rewrite()
+
+    def begin(self) -> None:
+        """Cut the file back to where the run goes on.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        if self.path.exists():
+            self.rewrite()
+
+    def sync(self) -> None:
+        """To the disk.
+
+        Raises:
+            OSError: Rows are missing in the file.
+        """
+        if self.behind:
+            raise self.behind
+        if self.path.exists():
+            sync(self.path)
 
     @property
     def name(self) -> str:
@@ -81,11 +97,11 @@ class MetricsCSV(Logger):
             else:
                 with self.path.open("a", newline="") as file:
                     csv.DictWriter(file, self.columns).writerow(self.rows[-1])
-            self.behind = False
+            self.behind = None
         except OSError as error:
             if not self.behind:
                 print(f"mae: warning: {self.path} cannot be written: {error.strerror}; trying again", flush=True)
-            self.behind = True
+            self.behind = error
 
     def rewrite(self) -> None:
         unfinished = self.path.with_suffix(".partial")
@@ -216,7 +232,6 @@ class Panels(Callback):
         if self.drawn == trainer.global_step or not self.batches:
             return  # drawn a moment ago, at the end of the last epoch; or nothing to draw
         self.drawn = trainer.global_step
-        path.parent.mkdir(parents=True, exist_ok=True)
         indices = [int(batch.indices) for batch in self.batches]
         noise = sample_noise(HELD_OUT_SEED, [HELD_OUT_EPOCH] * len(indices), indices, module.model.num_patches)
         model = module.model
@@ -226,7 +241,12 @@ class Panels(Callback):
             images = torch.cat([batch.images for batch in self.batches]).to(module.device)
             columns = reconstruct(model, images, noise.to(module.device), module.mask_ratio, data.mean, data.std)
         model.train(was_training)
-        panel(columns, path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            panel(columns, path)
+        except OSError as error:  # a picture is not worth a run
+            print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
+            return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 log_panel(logger, "reconstructions", path, "; ".join(columns), trainer.global_step)
@@ -288,6 +308,7 @@ class Online(Callback):
         mine, errors = [], []
         with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
             for batch in data.readable(part, trainer.global_rank, trainer.world_size):
+                watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
                 if batch.errors:
                     errors += [str(error) for error in batch.errors]
                     continue

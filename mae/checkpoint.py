@@ -17,6 +17,7 @@ from mae.errors import UserError
 from mae.model import MaskedAutoencoder
 
 ENCODER = "encoder."
+EXPORTS = ("model.safetensors", "encoder.safetensors")  # what a run leaves at its end, in this order
 State = dict[str, Tensor]
 
 
@@ -201,8 +202,8 @@ def export(state: State, description: dict[str, Any], folder: Path) -> list[Path
     """Write encoder.safetensors (timm's names and layout) and model.safetensors (encoder and decoder)."""
     state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
-    paths = [folder / "encoder.safetensors", folder / "model.safetensors"]
-    for kind, tensors, path in zip(("encoder", "model"), (encoder, state), paths, strict=True):
+    paths = [folder / name for name in EXPORTS]
+    for kind, tensors, path in zip(("model", "encoder"), (state, encoder), paths, strict=True):
         save(tensors, {"kind": kind, **description}, path)
     return paths
 

@@ -2,12 +2,18 @@
 
 import logging
 import sys
+import time
 import warnings
 from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae import bench, demo, doctor, evaluate, pack, report, runs, tools
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.samples import dead_loader
+
+ALONE_SECONDS = 7.0
 
 
 def run(args: Sequence[str]) -> int:
@@ -29,8 +35,6 @@ def run(args: Sequence[str]) -> int:
     except TrainingFailed as error:
         return tell(error, 1)
     except Stopped as stop:
-        if runs.is_first_rank():
-            print(stop, flush=True)
         return stop.code
     except KeyboardInterrupt:
         return 130
@@ -42,9 +46,14 @@ def run(args: Sequence[str]) -> int:
 
 
 def tell(error: Exception, code: int) -> int:
-    # Ranks agree on why they stop, and one line is enough to say it.
+    line = f"mae: error: {' '.join(str(error).split())}"
     if runs.is_first_rank() or isinstance(error, LoaderDied | PeerLost):
-        print(f"mae: error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(line, file=sys.stderr, flush=True)
+    elif not dist.is_initialized():
+        # Later, ranks agree on why they stop, and one line is enough to say it. Until then each finds its own mistakes;
+        # where the first rank has found the same, it has said so, and the launcher ends this one meanwhile.
+        time.sleep(ALONE_SECONDS)
+        print(f"{line} (rank {getattr(rank_zero_only, 'rank', 0)})", file=sys.stderr, flush=True)
     return code
 
 

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -187,11 +188,11 @@ class StageCLI(LightningCLI):
         self.ckpt_path = self.resumed_from()
         self.begun = (self.run_dir / "config.yaml").exists()
         if self.begun and not saving.saved(self.run_dir):
-            self.refuse_another_config()
+            self.refuse_another_start()
 
     def resumed_from(self) -> Path | None:
         """The checkpoint to go on from."""
-        given, say = self.config.ckpt_path, is_first_rank()
+        given = self.config.ckpt_path
         if given is None:
             if saving.saved(self.run_dir):
                 raise UserError(
@@ -206,14 +207,26 @@ class StageCLI(LightningCLI):
                 raise UserError(f"--ckpt_path {path} is damaged: {wrong}")
             return path
         found, complaints = saving.newest(self.run_dir)
-        for complaint in complaints if say else ():
-            print(f"mae: warning: {complaint}; going on from {found}", flush=True)
+        for complaint in complaints if is_first_rank() else ():
+            print(f"mae: warning: {complaint}", flush=True)
         return found
 
-    def refuse_another_config(self) -> None:
-        """A run that ended before its first checkpoint left its settings: others would be another run."""
+    def refuse_another_start(self) -> None:
+        """A run that ended before its first checkpoint left its settings: others would be another run.
+
+        Raises:
+            UserError: They differ, or the run has had checkpoints.
+        """
         path = self.run_dir / "config.yaml"
-        before, now = flat(yaml.safe_load(path.read_text())), flat(yaml.safe_load(self.parser.dump(self.config)))
+        before, now = yaml.safe_load(path.read_text()), yaml.safe_load(self.parser.dump(self.config))
+        if not isinstance(before, dict):
+            raise UserError(f"{path} holds no settings: remove it, or give another --run_dir")
+        if (newest := saving.ever_saved(self.run_dir)) and not self.config.allow_changes:
+            raise UserError(
+                f"{self.run_dir} had checkpoints, the newest {newest}, and has none now: bring them back, or give another "
+                "--run_dir; --allow_changes true starts this run over"
+            )
+        before, now = flat(before), flat(now)
         for key in sorted(before.keys() & now.keys()):
             if before[key] != now[key] and not key.startswith(FREE):
                 self.differ(key, now[key], before[key], f"{path}, left by a run that ended before its first checkpoint")
@@ -233,15 +246,13 @@ class StageCLI(LightningCLI):
             self.resumed = checkpoint.require_resumable(self.ckpt_path, self.model.architecture())
         else:
             self.start()
-        if is_first_rank():
-            self.tidy_up()
         given = self.config_init.trainer
-        metrics = MetricsCSV(self.run_dir / "metrics.csv", self.resumed.get("step", 0))
-        loggers: list[Logger] = [metrics]
+        self.metrics = MetricsCSV(self.run_dir / "metrics.csv", self.resumed.get("step", 0))
+        loggers: list[Logger] = [self.metrics]
         if given.logger is not False:
             settings = WandbSettings(**self.config.wandb.as_dict())
             merged = yaml.safe_load(self.parser.dump(self.config))
-            went_before = Resumed(self.resumed.get("step", 0), metrics.rows) if self.begun else None
+            went_before = Resumed(self.resumed.get("step", 0), self.metrics.rows) if self.begun else None
             if wandb := wandb_logger(self.run_dir, settings, merged, went_before):
                 loggers.append(wandb)
             if given.logger not in (None, True):
@@ -253,10 +264,10 @@ class StageCLI(LightningCLI):
         callbacks = list(given.callbacks or [])
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
-        self.alive = Alive(self.lock, self.config.watchdog_minutes, self.write_config)
+        self.alive = Alive(self.lock, self.config.watchdog_minutes)
         callbacks.append(self.alive)
         files = CheckpointFiles(self.config.checkpoint.keep)
-        files.alongside = [metrics.path]
+        files.alongside = [self.metrics.sync]
         plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
         try:
             return super().instantiate_trainer(
@@ -269,12 +280,36 @@ class StageCLI(LightningCLI):
         except (MisconfigurationException, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
 
+    def begin(self) -> None:
+        """Change the run folder; not before nothing stands against training any more. All ranks call it.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        problem = ""
+        if self.trainer.is_global_zero:
+            try:
+                self.write_config()
+                self.tidy_up()
+                self.metrics.begin()
+            except OSError as error:
+                problem = f"--run_dir {self.run_dir} cannot be written: {error.filename}: {error.strerror}"
+        if problem := self.trainer.strategy.broadcast(problem):
+            raise UserError(problem)
+
     def tidy_up(self) -> None:
-        """What a run that was killed, or one that is gone back upon, leaves."""
+        """What a run that was killed, one that is gone back upon, or one that is made longer leaves."""
         for path in saving.clear_unfinished(self.run_dir):
             print(f"{path} was being written when the run was killed: removed", flush=True)
-        for path in saving.supersede(self.run_dir, self.resumed.get("step", 0)) if self.resumed else ():
-            print(f"the run goes back before {path.name}: kept as {path.name}{saving.SUPERSEDED}", flush=True)
+        if not self.resumed:
+            return
+        print(f"goes on from step {self.resumed['step']} ({self.ckpt_path})", flush=True)
+        later = saving.supersede(self.run_dir, self.resumed["step"])
+        if self.resumed["step"] < self.model.total_steps:  # else they would be taken for what comes out in the end
+            exports = [self.run_dir / name for name in checkpoint.EXPORTS]
+            later += [path.rename(path.with_name(path.name + saving.SUPERSEDED)) for path in exports if path.exists()]
+        for path in later:
+            print(f"{path.name} is of a later step: kept as *{saving.SUPERSEDED}", flush=True)
 
     def start(self) -> None:
         """What a run that is not resumed does first."""
@@ -293,10 +328,28 @@ class StageCLI(LightningCLI):
         self.keep_effective_batch()
         self.refuse_another_recipe()
         self.model.allow_changes = self.config.allow_changes
+        self.model.starts_at, self.model.begin = self.resumed.get("step", 0), self.begin
+        if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(
+            trainer.strategy.cluster_environment, LightningEnvironment
+        ):
+            signals.die_with_parent()  # the first rank has started this one
+        with signals.noted():
+            try:
+                self.train()
+            finally:
+                self.leave()
+
+    def train(self) -> None:
+        trainer, path = self.trainer, str(self.ckpt_path) if self.ckpt_path else None
         try:
-            with signals.noted():
-                path = str(self.ckpt_path) if self.ckpt_path else None
-                trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+            try:
+                self.finish()
+            except OSError as error:
+                raise TrainingFailed(f"{error.filename or self.run_dir}: {error.strerror}; {self.way_on()}") from None
+            for logger in self.trackers():
+                logger.complete()
+                logger.finish()
         except MisconfigurationException as error:
             raise UserError(f"--trainer: {error}") from None
         except SystemExit:
@@ -311,21 +364,18 @@ class StageCLI(LightningCLI):
         except Exception as error:
             if said := dead_loader(error):
                 raise LoaderDied(f"{said}; {self.way_on()}") from None
-            if said := lost_peer(error):
+            if trainer.world_size > 1 and (said := lost_peer(error)):
                 raise PeerLost(f"rank {trainer.global_rank}: {said}; {self.way_on()}") from None
             raise
-        else:
-            self.finish()
-            for logger in self.trackers():
-                logger.complete()
-                logger.finish()
-        finally:
-            self.alive.stop()
-            for logger in self.trackers():
-                logger.finish(HURRY_SECONDS)
-            for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
-                child.kill()
-            self.lock.release()
+
+    def leave(self) -> None:
+        """Whatever has happened."""
+        self.alive.stop()
+        for logger in self.trackers():
+            logger.finish(HURRY_SECONDS)
+        for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
+            child.kill()
+        self.lock.release()
 
     def trackers(self) -> list[RunLogger]:
         return [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
@@ -336,13 +386,10 @@ class StageCLI(LightningCLI):
         return "there is no checkpoint yet, the same command starts anew"
 
     def write_config(self) -> None:
-        """When training begins, so that settings which cannot be leave nothing that others would differ from."""
         unfinished = self.run_dir / "config.yaml.partial"
-        try:
-            self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
-            unfinished.replace(self.run_dir / "config.yaml")
-        except OSError as error:
-            raise UserError(f"--run_dir {self.run_dir} cannot be written: {error.strerror}") from None
+        self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
+        saving.sync(unfinished)
+        unfinished.replace(self.run_dir / "config.yaml")
 
     def keep_effective_batch(self) -> None:
         """With more or fewer devices than before, a run goes on with as many images a step, in the same order."""
@@ -503,10 +550,14 @@ class ProbeCLI(ClassifyCLI):
         if self.config.mode != "recipe":
             if self.trainer.world_size > 1:
                 raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
-            fast = self.fit_cached()
-        if self.config.mode == "cached":
-            self.lock.release()
-        else:
+            try:
+                fast = self.fit_cached()
+                for logger in self.trackers() if self.config.mode == "cached" else ():
+                    logger.complete()
+            finally:
+                if self.config.mode == "cached":
+                    self.leave()
+        if self.config.mode != "cached":
             super().fit()
         if self.config.mode == "both":
             self.compare(fast)
@@ -514,7 +565,7 @@ class ProbeCLI(ClassifyCLI):
     def fit_cached(self) -> cached.CachedResult:
         settings = CachedSettings(**self.config.cached.as_dict())
         network, device = self.model.model, self.trainer.strategy.root_device
-        self.parser.save(self.config, str(self.run_dir / "config.yaml"), overwrite=True, multifile=False)
+        self.write_config()
         data = self.datamodule
         recipe = cached.recipe(settings, data, self.model.said)
         print(recipe, flush=True)
@@ -555,7 +606,9 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def lost_peer(error: BaseException) -> str | None:
     """What to say where an error of torch tells that another process of the run is gone; None for other errors."""
     text = str(error)
-    if isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", text):
+    if isinstance(error, BrokenPipeError):  # of our own output
+        return None
+    if isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset) by peer", text):
         return f"another process of the run is gone ({text.splitlines()[0].strip()[:200]})"
     return lost_peer(error.__context__) if error.__context__ else None
 

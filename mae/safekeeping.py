@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
-from mae import signals, slurm
+from mae import saving, signals, slurm
 from mae.agreement import Agreement
 from mae.errors import Stopped, TrainingFailed, UserError
 from mae.lock import RunLock
@@ -35,8 +34,7 @@ class Checkpoints(Checkpoint):
         keep: So many checkpoints stay in `checkpoints/`, the newest; `last.ckpt` is a link to the newest.
     """
 
-    ATTEMPTS = 3  # to save, in a row, before a run that cannot save is stopped
-    RETRY_SECONDS = 60.0
+    ATTEMPTS = 3  # to save, before a run that cannot save is stopped
 
     def __init__(
         self,
@@ -56,6 +54,8 @@ class Checkpoints(Checkpoint):
         self.saved_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
         files = trainer.strategy.checkpoint_io
         assert isinstance(files, CheckpointFiles)
         self.files = files
@@ -81,12 +81,12 @@ class Checkpoints(Checkpoint):
         if self.files.busy:
             return False
         passed = time.monotonic() - self.clock
-        if self.files.failures:
-            return passed > self.RETRY_SECONDS
+        if self.files.failed is not None:
+            return passed > saving.RETRY_SECONDS
         return self.every_n_minutes is not None and passed > 60 * self.every_n_minutes
 
     def save(self, trainer: Trainer) -> None:
-        if self.files.failures and not self.files.busy:
+        if self.files.failed is not None and not self.files.busy:
             print(f"mae: warning: a checkpoint could not be written{self.why()}; trying again", flush=True)
         self.saved_step = trainer.global_step
         trainer.save_checkpoint(step_file(trainer.default_root_dir, self.saved_step), weights_only=False)
@@ -99,7 +99,8 @@ class Checkpoints(Checkpoint):
         path, error = self.files.failed
         whole = last_checkpoint(path.parent.parent)
         kept = f"the last good one is {whole.resolve().name}" if whole.exists() else "there is none yet"
-        return f": {path}: {error.strerror or error}; {kept}; make room or repair {path.parent}"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return f": {path}: {reason}; {kept}; make room or repair {path.parent}"
 
     def stop(self, trainer: Trainer, wish: Wish) -> None:
         """
@@ -114,17 +115,27 @@ class Checkpoints(Checkpoint):
                 requeued, how = (False, "") if wish == Wish.INTERRUPT else slurm.requeue()
                 parts = [f"stopped at step {trainer.global_step}, saved", how, "--ckpt_path last goes on from there"]
                 said = "; ".join(filter(None, parts)), 0 if requeued else signals.EXIT_CODES[wish]
+                # Now: going back to the queue brings SIGTERM, and the batch system ends what is slow to end.
+                print(said[0], flush=True)
         words, code = trainer.strategy.broadcast(said)
         if not words:
             raise TrainingFailed(f"asked to stop, but the checkpoint could not be written{self.why()}")
         raise Stopped(words, code)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Stage)
         if self.saved_step != trainer.global_step and trainer.global_step != pl_module.resumed_at:
-            self.save(trainer)  # a callback has ended the run early
+            pl_module.write_last_row()  # a callback has ended the run early
+            self.save(trainer)
+        if self.lost(trainer):
+            self.save(trainer)
+            if self.lost(trainer):
+                raise TrainingFailed(f"the last checkpoint could not be written{self.why()}")
+
+    def lost(self, trainer: Trainer) -> bool:
+        """Whether the last checkpoint is not on the disk; all ranks ask."""
         self.files.wait()
-        if self.files.failed is not None:
-            raise TrainingFailed(f"the last checkpoint could not be written{self.why()}")
+        return bool(trainer.strategy.broadcast(self.files.failed is not None))
 
 
 class Alive(Callback):
@@ -133,18 +144,19 @@ class Alive(Callback):
     Args:
         lock: Of the run folder.
         minutes: Without a batch, before the watchdog ends the process; None: it never does.
-        begin: What the first rank does when training begins.
     """
 
-    def __init__(self, lock: RunLock, minutes: float | None, begin: Callable[[], None]) -> None:
-        self.lock, self.minutes, self.begin = lock, minutes, begin
+    def __init__(self, lock: RunLock, minutes: float | None) -> None:
+        self.lock, self.minutes = lock, minutes
         self.watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        rank = trainer.global_rank
-        if rank > 0:  # by now rank 0 has it
-            self.lock.share(rank)
-        if stage != "fit" or self.minutes is None:
+        if stage == "fit" and trainer.global_rank > 0:  # by now rank 0 has it
+            self.lock.share(trainer.global_rank)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Not before: loading all images into a device's memory takes its time, and rendezvous have limits."""
+        if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
         children = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
@@ -152,7 +164,7 @@ class Alive(Callback):
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
         relatives = [os.getppid()] if started_by_rank_0 else children
         folder = Path(trainer.default_root_dir)
-        self.watchdog = Watchdog(60 * self.minutes, folder, rank, lambda: relatives, parent)
+        self.watchdog = Watchdog(60 * self.minutes, folder, trainer.global_rank, lambda: relatives, parent)
         self.watchdog.start()
 
     def beat(self, where: str) -> None:
@@ -162,10 +174,6 @@ class Alive(Callback):
     def stop(self) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
-
-    def on_train_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.is_global_zero:
-            self.begin()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
         self.beat(f"step {trainer.global_step}, in training")

@@ -8,6 +8,8 @@ import hashlib
 import os
 import re
 import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,8 +21,11 @@ from mae.errors import UserError
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
 LAST = "last.ckpt"  # a link to the newest
+NEWEST = ".newest"  # in the run folder: the newest checkpoint's name, to know of those that are gone
 PARTIAL = ".partial"
 SUPERSEDED = ".superseded"
+STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
+RETRY_SECONDS = 60.0  # failures that follow each other faster have one cause
 COMMENT = b"mae sha256 "
 SEALED = len(COMMENT) + 64  # bytes of a comment
 CHUNK = 1 << 22
@@ -42,10 +47,28 @@ def step_file(run_dir: str | Path, step: int) -> Path:
 
 def saved(run_dir: str | Path) -> list[Path]:
     """All checkpoints of a run, the newest first; whole or not."""
-    found = [path for path in folder_of(run_dir).glob("step_*.ckpt") if re.fullmatch(r"step_\d+\.ckpt", path.name)]
-    found.sort(key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
-    last = last_checkpoint(run_dir)
-    return found if last.is_symlink() or not last.exists() else [last, *found]  # a copy whose links became files
+    folder = folder_of(run_dir)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not to be taken for a run without checkpoints
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    found = sorted((folder / name for name in names if STEP_FILE.fullmatch(name)), key=step_of, reverse=True)
+    last = folder / LAST
+    return found if last.is_symlink() or not last.exists() else [*found, last]  # a copy whose link became a file
+
+
+def ever_saved(run_dir: str | Path) -> str | None:
+    """The name of the newest checkpoint that there has been."""
+    path = Path(run_dir) / NEWEST
+    return path.read_text() if path.exists() else None
+
+
+def step_of(path: Path) -> int:
+    match = STEP_FILE.fullmatch(path.name)
+    assert match
+    return int(match[1])
 
 
 def seal_of(file: IO[bytes], size: int) -> bytes | None:
@@ -158,9 +181,11 @@ def point_last_at(path: Path) -> None:
 
 def supersede(run_dir: str | Path, step: int) -> list[Path]:
     """Put aside the checkpoints of later steps than a run goes on from, so that they are not taken for its own."""
-    found = [path for path in folder_of(run_dir).glob("step_*.ckpt") if int(path.stem.removeprefix("step_")) > step]
+    found = [path for path in saved(run_dir) if path.name != LAST and step_of(path) > step]
     for path in found:
         path.rename(path.with_name(path.name + SUPERSEDED))
+    if left := [path for path in saved(run_dir) if path.name != LAST]:
+        point_last_at(left[0])
     return found
 
 
@@ -205,16 +230,18 @@ class CheckpointFiles(CheckpointIO):
     Args:
         keep: So many checkpoints stay; older ones are removed once a newer one is complete.
 
-    `alongside` are files that must be on the disk before a checkpoint is there: what has happened up to its step.
+    `alongside` puts on the disk what must be there before a checkpoint is: what has happened up to its step.
     """
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
-        self.alongside: list[Path] = []
+        self.alongside: list[Callable[[], None]] = []
         self.host = HostCopy()
         self.thread: threading.Thread | None = None
-        self.failed: tuple[Path, OSError] | None = None  # the last write, where it did not succeed
-        self.failures = 0  # in a row
+        self.failed: tuple[Path, Exception] | None = None  # the last write, where it did not succeed
+        self.failures = 0  # in a row, RETRY_SECONDS or more between them
+        self.failed_at = -RETRY_SECONDS
+        self.seconds: list[float] = []  # that each write took
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Begin to write; `path` exists when the checkpoint is complete. Waits for the one before."""
@@ -225,18 +252,26 @@ class CheckpointFiles(CheckpointIO):
         self.thread.start()
 
     def put(self, checkpoint: dict[str, Any], path: Path) -> None:
+        start = time.monotonic()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for beside in self.alongside:
-                if beside.exists():
-                    sync(beside)
+                beside()
             write(checkpoint, path)
+        except Exception as error:  # whatever it is, the run must know that it is not saved
+            self.failed = path, error
+            if time.monotonic() - self.failed_at >= RETRY_SECONDS:
+                self.failures, self.failed_at = self.failures + 1, time.monotonic()
+            return
+        self.failed, self.failures, self.failed_at = None, 0, -RETRY_SECONDS
+        self.seconds.append(time.monotonic() - start)
+        try:
             point_last_at(path)
-            self.failed, self.failures = None, 0
+            (path.parent.parent / NEWEST).write_text(path.name)
             for old in saved(path.parent.parent)[self.keep :]:
                 old.unlink(missing_ok=True)
-        except OSError as error:
-            self.failed, self.failures = (path, error), self.failures + 1
+        except (OSError, UserError) as error:
+            print(f"mae: warning: {path} is saved, but older ones stay: {error}", flush=True)
 
     @property
     def busy(self) -> bool:

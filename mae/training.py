@@ -6,6 +6,7 @@ optimiser steps is here.
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -67,6 +68,8 @@ class Stage(LightningModule):
         self.resumed_at: int | None = None  # the optimiser step of the checkpoint that the run goes on from
         self.planned: int | None = None  # the length of the run, in steps, when that checkpoint was written
         self.allow_changes = False  # of the plan
+        self.starts_at = 0  # the step that this process would go on from
+        self.begin: Callable[[], None] = lambda: None  # what is done once nothing stands against training any more
 
     # ---- what a stage says of itself ------------------------------------------------------------------------------
 
@@ -131,6 +134,11 @@ class Stage(LightningModule):
         if stage != "fit":
             return
         trainer = self.trainer
+        if len(steps := set(gather((self.starts_at,)))) > 1:
+            raise UserError(
+                f"the processes would go on from different steps, {sorted(step for (step,) in steps)}: do all of them "
+                "see the same --run_dir?"
+            )
         # When to look at held-out images follows from the step alone, wherever in an epoch the run was started.
         trainer.fit_loop.epoch_loop._should_check_val_fx = lambda data_fetcher: self.validation_due()  # type: ignore[method-assign]
         # Lightning's handlers save and broadcast within the handler, where ranks wait for each other forever, and its
@@ -194,12 +202,17 @@ class Stage(LightningModule):
     def on_fit_start(self) -> None:
         optimizer = self.trainer.optimizers[0]
         audit.check(self.model, optimizer, self.schedule, self.claims())
+        self.group_settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         if self.trainer.is_global_zero:
             groups = audit.groups(self.model, optimizer, self.schedule)
             text = f"{self.recipe()}\n\n{audit.table(groups)}\n{audit.drop_path_line(self.model)}\n"
             print(text, flush=True)
             names = audit.names_table(groups)
-            (Path(self.trainer.default_root_dir) / "recipe.txt").write_text(f"{text}\n{names}\n")
+            path = Path(self.trainer.default_root_dir) / "recipe.txt"
+            try:
+                path.write_text(f"{text}\n{names}\n")
+            except OSError as error:  # it has been said, at least
+                print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
 
     # ---- one step -------------------------------------------------------------------------------------------------
 
@@ -268,11 +281,13 @@ class Stage(LightningModule):
         self.clock, self.clock_step = time.perf_counter(), self.global_step
         self.started = self.clock
 
-        # A resumed optimiser comes back with the rates of its old schedule, which a longer run does not have.
-        for group, rate in zip(self.trainer.optimizers[0].param_groups, self.schedule.get_lr(), strict=True):
-            group["lr"] = rate
+        # A resumed optimiser comes back with its old settings, and the rates of its old schedule.
+        groups = self.trainer.optimizers[0].param_groups
+        for group, own, rate in zip(groups, self.group_settings, self.schedule.get_lr(), strict=True):
+            group.update(own, lr=rate)
 
         self.keep_plan()
+        self.begin()
         if self.resumed_at is not None and self.at_epoch_end:
             self.finish_epoch()
         if self.global_step >= self.total_steps:
@@ -373,8 +388,6 @@ class Stage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         step, counts = checkpoint["global_step"], checkpoint["mae_counts"]
-        if len(set(gather(step))) > 1:
-            raise TrainingFailed(f"the processes see different checkpoints, of the steps {gather(step)}: start again")
         self.resumed_at, self.planned = step, counts["total_steps"]
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = step
@@ -388,13 +401,15 @@ class Stage(LightningModule):
 
     def on_train_end(self) -> None:
         self.seconds += time.perf_counter() - self.started
-        if self.global_step != self.clock_step:
-            self.write(self.step_metrics())  # a callback has ended the run early
         decoded = sum(gather(self.decoded), Counter[str]())
         del decoded["memory"]
         if decoded and self.trainer.is_global_zero:
             said = ", ".join(f"{count} by {decoder}" for decoder, count in decoded.most_common())
             print(f"images decoded: {said}", flush=True)
+
+    def write_last_row(self) -> None:
+        if self.global_step != self.clock_step:
+            self.write(self.step_metrics())
 
     def agree(self) -> dict[str, float]:
         """The last step's loss over all ranks; every rank stops here if one of them has reason to.

@@ -71,6 +71,8 @@ class Watchdog:
         self.last = (time.monotonic(), where)
 
     def start(self) -> None:
+        global running
+        running = self
         self.path.unlink(missing_ok=True)
         self.earlier = self._reports()
         self.last = (time.monotonic(), "the start")
@@ -82,9 +84,11 @@ class Watchdog:
 
     def stop(self) -> None:
         """Without a word, and without a process or thread left behind; more than once is harmless."""
+        global running
         thread, self.thread = self.thread, None
         if thread is None:
             return
+        running = None
         self.stopping.set()
         thread.join()  # for ever, if it is at its report: then the process ends here
         faulthandler.cancel_dump_traceback_later()
@@ -142,6 +146,7 @@ class Watchdog:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             pass_fds=[self.stacks],
+            start_new_session=True,  # not reached by Ctrl-C, which it cannot ignore before it has started
             bufsize=0,
         )
         os.set_blocking(guard.stdin.fileno(), False)  # type: ignore[union-attr]
@@ -178,6 +183,15 @@ class Watchdog:
             if pid > 0 and (which != signal.SIGKILL or pid not in (1, os.getppid(), os.getpid())):
                 with contextlib.suppress(OSError):
                     os.kill(pid, which)
+
+
+running: Watchdog | None = None  # of this process
+
+
+def beat(where: str) -> None:
+    """To the watchdog of this process, if one runs."""
+    if running is not None:
+        running.beat(where)
 
 
 def headline(name: str, silent: float, where: str, path: Path) -> str:

@@ -240,10 +240,11 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     (tmp_path / "checkpoints" / "step_0000021.ckpt.partial").write_bytes(b"half")
     cli = prepared(tmp_path)
     out = capsys.readouterr().out
-    assert f"mae: warning: {path} is damaged: it is torn: its checksum is missing; going on from " in out
-    assert "step_0000021.ckpt.partial was being written when the run was killed: removed" in out
-    assert [row["step"] for row in rows(tmp_path)] == [str(step) for step in range(1, 11)]  # cut back at once
+    assert f"mae: warning: {path} is damaged: it is torn: its checksum is missing" in out
     cli.fit()
+    out = capsys.readouterr().out
+    assert f"goes on from step 10 ({step_file(tmp_path, 10)})" in out
+    assert "step_0000021.ckpt.partial was being written when the run was killed: removed" in out
     require_same(tmp_path, whole)
 
 
@@ -258,11 +259,21 @@ def test_a_run_with_damaged_checkpoints_only_is_not_started_over(tmp_path: Path)
 def test_going_back_puts_later_checkpoints_aside(tmp_path: Path, whole: Path) -> None:
     run(tmp_path, "--checkpoint.keep=9")
     again = [*RUN, f"--run_dir={tmp_path}", "--checkpoint.keep=9", f"--ckpt_path={step_file(tmp_path, 14)}"]
+    with pytest.raises(UserError, match=r"model.base_lr is 0.5, but"):
+        PretrainCLI([*again, "--model.base_lr=0.5"]).fit()
+    assert saved(tmp_path)[0] == step_file(tmp_path, 28)  # refused, it has touched nothing
+    assert rows(tmp_path)[-1]["step"] == "28"
     cli = PretrainCLI(again)
+    at_step(cli, 15, die)
+    with pytest.raises(Killed):
+        cli.fit()
+    cli.trainer.strategy.checkpoint_io.wait()
     assert saved(tmp_path)[0] == step_file(tmp_path, 14)
     assert (tmp_path / "checkpoints" / "step_0000028.ckpt.superseded").exists()
-    assert rows(tmp_path)[-1]["step"] == "14"
-    cli.fit()
+    assert (tmp_path / "encoder.safetensors.superseded").exists()
+    assert not (tmp_path / "model.safetensors").exists()
+    assert rows(tmp_path)[-1]["step"] == "15"
+    run(tmp_path, "--checkpoint.keep=9")
     require_same(tmp_path, whole)
 
 
@@ -283,6 +294,30 @@ def test_settings_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path,
     with pytest.raises(UserError, match=r"model.base_lr is 0.1, but 0.5 in the run that"):
         prepared(tmp_path, "--model.base_lr=0.1").fit()
     prepared(tmp_path, "--model.base_lr=0.1", "--allow_changes=true").fit()
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path: Path, whole: Path) -> None:
+    cli = prepared(tmp_path)
+    at_step(cli, 17, die)
+    with pytest.raises(Killed):
+        cli.fit()
+    (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
+    before = rows(tmp_path)
+    with pytest.raises(UserError, match=r"had checkpoints, the newest step_0000014.ckpt, and has none now: bring them"):
+        prepared(tmp_path)
+    assert rows(tmp_path) == before
+    (tmp_path / "elsewhere").rename(tmp_path / "checkpoints")
+    run(tmp_path)
+    require_same(tmp_path, whole)
+
+
+def test_changed_settings_of_the_optimiser_are_those_it_uses(tmp_path: Path) -> None:
+    run(tmp_path, "--trainer.max_steps=10")
+    changed = ["--model.weight_decay=0.3", "--model.betas=[0.5,0.6]"]
+    cli = run(tmp_path, *changed, "--allow_changes=true")
+    groups = cli.trainer.optimizers[0].param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.3}
+    assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)}
 
 
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
@@ -319,6 +354,7 @@ def test_a_checkpoint_that_fails_is_tried_again(
 
 def test_a_run_that_cannot_save_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, 99)
+    monkeypatch.setattr(mae.saving, "RETRY_SECONDS", 0.0)
     with pytest.raises(TrainingFailed, match=r"3 checkpoints in a row could not be written: .*No space left"):
         run(tmp_path)
 

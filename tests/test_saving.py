@@ -87,7 +87,11 @@ def test_a_copy_of_a_run_whose_links_became_files_can_be_used(tmp_path: Path) ->
     data = last.read_bytes()
     last.unlink()
     last.write_bytes(data)
+    assert newest(tmp_path)[0] == step_file(tmp_path, 20)
+    step_file(tmp_path, 20).unlink()
+    step_file(tmp_path, 10).unlink()
     assert newest(tmp_path)[0] == last
+    step_file(tmp_path, 20).write_bytes(data)
     last.write_bytes(data[:100])
     assert newest(tmp_path)[0] == step_file(tmp_path, 20)
 
@@ -108,7 +112,6 @@ for step in range(1, 10_000):
 
 def test_killed_while_writing_what_is_there_is_whole(tmp_path: Path) -> None:
     """At three moments; what was being written is found and removed."""
-    removed = 0
     for pause in range(3):
         run_dir = tmp_path / str(pause)
         writer = subprocess.Popen(
@@ -128,9 +131,8 @@ def test_killed_while_writing_what_is_there_is_whole(tmp_path: Path) -> None:
         assert complaints == []
         loaded = torch.load(path, weights_only=True)
         assert loaded["w"].eq(loaded["global_step"]).all()
-        removed += len(clear_unfinished(run_dir))
+        clear_unfinished(run_dir)
         assert not list((run_dir / "checkpoints").glob("*.partial"))
-    assert removed in (0, 1, 2, 3)  # by chance; mostly all
 
 
 def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,10 +178,10 @@ def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path) -> None:
     files.save_checkpoint(state(1), step_file(small_disk, 1))
     files.wait()
     assert files.failed is None
-    for attempt in (1, 2):
+    for _ in range(2):
         files.save_checkpoint({"w": torch.zeros(1_000_000)}, step_file(small_disk, 2))
         files.wait()
-        assert files.failures == attempt
+        assert files.failures == 1  # two that follow each other have one cause
         assert files.failed is not None
         assert "No space left" in str(files.failed[1])
         assert newest(small_disk) == (step_file(small_disk, 1), [])
@@ -211,6 +213,14 @@ def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_whatever_keeps_it_from_being_written_is_known(tmp_path: Path) -> None:
+    files = CheckpointFiles(3)
+    files.save_checkpoint({"global_step": 1, "foreign": lambda: 1}, step_file(tmp_path, 1))  # cannot be pickled
+    files.wait()
+    assert files.failed is not None
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 class Bomb:
