@@ -223,8 +223,8 @@ class StageCLI(LightningCLI):
             raise UserError(f"{path} holds no settings: remove it, or give another --run_dir")
         if (newest := saving.ever_saved(self.run_dir)) and not self.config.allow_changes:
             raise UserError(
-                f"{self.run_dir} had checkpoints, the newest {newest}, and has none now: bring them back, or give another "
-                "--run_dir; --allow_changes true starts this run over"
+                f"{self.run_dir} had checkpoints, the newest {newest}, and has none now: bring them back, or give "
+                "another --run_dir; --allow_changes true starts this run over"
             )
         before, now = flat(before), flat(now)
         for key in sorted(before.keys() & now.keys()):
@@ -329,9 +329,8 @@ class StageCLI(LightningCLI):
         self.refuse_another_recipe()
         self.model.allow_changes = self.config.allow_changes
         self.model.starts_at, self.model.begin = self.resumed.get("step", 0), self.begin
-        if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(
-            trainer.strategy.cluster_environment, LightningEnvironment
-        ):
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if trainer.local_rank > 0 and isinstance(environment, LightningEnvironment):
             signals.die_with_parent()  # the first rank has started this one
         with signals.noted():
             try:
