@@ -256,19 +256,19 @@ class StageCLI(LightningCLI):
             if wandb := wandb_logger(self.run_dir, settings, merged, went_before):
                 loggers.append(wandb)
             if given.logger not in (None, True):
-                loggers += given.logger if isinstance(given.logger, list) else [given.logger]
+                loggers += as_list(given.logger)
         if given.precision is None:
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
         if given.strategy == "fsdp2":
             kwargs["strategy"] = FSDP2()
-        callbacks = list(given.callbacks or [])
+        callbacks = as_list(given.callbacks)
         if given.enable_progress_bar is not False:
             callbacks.append(Progress())
         self.alive = Alive(self.lock, self.config.watchdog_minutes)
         callbacks.append(self.alive)
         files = CheckpointFiles(self.config.checkpoint.keep)
         files.alongside = [self.metrics.sync]
-        plugins = given.plugins if isinstance(given.plugins, list) else [given.plugins] if given.plugins else []
+        plugins = as_list(given.plugins)
         try:
             return super().instantiate_trainer(
                 callbacks=callbacks,
@@ -592,6 +592,11 @@ class ProbeCLI(ClassifyCLI):
             f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
+
+
+def as_list(given: Any) -> list[Any]:
+    """Of what may be given once, several times or not at all."""
+    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
 
 
 def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -388,7 +388,7 @@ class Stage(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         step, counts = checkpoint["global_step"], checkpoint["mae_counts"]
-        self.resumed_at, self.planned = step, counts["total_steps"]
+        self.resumed_at, self.planned = step, counts.get("total_steps")
         progress = self.trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
         progress.ready = progress.completed = step
         self.bad_images, self.skipped_steps, self.seconds = (
