@@ -120,11 +120,12 @@ class Classify(Stage):
 
     def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
         # BatchNorm, mixing and drop path go by micro-batch and rank: other than in pre-training the split counts.
-        return super().settings(trainer, data) | {
+        split = {
+            "number of devices": trainer.world_size,
             "data.batch_size_per_device": data.batch_size,
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "number of devices": trainer.world_size,
         }
+        return split | super().settings(trainer, data)
 
     @property
     def lora_scale(self) -> float:

@@ -259,6 +259,7 @@ class StageCLI(LightningCLI):
                 loggers += as_list(given.logger)
         if given.precision is None:
             kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
+        kwargs |= launched()
         if given.strategy == "fsdp2":
             kwargs["strategy"] = FSDP2()
         callbacks = as_list(given.callbacks)
@@ -592,6 +593,13 @@ class ProbeCLI(ClassifyCLI):
             f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
+
+
+def launched() -> dict[str, int]:
+    """Nodes and devices as torchrun has them now: with `--nnodes 1:2` they change from start to start."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return {}
+    return {"num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "devices": int(os.environ["LOCAL_WORLD_SIZE"])}
 
 
 def as_list(given: Any) -> list[Any]:
