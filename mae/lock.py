@@ -176,7 +176,7 @@ class RunLock:
                     raise UserError(self._refusal(rank, *blocked))
                 if not told and wait >= 1:
                     said = f"run folder {self.run_dir}: waiting up to {wait:g} s for {_who(*blocked)} to end"
-                    print(said, file=sys.stderr, flush=True)
+                    print(said, flush=True)
                     told = True
                 time.sleep(0.1)
         except OSError as error:

@@ -194,7 +194,7 @@ def test_a_start_waits_for_what_is_ending(tmp_path: Path, capfd: pytest.CaptureF
             other.kill()
             other.join()
             assert hear(starter) == "taken"
-    said = capfd.readouterr().err
+    said = capfd.readouterr().out
     assert said.startswith(f"run folder {tmp_path}: waiting up to 60 s for pid {child.pid} on host {HOST} (rank 0")
     assert said.count("\n") == 1
 
