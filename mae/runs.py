@@ -1,8 +1,10 @@
 """A run: its settings, its folder, its loggers, its end."""
 
+import atexit
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -373,8 +375,7 @@ class StageCLI(LightningCLI):
         self.alive.stop()
         for logger in self.trackers():
             logger.finish(HURRY_SECONDS)
-        for child in multiprocessing.active_children():  # loader processes ignore signals, but not this one
-            child.kill()
+        atexit.register(end_loaders)
         self.lock.release()
 
     def trackers(self) -> list[RunLogger]:
@@ -546,6 +547,10 @@ class ProbeCLI(ClassifyCLI):
         if given and is_first_rank():
             print(f"mode {mode}: not used: {', '.join(given)}", flush=True)
 
+    def refuse_another_start(self) -> None:
+        if self.config.mode != "cached" and not (self.run_dir / "cached").exists():
+            super().refuse_another_start()
+
     def fit(self) -> None:
         if self.config.mode != "recipe":
             if self.trainer.world_size > 1:
@@ -593,6 +598,13 @@ class ProbeCLI(ClassifyCLI):
             f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
+
+
+def end_loaders() -> None:
+    """At exit Python asks loader processes to end by a signal that they ignore, and waits for them."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a fault
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def launched() -> dict[str, int]:

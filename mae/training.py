@@ -290,6 +290,7 @@ class Stage(LightningModule):
         self.begin()
         if self.resumed_at is not None and self.at_epoch_end:
             self.finish_epoch()
+            self.clock = self.started = time.perf_counter()
         if self.global_step >= self.total_steps:
             self.trainer.should_stop = True
 

@@ -68,10 +68,12 @@ ALLOWED: dict[str, set[str]] = {
         "pretrain",
         "randomness",
         "samples",
+        "saving",
         "sharding",
         "sources",
         "tracking",
         "training",
+        "watchdog",
     },
     "runs": {
         "cached",
@@ -121,7 +123,7 @@ ALLOWED: dict[str, set[str]] = {
         "sources",
         "timing",
     },
-    "bench_save": {"callbacks", "runs", "safekeeping", "saving", "timing", "training"},
+    "bench_save": {"callbacks", "errors", "runs", "safekeeping", "saving", "timing", "training"},
     "demo": {"features", "model", "pictures", "runs"},
     "doctor": {"errors", "images", "runs", "samples", "shards", "storage", "survey"},
     "evaluate": {

@@ -73,6 +73,12 @@ def take(folder: Path, wait: float = 0) -> str:
     return "taken"
 
 
+@pytest.fixture(autouse=True)
+def no_other_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs of other tests in this process."""
+    monkeypatch.setattr(lock, "_files", {})
+
+
 def test_a_second_run_is_refused_and_told_who_has_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with process(holding(folder)) as (child, wire):
