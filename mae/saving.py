@@ -4,6 +4,7 @@ A checkpoint is one file as torch writes it, a zip archive of tensors and plain 
 in the archive's comment: torch reads it as any other, and a torn or flipped one is told from a good one.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -25,6 +26,7 @@ NEWEST = ".newest"  # in the run folder: the newest checkpoint's name, to know o
 PARTIAL = ".partial"
 SUPERSEDED = ".superseded"
 STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
+WRITER_NICE = 10  # not the lowest, by which a busy machine would hardly ever write
 RETRY_SECONDS = 60.0  # failures that follow each other faster have one cause
 COMMENT = b"mae sha256 "
 SEALED = len(COMMENT) + 64  # bytes of a comment
@@ -253,6 +255,8 @@ class CheckpointFiles(CheckpointIO):
 
     def put(self, checkpoint: dict[str, Any], path: Path) -> None:
         start = time.monotonic()
+        with contextlib.suppress(OSError):  # where cores are scarce, training comes first
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), WRITER_NICE)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             for beside in self.alongside:
