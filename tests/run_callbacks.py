@@ -78,3 +78,18 @@ class HoldAt(Callback):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no file {self.folder / 'go'}")
             time.sleep(0.05)
+
+
+class HangAt(Callback):
+    """The last rank goes to sleep when so many optimiser steps are taken.
+
+    Args:
+        step: So many.
+    """
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+            time.sleep(600)

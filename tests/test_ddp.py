@@ -209,6 +209,24 @@ def test_classifiers_keep_their_number_of_devices(tmp_path: Path, cli_type: type
     assert saved(run_dir) == [step_file(run_dir, 2)]
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_rank_that_hangs_is_reported_with_the_stacks_of_all(tmp_path: Path, processes: int) -> None:
+    done = mae(
+        "pretrain", *DIGITS, *TINY, f"--run_dir={tmp_path}", f"--trainer.devices={processes}",
+        "--trainer.strategy=auto", "--trainer.max_steps=30", "--watchdog_minutes=0.15",
+        "--trainer.callbacks+=run_callbacks.HangAt", "--trainer.callbacks.step=5",
+        PYTHONPATH=str(Path(__file__).parent),
+    )  # fmt: skip
+    assert done.returncode not in (0, 2), done.stdout
+    for rank in range(processes):
+        report = (tmp_path / "stacks" / f"rank_{rank:04d}.txt").read_text()
+        assert f"mae: error: rank {rank} (pid " in report
+        assert "has not finished a step for" in report
+        assert "it was last at: step 5, in training" in report
+        assert report.splitlines()[0] in done.stderr
+    assert "on_train_batch_start" in report  # where the last one sleeps
+
+
 def test_held_out_loss_counts_every_image_once(tmp_path: Path) -> None:
     settings = [*DIGITS, "--trainer.max_epochs=1", "--model.base_lr=0"]
     # 1,000 held-out images are 3 x 300 + 100 for one process, and no whole batches for two.
