@@ -22,9 +22,9 @@ from mae.pictures import panel, reconstruct
 from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
 from mae.samples import WholeSamples
-from mae.saving import sync
 from mae.sharding import whole
 from mae.sources import Source
+from mae.storage import sync
 from mae.tracking import log_panel
 from mae.training import Stage, gather
 

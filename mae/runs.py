@@ -35,6 +35,7 @@ from mae.samples import dead_loader
 from mae.saving import CheckpointFiles
 from mae.scores import Report
 from mae.sharding import FSDP2, full_state
+from mae.storage import sync
 from mae.tracking import Resumed, RunLogger, WandbSettings, log_panel, wandb_logger
 from mae.training import Stage
 
@@ -389,7 +390,7 @@ class StageCLI(LightningCLI):
     def write_config(self) -> None:
         unfinished = self.run_dir / "config.yaml.partial"
         self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
-        saving.sync(unfinished)
+        sync(unfinished)
         unfinished.replace(self.run_dir / "config.yaml")
 
     def keep_effective_batch(self) -> None:

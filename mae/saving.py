@@ -19,6 +19,7 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from mae.errors import UserError
+from mae.storage import sync
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
 LAST = "last.ckpt"  # a link to the newest
@@ -163,15 +164,6 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def sync(path: Path) -> None:
-    """A file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def point_last_at(path: Path) -> None:

@@ -14,6 +14,7 @@ from types import TracebackType
 
 from mae.errors import UserError
 from mae.shards import INDEX, Index, write_index
+from mae.storage import sync
 
 ASIDE = ".replaced"  # folder for the shards that are being replaced
 MARK = "pack.partial"  # in a folder whose packing has begun and not ended: what lies beside it is ours to remove
@@ -110,15 +111,6 @@ def told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}; nothing is packed") from None
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def finish(folder: Path, index: Index) -> None:
