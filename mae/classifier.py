@@ -5,13 +5,14 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae import checkpoint
+from mae.blocks import Block, CheckpointedBlock
 from mae.checkpoint import Weights
 from mae.errors import UserError
-from mae.model import SIZES, CheckpointedBlock, Pair, as_pair, init_linear, init_stem
+from mae.model import SIZES, Pair, as_pair, init_linear, init_stem
 
 Pool = Literal["mean", "class"]
 Head = Literal["linear", "batchnorm"]

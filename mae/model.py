@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from mae.blocks import Block, CheckpointedBlock
 
 Pair = tuple[int, int]  # (height, width)
 
@@ -143,23 +144,10 @@ def init_stem(encoder: VisionTransformer, grid: Pair) -> None:
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """(B, N, D), (B, K) -> (B, K, D): the tokens at those positions."""
-    return tokens.gather(1, ids[:, :, None].expand(-1, -1, tokens.shape[2]))
-
-
-class CheckpointedBlock(Block):
-    """timm's block, with its activations computed again in the backward pass instead of kept: less memory, same bits.
-
-    Inside `forward`, so that what others hook to the block, as FSDP does, stays around both computations.
-    """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.training and torch.is_grad_enabled():
-            # The generators are set back for the second computation: drop path drops the same branches.
-            out: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
-        else:
-            out = super().forward(x, *args, **kwargs)
-        return out
+    """(B, N, D), (B, K) -> (B, K, D): the tokens at those positions, copied row by row."""
+    b, n, d = tokens.shape
+    rows = ids + n * torch.arange(b, device=ids.device)[:, None]
+    return tokens.reshape(b * n, d).index_select(0, rows.flatten()).view(b, -1, d)
 
 
 class MaskedAutoencoder(nn.Module):
@@ -283,8 +271,8 @@ class MaskedAutoencoder(nn.Module):
         """
         masking = self.draw_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        tokens = self.decode(self.encode_visible(patches, masking.ids_keep), masking)  # (B, N, E)
-        pred = self.decoder_pred(take(tokens, masking.ids_hide))  # (B, N - K, P): nobody asks about visible patches
+        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)
+        pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
         target = take(patches, masking.ids_hide)
         if self.norm_pix_loss:
             target = normalize_patches(target)
@@ -294,8 +282,9 @@ class MaskedAutoencoder(nn.Module):
     def predict(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Prediction:
         """Every patch as the decoder sees it; arguments as in `forward`."""
         masking = self.draw_mask(images, noise, mask_ratio)
-        latent = self.encode_visible(patchify(images, self.patch_size), masking.ids_keep)
-        return Prediction(self.decoder_pred(self.decode(latent, masking)), masking.mask)
+        latent = self.encode_visible(take(patchify(images, self.patch_size), masking.ids_keep), masking.ids_keep)
+        pred = self.decoder_pred(self.decode(latent, masking))
+        return Prediction(take(pred, masking.ids_restore), masking.mask)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, D): the final-norm tokens of the whole image, class token first, never masked."""
@@ -303,28 +292,37 @@ class MaskedAutoencoder(nn.Module):
         tokens: Tensor = self.encoder.forward_features(images)
         return tokens
 
-    def encode_visible(self, patches: Tensor, ids_keep: Tensor) -> Tensor:
-        """(B, N, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches alone."""
+    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+        """(B, K, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches, seeing no others."""
         encoder = self.encoder
         proj = encoder.patch_embed.proj
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # the convolution as a linear layer, channel last
-        x = F.linear(take(patches, ids_keep), weight, proj.bias)  # (B, K, D)
-        x = x + self.pos_embed[0, 1:][ids_keep]
+        x = F.linear(visible, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]  # (B, K, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)
         normed: Tensor = encoder.norm(encoder.blocks(x))
         return normed
 
-    def decode(self, latent: Tensor, masking: Masking) -> Tensor:
-        """(B, 1 + K, D) -> (B, N, E): decoder tokens of every patch in raster order, before the prediction head."""
+    def decode(self, latent: Tensor, masking: Masking, hidden_only: bool = False) -> Tensor:
+        """(B, 1 + K, D) -> (B, N, E): decoder tokens, before the prediction head, in the order [visible, hidden].
+
+        To attention the order of tokens means nothing, and positions are added to each: so they are never put back in
+        raster order, which would cost a gather, and another backward, of the widest tensors.
+
+        Args:
+            hidden_only: (B, N - K, E): nobody will ask for the visible patches, so the last block leaves them out.
+        """
+        positions = self.decoder_pos_embed
         x = self.decoder_embed(latent)
-        cls, visible = x[:, :1], x[:, 1:]
-        hidden = self.mask_token.to(x.dtype).expand(x.shape[0], masking.ids_hide.shape[1], -1)
-        x = take(torch.cat([visible, hidden], dim=1), masking.ids_restore)
-        x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed
-        for block in self.decoder_blocks:
+        hidden = self.mask_token + positions[0, 1:][masking.ids_hide]
+        seen = torch.cat([positions[:, :1].expand(len(x), -1, -1), positions[0, 1:][masking.ids_keep]], dim=1)
+        x = torch.cat([x + seen, hidden], dim=1)  # (B, 1 + N, E)
+        first = x.shape[1] - masking.ids_hide.shape[1] if hidden_only else 0
+        *blocks, last = self.decoder_blocks
+        for block in blocks:
             x = block(x)
-        normed: Tensor = self.decoder_norm(x[:, 1:])
+        x = last(x, first=first)
+        normed: Tensor = self.decoder_norm(x if hidden_only else x[:, 1:])
         return normed
 
     def draw_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:

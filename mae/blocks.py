@@ -1,0 +1,103 @@
+"""Transformer blocks: timm's parameters under timm's names, in a forward pass that leaves out what nobody asks for.
+
+Shapes: B images, N tokens, D width, H heads of D / H values.
+"""
+
+from functools import cache
+from typing import Any, ClassVar, Literal
+
+import timm.models.vision_transformer as timm_vit
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Kernel = Literal["fused", "plain"]
+
+# On CPUs torch's fused kernel is slower than two matrix products up to here, in float32: measured at 17 to 197 tokens.
+PLAIN_TOKENS = 80
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU multiplies matrices of bfloat16 by itself (AVX-512 BF16 or AMX); others go a long way round."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def faster_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
+    """How attention over so many tokens is computed: the result is the same, to rounding.
+
+    On GPUs fused: it never writes the (N, N) weights to memory. On CPUs that gain begins at some length, in float32; in
+    bfloat16 torch's kernel is slower at every length where the CPU has such products.
+    """
+    if device.type != "cpu":
+        return "fused"
+    if dtype in (torch.bfloat16, torch.float16):
+        return "plain" if cpu_has_bfloat16() else "fused"
+    return "plain" if tokens <= PLAIN_TOKENS else "fused"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for (B, H, Q, d) queries over (B, H, N, d) keys and values: (B, H, Q, d).
+
+    Args:
+        kernel: None: the faster one.
+    """
+    if (kernel or faster_kernel(q.device, q.dtype, k.shape[2])) == "fused":
+        return F.scaled_dot_product_attention(q, k, v)
+    return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+class Block(timm_vit.Block):
+    """timm's block, with its attention by the faster kernel, and only for the tokens that are wanted.
+
+    `compile()` is for training: without gradients, or in eval mode, a block computes as it is written. Held-out images
+    come in other batches, and each would be compiled for anew.
+
+    Attributes:
+        kernel: Of all blocks; None: the faster one.
+    """
+
+    kernel: ClassVar[Kernel | None] = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.training and torch.is_grad_enabled():
+            return super().__call__(*args, **kwargs)
+        return self._call_impl(*args, **kwargs)
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int = 0) -> Tensor:
+        """(B, N, D) -> (B, N - first, D): the tokens from `first` on, which still see those before them."""
+        assert attn_mask is None
+        assert not is_causal
+        x = x[:, first:] + self.drop_path1(self.ls1(self.attention(self.norm1(x), first)))
+        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return out
+
+    def attention(self, x: Tensor, first: int) -> Tensor:
+        b, n, d = x.shape
+        attn: Any = self.attn
+        if first:
+            # The rows of one matrix: queries of some tokens, keys and values of all.
+            weight, bias = attn.qkv.weight, attn.qkv.bias
+            q = F.linear(x[:, first:], weight[:d], bias[:d]).reshape(b, n - first, 1, attn.num_heads, -1)
+            kv = F.linear(x, weight[d:], bias[d:]).reshape(b, n, 2, attn.num_heads, -1)
+            (q,), (k, v) = q.permute(2, 0, 3, 1, 4), kv.permute(2, 0, 3, 1, 4)
+        else:
+            q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        out: Tensor = attn.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, n - first, d))
+        return out
+
+
+class CheckpointedBlock(Block):
+    """With its activations computed again in the backward pass instead of kept: less memory, same bits.
+
+    Inside `forward`, so that what others hook to the block, as FSDP does, stays around both computations.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.training and torch.is_grad_enabled():
+            # The generators are set back for the second computation: drop path drops the same branches.
+            out: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
+        else:
+            out = super().forward(x, *args, **kwargs)
+        return out
