@@ -28,7 +28,7 @@ from mae.safekeeping import Checkpoints
 from mae.samples import Batch
 from mae.shards import RecordSource
 from mae.sources import FileSource
-from mae.timing import Figure, blocks, cores, figure, machine, one_thread, wait_for, write_json
+from mae.timing import Clock, Figure, blocks, cores, figure, idle, machine, one_thread, wait_for, write_json
 
 WARM_UP = 2  # optimiser steps, at least
 STEPS = 3  # optimiser steps measured, at least
@@ -102,33 +102,6 @@ class RunCLI(PretrainCLI):
         """No weights."""
 
 
-class Clock:
-    """When a device has done what it was given, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        if device.type == "cuda":
-            self.zero = torch.cuda.Event(enable_timing=True)
-            self.zero.record()
-        wait_for(device)
-        self.start = time.perf_counter()
-
-    def mark(self) -> Any:
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            return event
-        wait_for(self.device)
-        return time.perf_counter()
-
-    def times(self, marks: Sequence[Any]) -> list[float]:
-        """By the clock `time.perf_counter`."""
-        if self.device.type != "cuda":
-            return list(marks)
-        wait_for(self.device)
-        return [self.start + self.zero.elapsed_time(event) / 1000 for event in marks]
-
-
 class Step(NamedTuple):
     """An optimiser step."""
 
@@ -185,9 +158,9 @@ def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window
         done: When the device was done with each batch, and first with the one before them.
         waits: When each was asked for and came.
     """
-    idle = [max(0.0, came - max(asked, before)) for (asked, came), before in zip(waits, done[:-1], strict=True)]
-    firsts = range(0, len(idle), window)
-    return [Step(done[i + window] - done[i], sum(idle[i : i + window])) for i in firsts]
+    waited = idle(done[:-1], waits)
+    firsts = range(0, len(waited), window)
+    return [Step(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
 
 
 def run(args: Sequence[str]) -> None:

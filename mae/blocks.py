@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import timm.models.vision_transformer as timm_vit
 import torch
 import torch.nn.functional as F
+from timm.layers import drop_path
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -60,18 +61,43 @@ class Block(timm_vit.Block):
 
     kernel: ClassVar[Kernel | None] = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.training and torch.is_grad_enabled():
-            return super().__call__(*args, **kwargs)
-        return self._call_impl(*args, **kwargs)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if self.training:
+            kwargs["scales"] = self.branch_scales(x)
+            if torch.is_grad_enabled():
+                return super().__call__(x, *args, **kwargs)
+        return self._call_impl(x, *args, **kwargs)
 
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False, first: int = 0) -> Tensor:
-        """(B, N, D) -> (B, N - first, D): the tokens from `first` on, which still see those before them."""
+    def branch_scales(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What drop path multiplies the two branches of each image with, (B, 1, 1) each: 0, or 1 over the rest.
+
+        Drawn here, not in `forward`: each block has another rate, and would be compiled anew for it.
+        """
+        rate = getattr(self.drop_path1, "drop_prob", 0.0)
+        if not rate:
+            return None
+        first, second = (drop_path(x.new_ones(len(x), 1, 1), rate, training=True) for _ in range(2))
+        return first, second
+
+    def forward(
+        self,
+        x: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+        first: int = 0,
+        scales: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """(B, N, D) -> (B, N - first, D): the tokens from `first` on, which still see those before them.
+
+        Args:
+            scales: Of the two branches, (B, 1, 1) each; None: 1.
+        """
         assert attn_mask is None
         assert not is_causal
-        x = x[:, first:] + self.drop_path1(self.ls1(self.attention(self.norm1(x), first)))
-        out: Tensor = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return out
+        branch = self.ls1(self.attention(self.norm1(x), first))
+        x = x[:, first:] + (branch if scales is None else branch * scales[0])
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if scales is None else branch * scales[1])
 
     def attention(self, x: Tensor, first: int) -> Tensor:
         b, n, d = x.shape

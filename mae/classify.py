@@ -23,6 +23,7 @@ from mae.classifier import (
     load_pretrained,
     train_last,
 )
+from mae.compiling import Choice
 from mae.data import ImageData
 from mae.errors import UserError
 from mae.model import Pair
@@ -261,6 +262,8 @@ class Finetune(Classify):
         ema_decay: Keep a moving average of the weights, evaluate it beside them, and export it; null: none.
         activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
             less memory, more time, the same bits.
+        compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
+            is there. The same results, to rounding.
         size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
         patch_size: Pixels, a side or [height, width]; as size.
         embed_dim: Encoder width, where it is not the size's own.
@@ -300,6 +303,7 @@ class Finetune(Classify):
         label_smoothing: float = 0.1,
         ema_decay: float | None = None,
         activation_checkpointing: bool = False,
+        compile: Choice = "auto",
         size: str | None = None,
         patch_size: int | Pair | None = None,
         embed_dim: int | None = None,
@@ -311,7 +315,7 @@ class Finetune(Classify):
         classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
         seed: int = 0,
     ):
-        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed)
+        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile)
         shares = {"drop_path": drop_path, "mix_prob": mix_prob, "switch_prob": switch_prob}
         shares |= {"label_smoothing": label_smoothing, "layer_decay": layer_decay}
         shares |= {} if ema_decay is None else {"ema_decay": ema_decay}
@@ -400,7 +404,7 @@ class Finetune(Classify):
             self.ema.update(self.model)
 
     def make_optimizer(self, lr: float) -> Optimizer:
-        return adamw_by_layer(self.model, lr, self.weight_decay, self.betas, self.layer_decay)
+        return adamw_by_layer(self.model, lr, self.weight_decay, self.betas, self.layer_decay, self.fused)
 
     def claims(self) -> Claims:
         return Claims(self.weight_decay, self.layer_decay, self.drop_path)

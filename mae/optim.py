@@ -13,13 +13,22 @@ def scaled_lr(base_lr: float, images_per_step: int) -> float:
     return base_lr * images_per_step / 256
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float]) -> AdamW:
-    """AdamW as in pre-training: biases and norms are not decayed; class and mask token are, as in the reference."""
-    return AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=betas)
+def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], fused: bool = True) -> AdamW:
+    """AdamW as in pre-training: biases and norms are not decayed; class and mask token are, as in the reference.
+
+    Args:
+        fused: All parameters in one kernel; the same rule, rounded differently.
+    """
+    return AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=betas, fused=fused)
 
 
 def adamw_by_layer(
-    model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], layer_decay: float
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    layer_decay: float,
+    fused: bool = True,
 ) -> AdamW:
     """AdamW as in fine-tuning a timm ViT: each layer's rate is `layer_decay` times that of the one above (Sec. A.1).
 
@@ -29,7 +38,7 @@ def adamw_by_layer(
     """
     undecayed = {"pos_embed", "cls_token"}
     groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
-    return AdamW(groups, lr=lr, betas=betas)
+    return AdamW(groups, lr=lr, betas=betas, fused=fused)
 
 
 def lars(head: nn.Module, lr: float, momentum: float = 0.9, trust_coefficient: float = 0.001) -> Lars:

@@ -83,6 +83,7 @@ class MaskTokenEncoder(MaskedAutoencoder):
 
     def init_weights(self) -> None:
         super().init_weights()
+        self.mask_token.requires_grad_(False)  # it is not used
         self.encoder_mask_token = nn.Parameter(0.02 * torch.randn_like(self.cls_token))
 
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:

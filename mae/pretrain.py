@@ -1,5 +1,6 @@
 """Pre-training: hide patches, reconstruct them (arXiv:2111.06377, Table 8)."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mae.audit import Claims
+from mae.compiling import Choice
 from mae.errors import UserError
 from mae.model import SIZES, MaskedAutoencoder, Pair
 from mae.optim import adamw
@@ -38,6 +40,9 @@ class Pretrain(Stage):
         min_lr: Learning rate at the end of the cosine.
         activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
             less memory, more time, the same bits.
+        compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
+            is there. The same results, to rounding.
+        cuda_graphs: Replay the compiled kernels as CUDA graphs, for networks so small that launching takes longer.
         init: Weights to start from: a run folder, .ckpt or .safetensors. Not a resume: that is --ckpt_path.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
@@ -65,12 +70,14 @@ class Pretrain(Stage):
         warmup_epochs: float = 40,
         min_lr: float = 0.0,
         activation_checkpointing: bool = False,
+        compile: Choice = "auto",
+        cuda_graphs: bool = False,
         init: str | None = None,
         image_size: int | Pair = 224,
         in_chans: int = 3,
         seed: int = 0,
     ):
-        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed)
+        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile, cuda_graphs)
         if size not in SIZES:
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
         if not all(0 <= beta < 1 for beta in betas):
@@ -106,8 +113,14 @@ class Pretrain(Stage):
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         # On the CPU whatever the device: a CUDA run hides the same patches as a CPU run.
         seed = self.seed if self.trainer.training else HELD_OUT_SEED
+        batch = super().on_before_batch_transfer(batch, dataloader_idx)
         noise = sample_noise(seed, batch.epochs.tolist(), batch.indices.tolist(), self.model.num_patches)
         return batch._replace(noise=noise)
+
+    def summed_loss(self, network: Callable[..., Any], images: Tensor) -> Tensor:
+        noise = images.new_empty(len(images), self.model.num_patches)
+        loss: Tensor = network(images, noise, self.mask_ratio).loss
+        return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         out = self.model(batch.images, batch.noise, self.mask_ratio)
@@ -134,7 +147,7 @@ class Pretrain(Stage):
             self.log_dict(self.write({"val/loss": loss / images}), logger=False)
 
     def make_optimizer(self, lr: float) -> Optimizer:
-        return adamw(self.model, lr, self.weight_decay, self.betas)
+        return adamw(self.model, lr, self.weight_decay, self.betas, self.fused)
 
     def claims(self) -> Claims:
         return Claims(weight_decay=self.weight_decay)

@@ -19,13 +19,46 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from mae import audit
+from mae import audit, compiling, memory
+from mae.compiling import Choice
 from mae.data import ImageData
 from mae.errors import TrainingFailed, UserError
+from mae.flops import peak_rate, training_flops
 from mae.optim import WarmupCosine, scaled_lr
 from mae.samples import Batch, blank_batch
 from mae.saving import FORMAT, last_checkpoint
 from mae.sharding import shard, whole
+from mae.timing import Clock, idle
+
+
+class DataWait:
+    """How long the device has had nothing to do for want of a batch, without making it wait for the question."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.clock = Clock(device)
+        self.waits: list[tuple[float, float]] = []
+        self.marks: list[Any] = []
+        self.asked: float | None = None
+
+    def ask(self) -> None:
+        """The next batch is wanted."""
+        self.asked = time.perf_counter()
+
+    def came(self) -> None:
+        if self.asked is not None:
+            self.waits.append((self.asked, time.perf_counter()))
+            self.marks.append(self.before)
+            self.asked = None
+
+    def done(self) -> None:
+        """The device has been given all of a batch's work."""
+        self.before = self.clock.mark()
+
+    def seconds(self) -> float:
+        return sum(idle(self.clock.times(self.marks), self.waits))
+
+
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by what a precision begins with
 
 
 @runtime_checkable
@@ -48,8 +81,20 @@ class Stage(LightningModule):
     own_settings: tuple[str, ...] = ()  # what a resumed run must not change, besides what all stages share
     elastic = True  # a global batch gives the same gradients however it is divided among devices
 
-    def __init__(self, base_lr: float, weight_decay: float, warmup_epochs: float, min_lr: float, seed: int):
+    def __init__(
+        self,
+        base_lr: float,
+        weight_decay: float,
+        warmup_epochs: float,
+        min_lr: float,
+        seed: int,
+        compile: Choice = False,
+        cuda_graphs: bool = False,
+    ):
         super().__init__()
+        if cuda_graphs and compile is False:
+            raise UserError("--model.cuda_graphs true needs --model.compile auto or true")
+        self.compile_choice, self.cuda_graphs = compile, cuda_graphs
         rates = {"base_lr": base_lr, "weight_decay": weight_decay, "warmup_epochs": warmup_epochs, "min_lr": min_lr}
         for key, value in rates.items():
             if not value >= 0:
@@ -89,6 +134,11 @@ class Stage(LightningModule):
         """Plain types, stored with the weights beside what all stages store."""
         raise NotImplementedError
 
+    def summed_loss(self, network: Callable[..., Any], images: Tensor) -> Tensor:
+        """Something to derive, by as much work as the loss of these images."""
+        out: Tensor = network(images)
+        return out
+
     # ---- the optimiser --------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
@@ -111,6 +161,12 @@ class Stage(LightningModule):
         optimizer = self.make_optimizer(self.peak_lr)
         self.schedule = WarmupCosine(optimizer, per_epoch, steps / per_epoch, self.warmup_epochs, self.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
+
+    @property
+    def fused(self) -> bool:
+        """Whether the optimiser is one kernel, which then also undoes the fp16 scaler: after that nothing can clip."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        return scaler is None or not self.trainer.gradient_clip_val
 
     @property
     def peak_lr(self) -> float:
@@ -145,6 +201,9 @@ class Stage(LightningModule):
         # loop asks all ranks about SIGTERM before each micro-batch, which makes the device wait. Ours: `signals`.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        # Now: later the network may be spread over processes.
+        self.flops = training_flops(self.model, self.summed_loss, data.in_chans, *data.image_size)
 
     @property
     def step_done(self) -> bool:
@@ -192,6 +251,8 @@ class Stage(LightningModule):
                 f"parameters    {sum(p.numel() for p in self.model.parameters()) / 1e6:.2f} M, of which "
                 f"{trained / 1e6:.2f} M are trained",
                 *(f"{key:<13} {text}" for key, text in self.recipe_notes().items()),
+                f"work          {self.flops / 1e9:.4g} GFLOP an image, forward and backward, in matrix products; "
+                f"{self.flops * self.images_per_step * self.total_steps:.2g} FLOP in all",
             ]
         )
 
@@ -248,38 +309,94 @@ class Stage(LightningModule):
         self.window_loss *= factor
         self.window_weight = torch.zeros_like(self.window_weight)
 
-    def settle_buckets(self) -> None:
+    def blank_pass(self, backward: Callable[[Tensor], Any], wrapped: bool) -> None:
         """A pass over a blank batch, of which nothing is kept.
 
-        After its first backward pass DDP arranges the gradients anew in its buckets, and from three ranks on a sum
-        rounds by its place there: the first step of each start would be another than in a run that was never stopped.
+        Args:
+            backward: What is done with the loss.
+            wrapped: Through DDP.
         """
         trainer = self.trainer
-        if not isinstance(trainer.strategy.model, DistributedDataParallel):
-            return
         buffers = [buffer.clone() for buffer in self.buffers()]
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         batch = self.on_before_batch_transfer(blank_batch(data.batch_size, data.in_chans, data.image_size), 0)
-        batch = batch._replace(images=batch.images.to(self.dtype))
-        loss = trainer.strategy.training_step(trainer.strategy.batch_to_device(batch), 0)
+        batch = trainer.strategy.batch_to_device(batch._replace(images=batch.images.to(self.dtype)))
+        self.open_window()
+        if wrapped:
+            loss = trainer.strategy.training_step(batch, 0)
+        else:
+            with trainer.precision_plugin.train_step_context():
+                loss = self.training_step(batch, 0)
         assert isinstance(loss, Tensor)
-        loss.backward()  # type: ignore[no-untyped-call]
+        backward(loss)
         self.zero_grad(set_to_none=True)
         for buffer, before in zip(self.buffers(), buffers, strict=True):
             buffer.copy_(before)
+        self.open_window()
+
+    def settle_buckets(self) -> None:
+        """After its first backward pass DDP arranges the gradients anew in its buckets, and from three ranks on a sum
+        rounds by its place there: the first step of each start would be another than in a run that was never stopped.
+        """
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            self.blank_pass(lambda loss: loss.backward(), wrapped=True)  # type: ignore[no-untyped-call]
+
+    def compile_network(self) -> None:
+        """As the setting says; all ranks do the same, by their own networks and compilers.
+
+        Raises:
+            UserError: It is to be compiled, and cannot be.
+        """
+        if self.compile_choice is False:
+            return
+        must, start = self.compile_choice is True, time.perf_counter()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        why = ""
+        if self.device_mesh is not None:
+            why = "not with --trainer.strategy fsdp2"
+        elif self.cuda_graphs and self.device.type != "cuda":
+            raise UserError(f"--model.cuda_graphs true: there are none on {self.device.type}")
+        elif not must:
+            run = self.flops * self.images_per_step * self.total_steps
+            why = compiling.too_short(self.device, run)
+        if not why:
+            # Not through DDP: a rank that fails must not leave the others waiting for its gradients.
+            once = lambda loss: torch.autograd.grad(loss, trained, allow_unused=True)  # noqa: E731
+            step = lambda: self.blank_pass(once, wrapped=False)  # noqa: E731
+            failed = gather(compiling.attempt(self.model, step, self.cuda_graphs))
+            if failed:
+                compiling.restore(self.model)
+                why = failed[0]
+        if why and must:
+            raise UserError(f"--model.compile true: {why}; --model.compile auto goes on without")
+        if self.trainer.is_global_zero:
+            done = f"not compiled: {why}" if why else f"compiled in {time.perf_counter() - start:.0f} s"
+            print(f"{done} (--model.compile {self.compile_choice})", flush=True)
 
     def open_window(self) -> None:
         self.window_loss = torch.zeros((), device=self.device)  # of the accumulation window under way
         self.window_weight = torch.zeros((), device=self.device)  # share of its slots that are readable, of this rank
 
+    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        if self.trainer.training and hasattr(self, "data_wait"):
+            self.data_wait.came()
+        return batch
+
     def on_train_start(self) -> None:
-        self.open_window()
+        if self.device.type == "cpu":
+            memory.keep_freed_memory()
+        self.compile_network()
         self.settle_buckets()
         self.open_window()
         self.step_loss = self.window_loss
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
+        precision = str(self.trainer.precision)
+        dtype = next((t for key, t in DTYPES.items() if precision.startswith(key)), torch.float32)
+        self.peak_rate = peak_rate(self.device, dtype)
         self.clock, self.clock_step = time.perf_counter(), self.global_step
         self.started = self.clock
+        self.data_wait = DataWait(self.device)
+        self.data_wait.done()
 
         # A resumed optimiser comes back with its old settings, and the rates of its old schedule.
         groups = self.trainer.optimizers[0].param_groups
@@ -314,6 +431,11 @@ class Stage(LightningModule):
         loader = self.trainer.train_dataloader
         assert loader is not None
         loader.sampler.seek(self.global_step)
+        self.data_wait.ask()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if self.max_bad_images:
@@ -339,8 +461,12 @@ class Stage(LightningModule):
     # ---- what is logged, and when a run must stop ------------------------------------------------------------------
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        if not self.step_done:
-            return
+        self.data_wait.done()
+        if self.step_done:
+            self.end_step()
+        self.data_wait.ask()
+
+    def end_step(self) -> None:
         trainer, step = self.trainer, self.global_step
         if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
             self.log_dict(self.write(self.step_metrics()), logger=False)
@@ -354,8 +480,14 @@ class Stage(LightningModule):
         """Of the optimiser step just taken; and how fast it has gone since the last call, held-out loss not counted."""
         metrics = {**self.agree(), "lr": self.lr}  # reading the loss waits for the device, so the clock is right
         now, step = time.perf_counter(), self.global_step
-        metrics["images_per_s"] = (step - self.clock_step) * self.images_per_step / (now - self.clock)
+        rate = (step - self.clock_step) * self.images_per_step / (now - self.clock)
+        metrics["images_per_s"] = rate
+        metrics["mfu"] = rate * self.flops / self.trainer.world_size / self.peak_rate
+        metrics["data_wait"] = self.data_wait.seconds() / (now - self.clock)
+        metrics["peak_memory_gib"] = memory.peak(self.device) / memory.GIB
         self.clock, self.clock_step = now, step
+        self.data_wait = DataWait(self.device)
+        self.data_wait.done()
         return metrics
 
     def configure_model(self) -> None:

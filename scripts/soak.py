@@ -53,7 +53,7 @@ RUN = [
     *("--online.held_out_images=200", "--ckpt_path=last"),
 ]
 EXIT_CODE = {"TERM": 143, "USR1": 143, "INT": 130}
-WALL_CLOCK = re.compile(r"(_s|seconds)$")  # columns of metrics.csv that no two runs share
+WALL_CLOCK = re.compile(r"(_s|seconds|mfu|data_wait|peak_memory_gib)$")  # columns of metrics.csv that no two runs share
 
 PATIENCE = 120.0  # seconds without any news until a run counts as hanging
 TO_END = 60.0  # seconds in which the last process of a run must have ended after the first

@@ -70,7 +70,8 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
     for row in found:
-        row.pop("images_per_s")
+        for key in ("images_per_s", "mfu", "data_wait", "peak_memory_gib"):
+            row.pop(key)
     return found
 
 
