@@ -38,25 +38,21 @@ def faster_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Kern
     return "plain" if tokens <= PLAIN_TOKENS else "fused"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v, for (B, H, Q, d) queries over (B, H, N, d) keys and values: (B, H, Q, d).
-
-    Args:
-        kernel: None: the faster one.
-    """
-    if (kernel or faster_kernel(q.device, q.dtype, k.shape[2])) == "fused":
+def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v, for (B, H, Q, d) queries over (B, H, N, d) keys and values: (B, H, Q, d)."""
+    if kernel == "fused":
         return F.scaled_dot_product_attention(q, k, v)
     return (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(dim=-1) @ v
 
 
 class Block(timm_vit.Block):
-    """timm's block, with its attention by the faster kernel, and only for the tokens that are wanted.
+    """timm's block, in training with its attention by the faster kernel, and only for the tokens that are wanted.
 
     `compile()` is for training: without gradients, or in eval mode, a block computes as it is written. Held-out images
     come in other batches, and each would be compiled for anew.
 
     Attributes:
-        kernel: Of all blocks; None: the faster one.
+        kernel: Of all blocks; None: in training the faster one, in eval mode timm's own, whose results are then timm's.
     """
 
     kernel: ClassVar[Kernel | None] = None
@@ -110,7 +106,8 @@ class Block(timm_vit.Block):
             (q,), (k, v) = q.permute(2, 0, 3, 1, 4), kv.permute(2, 0, 3, 1, 4)
         else:
             q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        out: Tensor = attn.proj(attend(q, k, v, self.kernel).transpose(1, 2).reshape(b, n - first, d))
+        own = faster_kernel(x.device, q.dtype, n) if self.training else "fused"
+        out: Tensor = attn.proj(attend(q, k, v, self.kernel or own).transpose(1, 2).reshape(b, n - first, d))
         return out
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae import bench, demo, doctor, evaluate, pack, report, runs, tools
+from mae import bench, demo, doctor, evaluate, pack, plan, report, runs, tools
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.samples import dead_loader
 
@@ -106,7 +106,8 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
         report.run,
     ),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
-    "bench": ("speed: data, run, save", bench.run),
+    "plan": ("batch a device, accumulation, learning rate and memory of a run, before there is a machine", plan.run),
+    "bench": ("speed and memory: step, growth, scaling, data, run, save", bench.run),
     "doctor": ("what is in a data folder and what is wrong with it", doctor.run),
     "pack": ("images into tar shards with an index; --verify finds damaged records", pack.run),
     "stats": ("mean and std of a data set, for its config", tools.stats),

@@ -37,7 +37,8 @@ def compile_blocks(network: nn.Module, graphs: bool = False) -> None:
     # Meant for whole networks: it would cut a block in two wherever a gradient bucket ends.
     torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
     for block in blocks(network):
-        block.compile(mode="reduce-overhead" if graphs else None)
+        # Not dynamic: encoder and decoder differ in their numbers of tokens, each of which stays what it is.
+        block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 def restore(network: nn.Module) -> None:

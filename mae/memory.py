@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 from pathlib import Path
 
 import torch
@@ -49,11 +50,21 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
 
 
+# Of torch, C++, CUDA's and the CPU's libraries; those of oneDNN do not say why, and hardly ever have another reason.
+NO_MEMORY = (
+    *("can't allocate memory", "out of memory", "std::bad_alloc", "Cannot allocate memory"),
+    *("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED"),
+    *("could not create a memory object", "could not execute a primitive"),
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error of torch or Python tells that a device or this machine has no memory left."""
+    """Whether an error of torch, Python or the system tells that a device or this machine has no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     text = str(error)
     return isinstance(error, RuntimeError) and (
-        "can't allocate memory" in text or "out of memory" in text or "std::bad_alloc" in text
+        any(words in text for words in NO_MEMORY) or text.strip() == "could not create a primitive"
     )

@@ -296,7 +296,8 @@ class MaskedAutoencoder(nn.Module):
         """(B, K, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches, seeing no others."""
         encoder = self.encoder
         proj = encoder.patch_embed.proj
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # the convolution as a linear layer, channel last
+        # The convolution as a linear layer, channel last.
+        weight = proj.weight.flatten(1) if self.in_chans == 1 else proj.weight.permute(0, 2, 3, 1).flatten(1)
         x = F.linear(visible, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]  # (B, K, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)

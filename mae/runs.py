@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import re
 import signal
+import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -17,10 +19,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae import cached, checkpoint, pictures, saving, signals
+from mae import cached, checkpoint, devices, pictures, saving, shortage, signals
 from mae.cached import CachedSettings
 from mae.callbacks import MetricsCSV, Online, Panels, Progress
 from mae.classify import SCRATCH, Finetune, Probe
@@ -28,6 +31,7 @@ from mae.data import DEFAULTS, ImageData
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.labelled import FinetuneData, LabelledData, Part, ProbeData
 from mae.lock import RunLock
+from mae.memory import GIB, is_out_of_memory
 from mae.model import MaskedAutoencoder, as_pair
 from mae.pretrain import Pretrain
 from mae.safekeeping import Alive, Checkpoints
@@ -68,7 +72,8 @@ TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_
 FREE = (
     *("allow_changes", "cached.", "checkpoint.", "ckpt_path", "config", "online.", "panels.", "run_dir", "wandb."),
     *("data.batch_size_per_device", "data.download", "data.max_bad_images", "data.num_workers", "data.root"),
-    *("data.train_dir", "data.val_dir", "model.activation_checkpointing", "trainer.accelerator"),
+    *("data.train_dir", "data.val_dir", "model.activation_checkpointing", "model.compile", "model.cuda_graphs"),
+    *("trainer.accelerator",),
     *("trainer.accumulate_grad_batches", "trainer.callbacks", "trainer.default_root_dir", "trainer.devices"),
     *("trainer.enable_", "trainer.log_every_n_steps", "trainer.logger", "trainer.max_epochs", "trainer.max_steps"),
     *("trainer.num_nodes", "trainer.plugins", "trainer.profiler", "trainer.strategy", "watchdog"),
@@ -101,9 +106,11 @@ class StageCLI(LightningCLI):
     def __init__(self, args: Sequence[str]):
         try:
             self.parse_and_build(args)
-        except BaseException:
+        except BaseException as error:
             if hasattr(self, "lock"):
                 self.lock.release()
+            if is_out_of_memory(error):
+                raise UserError("out of memory before training: the network and the data do not fit") from None
             raise
 
     def parse_and_build(self, args: Sequence[str]) -> None:
@@ -149,6 +156,12 @@ class StageCLI(LightningCLI):
             default=30,
             help="A process without a batch for so long says where it stands, and ends; null: never.",
         )
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="highest",
+            help="Of products of float32 matrices: highest; high, by TF32 on NVIDIA GPUs; medium, by bfloat16.",
+        )
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
@@ -157,7 +170,12 @@ class StageCLI(LightningCLI):
         parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        config = parser.parse_args(args)
+        try:
+            config = parser.parse_args(args)
+        except UserError as error:
+            if said := re.search(r'"trainer\.precision".* Given value: (\S+)', str(error), re.DOTALL):
+                devices.check_precision(said[1], "")
+            raise
         if config.run_dir is None:
             name = Path(str(config.config[0])).stem if config.config else self.command
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
@@ -183,6 +201,11 @@ class StageCLI(LightningCLI):
         for key in ("accumulate_grad_batches", "log_every_n_steps"):
             if (number := self.config.trainer[key]) is not None and number < 1:
                 raise UserError(f"--trainer.{key} {number}: at least 1")
+        trainer = self.config.trainer
+        said = devices.check_precision(trainer.precision, devices.device_type(trainer.accelerator))
+        if said and is_first_rank():
+            print(said, flush=True)
+        torch.set_float32_matmul_precision(self.config.float32_matmul_precision)
         if (minutes := self.config.watchdog_minutes) is not None and not minutes > 0:
             raise UserError(f"--watchdog_minutes {minutes}: above 0, or null")
         self.lock = RunLock(self.run_dir)
@@ -261,7 +284,8 @@ class StageCLI(LightningCLI):
             if given.logger not in (None, True):
                 loggers += as_list(given.logger)
         if given.precision is None:
-            kwargs["precision"] = "bf16-mixed" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else 32
+            device = devices.device_type(given.accelerator)
+            kwargs["precision"] = devices.usual_precision(device, sharded=given.strategy == "fsdp2")
         kwargs |= launched()
         if given.strategy == "fsdp2":
             kwargs["strategy"] = FSDP2()
@@ -281,7 +305,7 @@ class StageCLI(LightningCLI):
                 default_root_dir=str(self.run_dir),
                 **kwargs,
             )
-        except (MisconfigurationException, ValueError) as error:
+        except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
 
     def begin(self) -> None:
@@ -331,6 +355,9 @@ class StageCLI(LightningCLI):
         trainer = self.trainer
         self.keep_effective_batch()
         self.refuse_another_recipe()
+        if isinstance(trainer.strategy, DDPStrategy):
+            set_ddp_options(trainer.strategy, trainer.accumulate_grad_batches)
+        self.room = shortage.room(trainer.strategy.root_device, trainer.num_devices)
         self.model.allow_changes = self.config.allow_changes
         self.model.starts_at, self.model.begin = self.resumed.get("step", 0), self.begin
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -365,11 +392,41 @@ class StageCLI(LightningCLI):
             getattr(trainer.strategy.launcher, "procs", []).clear()
             raise
         except Exception as error:
+            if is_out_of_memory(error):
+                traceback.clear_frames(error.__traceback__)  # they hold the activations
+                raise self.out_of_memory() from None
             if said := dead_loader(error):
                 raise LoaderDied(f"{said}; {self.way_on()}") from None
             if trainer.world_size > 1 and (said := lost_peer(error)):
                 raise PeerLost(f"rank {trainer.global_rank}: {said}; {self.way_on()}") from None
             raise
+
+    def out_of_memory(self) -> UserError:
+        """What to say where a device has no memory left, by the rank that it has happened to."""
+        trainer, model, batch = self.trainer, self.model, self.datamodule.batch_size
+        accumulate, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
+        getattr(trainer.strategy.launcher, "procs", []).clear()  # as for other errors that are told
+        fits = shortage.largest_batch(
+            model.model,
+            (self.datamodule.in_chans, *self.datamodule.image_size),
+            getattr(model, "mask_ratio", None),
+            self.room,
+            trainer.precision,
+            device.type,
+            devices=trainer.world_size,
+            averaged=getattr(model, "ema", None) is not None,
+        )
+        checkpointing = self.config.model.get("activation_checkpointing")
+        said = f"out of memory with {batch} images a device ({device}, {self.room / GIB:.1f} GiB): " + shortage.way_out(
+            batch, accumulate, fits, checkpointing
+        )
+        if saving.saved(self.run_dir):
+            # Where the division of a step counts, another is a change.
+            changed = "" if model.elastic else " --allow_changes true"
+            said += f"; --ckpt_path last{changed} goes on from the last checkpoint"
+        if trainer.global_rank and not is_first_rank():
+            print(f"mae: error: rank {trainer.global_rank}: {said}", file=sys.stderr, flush=True)
+        return UserError(said)
 
     def leave(self) -> None:
         """Whatever has happened."""
@@ -613,6 +670,24 @@ def launched() -> dict[str, int]:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return {}
     return {"num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "devices": int(os.environ["LOCAL_WORLD_SIZE"])}
+
+
+def set_ddp_options(strategy: DDPStrategy, accumulate: int) -> None:
+    """What DDP need not do for our networks, unless the settings of the strategy say otherwise.
+
+    Raises:
+        UserError: They ask for what torch cannot do.
+    """
+    given = strategy._ddp_kwargs
+    if given.get("static_graph") and accumulate > 1:
+        raise UserError(
+            f"--trainer.strategy: static_graph true does not go with --trainer.accumulate_grad_batches {accumulate}: "
+            "leave it out"
+        )
+    given.setdefault("gradient_as_bucket_view", True)  # no second copy of the gradients
+    given.setdefault("find_unused_parameters", False)
+    # A step without exchange among others is another graph.
+    given.setdefault("static_graph", accumulate == 1 and not given["find_unused_parameters"])
 
 
 def as_list(given: Any) -> list[Any]:

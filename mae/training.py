@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.trainer import call
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -164,9 +165,9 @@ class Stage(LightningModule):
 
     @property
     def fused(self) -> bool:
-        """Whether the optimiser is one kernel, which then also undoes the fp16 scaler: after that nothing can clip."""
-        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        return scaler is None or not self.trainer.gradient_clip_val
+        """Whether the optimiser is one kernel: it would undo an fp16 scaler itself, and Lightning then cannot clip."""
+        mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
+        return not (mixed and self.trainer.gradient_clip_val)
 
     @property
     def peak_lr(self) -> float:
@@ -621,6 +622,7 @@ class Stage(LightningModule):
             "seed_everything": self.seed,
             "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
             "trainer.precision": trainer.precision,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
             "trainer.gradient_clip_val": trainer.gradient_clip_val,
             "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
         }

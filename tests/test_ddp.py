@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -370,3 +371,51 @@ def test_held_out_accuracy_in_training_is_exact_over_processes(tmp_path: Path) -
         assert done.returncode == 0, done.stderr
     one, two = ((tmp_path / f"run{n}" / "confusion.csv").read_text() for n in (1, 2))
     assert one == two
+
+
+def exchanges(run_dir: Path, *settings: str) -> list[dict[str, Any]]:
+    """What two processes have told each other in 20 steps of which every tenth is logged, by rank."""
+    callback = ["--trainer.callbacks+=ddp_watch.Exchanges", f"--trainer.callbacks.folder={run_dir / 'exchanges'}"]
+    length = ["--trainer.max_steps=20", "--trainer.log_every_n_steps=10", "--checkpoint.every_n_steps=null"]
+    two_processes("pretrain", *PRETRAIN, *settings, *length, *callback)
+    return [json.loads((run_dir / "exchanges" / f"rank_{rank}.json").read_text()) for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_ranks_exchange_gradients_once_a_step_and_figures_when_they_are_logged(tmp_path: Path, accumulate: int) -> None:
+    for found in exchanges(tmp_path, *divided(tmp_path, 2, 4, accumulate)):
+        last = [accumulate * step - 1 for step in range(1, 21)]  # micro-batches at the end of a step
+        assert sorted(set(found["gradients"])) == last
+        assert len(found["gradients"]) % 20 == 0
+        assert set(found["others"]) <= {last[9], last[19]}
+        assert set(found["signals"]) <= set(last)
+        assert found["views"]
+        assert found["static_graph"] == (accumulate == 1)
+
+
+def test_settings_of_the_strategy_count(tmp_path: Path) -> None:
+    given = ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.static_graph=true"]
+    given += ["--trainer.strategy.gradient_as_bucket_view=false"]
+    for found in exchanges(tmp_path, *divided(tmp_path, 2, 4), *given):
+        assert not found["views"]
+        assert found["static_graph"]
+    done = mae("pretrain", *PRETRAIN, *divided(tmp_path / "other", 2, 4, 2), *given, timeout=400)
+    assert done.returncode == 2, done.stderr
+    assert "static_graph true does not go with --trainer.accumulate_grad_batches 2: leave it out" in done.stderr
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_clipped_and_checkpointed_steps_are_those_of_one_process(tmp_path: Path, accumulate: int) -> None:
+    # Images of three channels, one of them unreadable: gradients are changed in place in every way there is.
+    paths = save_images(tmp_path / "images", 64)
+    paths[5].write_bytes(paths[5].read_bytes()[:40])
+    common = [
+        *(*TINY, *LENGTH, "--model.base_lr=0.01", f"--data.root={tmp_path / 'images'}", "--data.image_size=14"),
+        *("--data.max_bad_images=1", "--trainer.gradient_clip_val=0.05", "--model.activation_checkpointing=true"),
+        *("--model.warmup_epochs=0", "--trainer.max_epochs=30"),
+    ]
+    PretrainCLI([*common, *divided(tmp_path / "one", 1, 16)]).fit()
+    done = mae("pretrain", *common, *divided(tmp_path / "two", 2, 8 // accumulate, accumulate), timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert "Grad strides do not match" not in done.stderr
+    require_same_losses(tmp_path / "two", tmp_path / "one", rel=1e-5)

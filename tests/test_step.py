@@ -298,3 +298,29 @@ def test_bfloat16_follows_float32(tmp_path: Path) -> None:
         assert means[-1] < 0.9 * losses[0]
     assert means[1] == pytest.approx(means[0], rel=0.01)
     assert means[1] != means[0]
+
+
+@pytest.mark.slow
+def test_compiled_on_two_processes_it_trains_as_one_does_as_written(tmp_path: Path) -> None:
+    losses = []
+    for processes, batch_size, choice in ((1, 16, "false"), (2, 4, "true")):
+        settings = [*TINY, f"--run_dir={tmp_path / choice}", "--trainer.max_steps=4", "--trainer.log_every_n_steps=1"]
+        settings += [f"--data.batch_size_per_device={batch_size}", f"--trainer.devices={processes}"]
+        settings += [f"--trainer.accumulate_grad_batches={processes}", f"--model.compile={choice}"]
+        done = mae("pretrain", *settings, timeout=600, OMP_NUM_THREADS="1")
+        assert done.returncode == 0, done.stderr
+        assert ("compiled in" in done.stdout) == (choice == "true")
+        losses.append([row["train/loss"] for row in logged(tmp_path / choice)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_gradients_are_clipped_in_any_precision(tmp_path: Path, precision: str) -> None:
+    moved = []
+    for norm in (1e9, 1e-9):
+        settings = [*TINY, f"--run_dir={tmp_path / str(norm)}", "--trainer.max_steps=2"]
+        cli = PretrainCLI([*settings, f"--trainer.gradient_clip_val={norm}", f"--trainer.precision={precision}"])
+        before = torch.cat([p.detach().flatten().clone() for p in cli.network.parameters()])
+        cli.fit()
+        moved.append((torch.cat([p.flatten() for p in cli.network.parameters()]) - before).norm().item())
+    assert moved[1] < 0.1 * moved[0]  # Adam divides by the gradient's size, but not where its epsilon is larger
