@@ -67,8 +67,6 @@ def quieten() -> None:
     logging.getLogger("lightning").setLevel(logging.WARNING)
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    # Says, where torch.compile is used, that there is CUDA but no GPU.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     hints = [
         ".*does not have many workers.*",
         ".*`srun` command is available.*",

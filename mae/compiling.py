@@ -3,6 +3,7 @@
 Blocks of the same shape share one compiled program. `module.compile()` leaves the keys of checkpoints as they are.
 """
 
+import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -34,6 +35,7 @@ def compile_blocks(network: nn.Module, graphs: bool = False) -> None:
     Args:
         graphs: Replay each block's kernels as CUDA graphs.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells of CUDA without a GPU
     # Meant for whole networks: it would cut a block in two wherever a gradient bucket ends.
     torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
     for block in blocks(network):

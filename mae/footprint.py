@@ -39,7 +39,7 @@ class Footprint(NamedTuple):
     weights: int  # with buffers and, where there is one, their moving average
     gradients: int
     optimiser: int
-    communication: int  # gradients once more, where devices exchange them
+    communication: int  # gradients in the buckets by which devices exchange them, instead of elsewhere
     images: int
     activations: int  # kept for the backward pass, weights cast to half precision among them
     transient: int  # of the layer that is computed at that moment
@@ -126,10 +126,14 @@ def predicted_peak(
     always = Footprint(
         weights, 0, states * trained, trained if devices > 1 else 0, FLOAT * math.prod(image_shape) * batch, 0, 0
     )
-    moments = [always._replace(gradients=trained)]  # the optimiser's step
+    buckets = devices > 1  # which are there all the time, and gradients are views of them
 
     def moment(activations: int, transient: int, gradients: int) -> None:
-        moments.append(always._replace(activations=activations, transient=transient, gradients=gradients))
+        own = 0 if buckets else gradients
+        moments.append(always._replace(activations=activations, transient=transient, gradients=own))
+
+    moments: list[Footprint] = []
+    moment(0, 0, trained)  # the optimiser's step
 
     kept = 0
     for layer in layers:
@@ -142,7 +146,7 @@ def predicted_peak(
     for layer in reversed(layers):
         if not layer.frozen:
             gradients += 0 if accumulated else layer.gradients
-            moment(kept, batch * layer.extra, gradients)
+            moment(kept, batch * layer.extra + layer.gradients * buckets, gradients)
             kept -= batch * layer.kept + layer.cast
     return max(moments, key=lambda footprint: footprint.total)
 

@@ -119,7 +119,8 @@ def test_the_peak_is_the_largest_of_all_moments() -> None:
     least = sum(layer.kept for layer in layers_of(network, 0.75, HOW)) + loss_bytes(network, 0.75, HOW)
     assert many[2] - many[1] >= 128 * least
     exchanged = predicted_peak(network, (3, 48, 48), 0.75, 64, device="cpu", devices=2)
-    assert exchanged.total == many[0] + trained
+    assert (exchanged.gradients, exchanged.communication) == (0, trained)
+    assert many[0] - trained <= exchanged.total <= many[0] + trained
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
