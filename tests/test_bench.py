@@ -32,7 +32,8 @@ def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     yield
     left = [path for folder in (here, temporary) for path in folder.iterdir()]
-    assert not [path for path in left if not path.name.startswith("pymp-")]  # of Python, until the process ends
+    # Of Python, until the process ends; and where torch keeps compiled programs.
+    assert not [path for path in left if not path.name.startswith(("pymp-", "torchinductor_"))]
 
 
 def smooth(height: int, width: int, phase: float) -> Image.Image:
@@ -149,7 +150,7 @@ def test_transparent_images_are_not_compared(tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["data", f"--data.root={photographs}"]
-    assert "needs to know what: data, run" in fails(capsys)
+    assert "needs to know what: step, growth, scaling, data, run, save" in fails(capsys)
     assert "'dta' is nothing that `mae bench` measures; it knows data, run" in fails(capsys, "dta")
     assert "--rounds" in fails(capsys, *data, "--rounds=0")
     assert "--json" in fails(capsys, *data, f"--json={tmp_path / 'nowhere' / 'figures.json'}")
