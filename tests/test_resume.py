@@ -62,6 +62,11 @@ def at_step(cli: PretrainCLI, step: int, do: Callable[[], Any], hook: str = "on_
     setattr(cli.model, hook, now)
 
 
+def written(cli: PretrainCLI) -> None:
+    """Wait for the checkpoint under way: on a busy machine it may take some steps."""
+    cli.trainer.strategy.checkpoint_io.wait()
+
+
 def die() -> None:
     raise Killed
 
@@ -152,7 +157,7 @@ def test_two_signals_in_a_row_are_as_one_and_a_second_ctrl_c_is_not(tmp_path: Pa
         cli.fit()
     assert saved(tmp_path)[0] == step_file(tmp_path, 6)
     cli = prepared(tmp_path)
-    at_step(cli, 8, lambda: [os.kill(os.getpid(), signal.SIGINT) for _ in range(2)])
+    at_step(cli, 8, lambda: [written(cli), *(os.kill(os.getpid(), signal.SIGINT) for _ in range(2))])
     with pytest.raises(KeyboardInterrupt):
         cli.fit()
     assert saved(tmp_path)[0] == step_file(tmp_path, 7)
@@ -299,7 +304,7 @@ def test_settings_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path,
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path: Path, whole: Path) -> None:
     cli = prepared(tmp_path)
-    at_step(cli, 17, die)
+    at_step(cli, 17, lambda: [written(cli), die()])
     with pytest.raises(Killed):
         cli.fit()
     (tmp_path / "checkpoints").rename(tmp_path / "elsewhere")
