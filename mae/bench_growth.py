@@ -178,11 +178,11 @@ def in_turn(contenders: Sequence[T], turn: int) -> Sequence[T]:
 
 
 @contextlib.contextmanager
-def one_shape_each() -> Iterator[None]:
-    """What is compiled is compiled for its own shapes: not for all, because others were compiled before it."""
+def many_shapes() -> Iterator[None]:
+    """Each network is compiled for its own shapes, and there are more than torch lets one function have."""
     import torch._dynamo.config as dynamo
 
-    with dynamo.patch(automatic_dynamic_shapes=False, recompile_limit=128):
+    with dynamo.patch(recompile_limit=128):
         yield
 
 
@@ -274,7 +274,7 @@ def growth(args: Sequence[str]) -> None:
     base, how, device = base_of(config), how_of(config), device_of(config)
     axes = list(dict.fromkeys(config.axes))
     keep_freed_memory()
-    with threads(how.threads), one_shape_each():
+    with threads(how.threads), many_shapes():
         where = machine(device)
         at = plural(how.threads, "thread") if device.type == "cpu" else where["device"]
         print(f"base      {base}; {how.dtype}{', compiled' * how.compiled}, {at}")
@@ -549,7 +549,7 @@ def work() -> None:
     code = 0
     try:
         keep_freed_memory()
-        with threads(job.how.threads), one_shape_each():
+        with threads(job.how.threads), many_shapes():
             Rank(job, rank, store).measure()
     except UserError as error:
         store.set("mistake", str(error))

@@ -3,6 +3,8 @@
 Shapes: B images, N tokens, D width, H heads of D / H values.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -119,8 +121,18 @@ class CheckpointedBlock(Block):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            # The generators are set back for the second computation: drop path drops the same branches.
+            # Drop path has drawn before, in `__call__`: both computations drop the same branches.
             out: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
         else:
             out = super().forward(x, *args, **kwargs)
         return out
+
+
+@contextmanager
+def kernel(name: Kernel | None) -> Iterator[None]:
+    """Attention of all blocks by this kernel; None: as in training and eval mode it is."""
+    before, Block.kernel = Block.kernel, name
+    try:
+        yield
+    finally:
+        Block.kernel = before

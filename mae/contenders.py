@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mae import compiling, memory, optim
+from mae.blocks import kernel
 from mae.errors import UserError
 from mae.flops import training_flops
 from mae.model import SIZES, MaskedAutoencoder
-from mae.plain import MaskTokenEncoder, Plain, kernel
+from mae.plain import MaskTokenEncoder, Plain
 
 OTHERS = ("plain", "hf-eager", "hf-sdpa")
 COMPILED = "-compiled"  # behind the name of one of ours

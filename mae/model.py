@@ -273,6 +273,10 @@ class MaskedAutoencoder(nn.Module):
         patches = patchify(images, self.patch_size)  # (B, N, P)
         latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)
         pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
+        return self.hidden_loss(pred, patches, masking)
+
+    def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
+        """(B, N - K, P) predictions of the hidden patches, beside those among (B, N, P) patches."""
         target = take(patches, masking.ids_hide)
         if self.norm_pix_loss:
             target = normalize_patches(target)
@@ -292,13 +296,16 @@ class MaskedAutoencoder(nn.Module):
         tokens: Tensor = self.encoder.forward_features(images)
         return tokens
 
-    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """(B, K, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches, seeing no others."""
-        encoder = self.encoder
-        proj = encoder.patch_embed.proj
+    def embed(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+        """(B, K, P), (B, K) -> (B, K, D): the visible patches with their positions."""
+        proj = self.encoder.patch_embed.proj
         # The convolution as a linear layer, channel last.
         weight = proj.weight.flatten(1) if self.in_chans == 1 else proj.weight.permute(0, 2, 3, 1).flatten(1)
-        x = F.linear(visible, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]  # (B, K, D)
+        return F.linear(visible, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
+
+    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+        """(B, K, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches, seeing no others."""
+        encoder, x = self.encoder, self.embed(visible, ids_keep)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)
         normed: Tensor = encoder.norm(encoder.blocks(x))

@@ -4,13 +4,11 @@ Same parameters, same loss, same gradients to rounding; only `MaskTokenEncoder` 
 Table 1c and Table 2.
 """
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
 
-from mae.blocks import Block, Kernel
 from mae.model import Loss, MaskedAutoencoder, normalize_patches, patchify, take
 
 SAVINGS = {
@@ -89,13 +87,11 @@ class MaskTokenEncoder(MaskedAutoencoder):
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:
         masking = self.draw_mask(images, noise, mask_ratio)
         patches, encoder, positions = patchify(images, self.patch_size), self.encoder, self.pos_embed
-        proj = encoder.patch_embed.proj
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)
-        x = nn.functional.linear(take(patches, masking.ids_keep), weight, proj.bias)
+        visible = self.embed(take(patches, masking.ids_keep), masking.ids_keep)
         x = torch.cat(
             [
-                (self.cls_token + positions[:, :1]).expand(len(x), -1, -1),
-                x + positions[0, 1:][masking.ids_keep],
+                (self.cls_token + positions[:, :1]).expand(len(visible), -1, -1),
+                visible,
                 self.encoder_mask_token + positions[0, 1:][masking.ids_hide],
             ],
             dim=1,
@@ -110,18 +106,4 @@ class MaskTokenEncoder(MaskedAutoencoder):
         for block in blocks:
             x = block(x)
         pred = self.decoder_pred(self.decoder_norm(last(x, first=1 + masking.ids_keep.shape[1])))
-        target = take(patches, masking.ids_hide)
-        if self.norm_pix_loss:
-            target = normalize_patches(target)
-        per_image = (pred.float() - target).square().mean(dim=(1, 2))
-        return Loss(per_image.mean(), masking.mask, per_image)
-
-
-@contextmanager
-def kernel(name: Kernel | None) -> Iterator[None]:
-    """Attention of all blocks by this kernel; None: the faster one."""
-    before, Block.kernel = Block.kernel, name
-    try:
-        yield
-    finally:
-        Block.kernel = before
+        return self.hidden_loss(pred, patches, masking)

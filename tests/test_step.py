@@ -13,12 +13,12 @@ from conftest import mae
 from torch import Tensor, nn
 
 from mae import MaskedAutoencoder, blocks, compiling
-from mae.blocks import Block, attend, faster_kernel
+from mae.blocks import Block, attend, faster_kernel, kernel
 from mae.classifier import build
 from mae.errors import UserError
 from mae.flops import peak_rate, product_rates, training_flops
 from mae.optim import adamw
-from mae.plain import SAVINGS, MaskTokenEncoder, Plain, kernel
+from mae.plain import SAVINGS, MaskTokenEncoder, Plain
 from mae.pretrain import Pretrain
 from mae.runs import PretrainCLI
 from mae.sources import ArraySource
