@@ -338,9 +338,12 @@ class Stage(LightningModule):
     def settle_buckets(self) -> None:
         """After its first backward pass DDP arranges the gradients anew in its buckets, and from three ranks on a sum
         rounds by its place there: the first step of each start would be another than in a run that was never stopped.
+        A static graph is learnt in the first pass, and arranged after the second.
         """
-        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
-            self.blank_pass(lambda loss: loss.backward(), wrapped=True)  # type: ignore[no-untyped-call]
+        ddp = self.trainer.strategy.model
+        if isinstance(ddp, DistributedDataParallel):
+            for _ in range(2 if ddp.static_graph else 1):
+                self.blank_pass(lambda loss: loss.backward(), wrapped=True)  # type: ignore[no-untyped-call]
 
     def compile_network(self) -> None:
         """As the setting says; all ranks do the same, by their own networks and compilers.
