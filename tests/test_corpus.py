@@ -384,7 +384,7 @@ def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken(kind: s
 
 
 def loaders(pid: int) -> list[int]:
-    """The processes that a command has forked, itself over again; for a moment, so is any program that it starts."""
+    """The loader processes of a command, by the name that torch gives them."""
 
     def text(process: int, name: str) -> bytes:
         try:
@@ -392,8 +392,8 @@ def loaders(pid: int) -> list[int]:
         except OSError:  # gone
             return b""
 
-    forked = (int(child) for child in text(pid, f"task/{pid}/children").split())
-    return [child for child in forked if text(child, "cmdline") == text(pid, "cmdline") != b""]
+    children = (int(child) for child in text(pid, f"task/{pid}/children").split())
+    return [child for child in children if text(child, "comm") == b"pt_data_worker\n"]
 
 
 def wait_for(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
