@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from mae import bench_data, bench_growth, bench_run, bench_save, bench_step
+from mae import bench_data, bench_export, bench_growth, bench_run, bench_save, bench_step
 from mae.errors import UserError
 
 COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
@@ -11,6 +11,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "scaling": ("the training step by 1, 2, ... processes, beside so many times one", bench_growth.scaling),
     "data": ("the input pipeline beside the official one, and loader processes", bench_data.run),
     "run": ("loader against optimiser step in a run of `mae pretrain`: what limits, what to change", bench_run.run),
+    "export": ("an encoder in ONNX Runtime, in float32 and int8: speed, accuracy, size", bench_export.run),
     "save": ("what checkpoints, and results that repeat to the bit, cost the training step", bench_save.run),
 }
 

@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae import checkpoint
 from mae.blocks import Block, CheckpointedBlock
-from mae.checkpoint import Weights
 from mae.errors import UserError
 from mae.model import SIZES, Pair, as_pair, init_linear, init_stem
+from mae.weights import Unallocated, Weights, resample_positions
 
 Pool = Literal["mean", "class"]
-Head = Literal["linear", "batchnorm"]
+Head = Literal["linear", "batchnorm", "plain"]
 ENCODER_KEYS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 POOLING = {"mean": "avg", "class": "token"}  # timm's names
 
@@ -51,7 +50,8 @@ def build(
         pool: "mean": of the patch tokens; "class": the class token.
         head: "linear": for fine-tuning; by mean pooling the norm comes after the pool (fc_norm), and the encoder's own
             is dropped (Sec. A.1). "batchnorm": for the linear probe, BatchNorm without affine before the linear layer,
-            on features after the encoder's own norm (Sec. A.1, Table 10).
+            on features after the encoder's own norm (Sec. A.1, Table 10). "plain": such a probe with its BatchNorm
+            folded into the linear layer.
         drop_path: Stochastic depth of the last block; it rises linearly from 0 at the first.
         activation_checkpointing: In training, compute the blocks' activations twice instead of keeping them.
     """
@@ -127,14 +127,6 @@ def encoder_config(
     return {"image_size": [height, width], **config}
 
 
-def resample_positions(positions: Tensor, old: Pair, new: Pair) -> Tensor:
-    """(1, 1 + N, D) of one grid -> of another: bicubic, the class token's row kept.
-
-    As the reference: without align_corners, and without the antialiasing that timm has on by default.
-    """
-    return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1, antialias=False)
-
-
 def load_pretrained(network: VisionTransformer, weights: Weights) -> str:
     """Copy an encoder into a classifier, all but its head; returns what was done, in words.
 
@@ -144,9 +136,7 @@ def load_pretrained(network: VisionTransformer, weights: Weights) -> str:
     state = {key: v for key, v in weights.timm_state.items() if not key.startswith(("head.", "fc_norm."))}
     said = [f"encoder {weights.source}"]
     assert network.pos_embed is not None
-    height, width = as_pair(weights.config["image_size"])
-    ph, pw = as_pair(weights.config["patch_size"])
-    old, new = (height // ph, width // pw), network.patch_embed.grid_size
+    old, new = weights.grid, network.patch_embed.grid_size
     if old != new:
         state["pos_embed"] = resample_positions(state["pos_embed"], old, new)
         said.append(f"positions resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
@@ -216,10 +206,20 @@ def load_classifier(src: str | Path) -> Classifier:
         UserError: `src` holds no classifier.
     """
     weights = checkpoint.read(src)
+    return Classifier(network_of(weights), weights.require_classifier()["classes"], weights.description)
+
+
+def network_of(weights: Weights) -> VisionTransformer:
+    """The classifier of these weights, frozen, in eval mode.
+
+    Raises:
+        UserError: They are of none.
+    """
     about = weights.require_classifier()
-    network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
-    network.load_state_dict(weights.timm_state)
-    return Classifier(network.eval().requires_grad_(False), about["classes"], weights.description)
+    with Unallocated():
+        network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
+    network.load_state_dict(weights.timm_state, assign=True)
+    return network.eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -142,7 +142,7 @@ class Probe(Classify):
     """Linear probe (Table 10): BatchNorm without affine and a linear layer on frozen features, trained with LARS.
 
     Args:
-        encoder: What to probe: a run folder, .ckpt or .safetensors; `scratch`: random weights.
+        encoder: What to probe: a run folder or file, official, timm's, Hugging Face's; `scratch`: random weights.
         pool: Feature: the class token after the encoder's final norm (as published), or the mean of patch tokens.
         base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
         momentum: Of LARS.
@@ -240,7 +240,8 @@ class Finetune(Classify):
     The defaults are the paper's for ViT-B; configs/ has those of the official code and of other sizes.
 
     Args:
-        encoder: What to start from: a run folder, .ckpt or .safetensors; `scratch`: random weights.
+        encoder: What to start from: a run folder or file, official, timm's, Hugging Face's; `scratch`: random
+            weights.
         pool: "mean": of the patch tokens, then a norm (fc_norm); "class": the class token.
         blocks: Train only so many of the last blocks, the norm after them and the head; 0.5: the last block's MLP.
             Default: everything. (0 is a linear classifier; mae probe has the paper's recipe for that.)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae import bench, demo, doctor, evaluate, pack, plan, report, runs, tools
+from mae import bench, convert, demo, doctor, embed, evaluate, inspection, pack, plan, report, runs, tools
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.samples import dead_loader
 
@@ -104,8 +104,11 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
         report.run,
     ),
     "reconstruct": ("original, masked and reconstructed images as a PNG", tools.reconstruct),
+    "embed": ("features of a folder of any images, as Parquet or npz", embed.embed),
+    "inspect": ("what a file of weights is, what it can be used for, what is wrong with it", inspection.inspect),
+    "convert": ("weights into another format: this one, official, timm, Hugging Face, ONNX, torch.export", convert.run),
     "plan": ("batch a device, accumulation, learning rate and memory of a run, before there is a machine", plan.run),
-    "bench": ("speed and memory: step, growth, scaling, data, run, save", bench.run),
+    "bench": ("speed and memory: step, growth, scaling, data, run, export, save", bench.run),
     "doctor": ("what is in a data folder and what is wrong with it", doctor.run),
     "pack": ("images into tar shards with an index; --verify finds damaged records", pack.run),
     "stats": ("mean and std of a data set, for its config", tools.stats),

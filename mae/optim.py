@@ -94,5 +94,6 @@ class WarmupCosine(LRScheduler):
         epoch = rest / self.steps_per_epoch + whole  # in the reference's order of operations, to the last bit
         if epoch < self.warmup_epochs:
             return peak * epoch / self.warmup_epochs
-        progress = min((epoch - self.warmup_epochs) / (self.epochs - self.warmup_epochs), 1.0)
+        after = self.epochs - self.warmup_epochs  # nothing, where a run is its warm-up
+        progress = min((epoch - self.warmup_epochs) / after, 1.0) if after > 0 else 1.0
         return self.min_lr + (peak - self.min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))

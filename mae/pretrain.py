@@ -43,7 +43,8 @@ class Pretrain(Stage):
         compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
             is there. The same results, to rounding.
         cuda_graphs: Replay the compiled kernels as CUDA graphs, for networks so small that launching takes longer.
-        init: Weights to start from: a run folder, .ckpt or .safetensors. Not a resume: that is --ckpt_path.
+        init: Weights to start from: a run folder or file, official, timm's, Hugging Face's. Not a resume: that is
+            --ckpt_path.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
         seed: Of the masks; follows seed_everything.

@@ -64,6 +64,8 @@ class ToolParser(OneLineErrors, ArgumentParser):
     pass
 
 
+SRC_HELP = "Weights: a run folder or file, or the official code's, timm's, Hugging Face's."
+
 # Settings of the data that mean nothing where nothing is trained.
 TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}
 

@@ -15,14 +15,14 @@ from mae.images import BadImage, decode_image
 from mae.labelled import LabelledData
 from mae.model import MaskedAutoencoder
 from mae.randomness import HELD_OUT_EPOCH, sample_noise
-from mae.runs import TRAINING_ONLY, ToolParser, fitted, image_settings, out_file
+from mae.runs import SRC_HELP, TRAINING_ONLY, ToolParser, fitted, image_settings, out_file
 from mae.samples import normalize
 
 
 def knn(args: Sequence[str]) -> None:
     parser = ToolParser(prog="mae knn", description="Weighted k-NN accuracy of frozen features, no training.")
     parser.add_argument("--config", action="config")
-    parser.add_argument("--encoder", type=str, required=True, help="A run folder, .ckpt or .safetensors file.")
+    parser.add_argument("--encoder", type=str, required=True, help=SRC_HELP)
     parser.add_argument(
         "--pool", default="mean", choices=list(features.POOLS), help="Mean of patch tokens, class token, or both."
     )
@@ -55,8 +55,8 @@ def encoded(src: str, config: Namespace) -> features.Features:
     data = LabelledData(**settings)
     data.require_labels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, pool = weights.build().to(device), features.POOLS[config.pool]
-    return features.extract_splits(lambda images: pool(model.encode(images)), data, device)
+    encoder, pool = weights.encoder().to(device), features.POOLS[config.pool]
+    return features.extract_splits(lambda images: pool(encoder.forward_features(images)), data, device)
 
 
 def sizes(found: features.Features) -> str:
@@ -75,7 +75,7 @@ def stats(args: Sequence[str]) -> None:
 def reconstruct(args: Sequence[str]) -> None:
     parser = ToolParser(prog="mae reconstruct", description="Original, masked and reconstructed images, side by side.")
     parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files.")
-    parser.add_argument("--model", type=str, required=True, help="A run folder, .ckpt or model.safetensors.")
+    parser.add_argument("--model", type=str, required=True, help=SRC_HELP)
     parser.add_argument("--out", type=str, required=True, help="The PNG to write.")
     parser.add_argument("--mask_ratio", type=float | None, default=None, help="Fraction to hide; as in pre-training.")
     parser.add_argument(

@@ -15,13 +15,11 @@ from torch import Tensor
 
 import mae.data
 from mae import audit
-from mae.checkpoint import Weights
 from mae.classifier import (
     build,
     frozen_features,
     load_classifier,
     load_pretrained,
-    resample_positions,
     train_last,
 )
 from mae.classify import Finetune
@@ -31,6 +29,7 @@ from mae.model import MaskedAutoencoder, sincos_positions
 from mae.randomness import EpochSampler
 from mae.runs import FinetuneCLI, ProbeCLI, StageCLI
 from mae.sources import ArraySource
+from mae.weights import Weights, resample_positions
 
 CPU = ["--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
 

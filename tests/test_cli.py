@@ -150,7 +150,7 @@ def test_files_that_hold_no_weights(tmp_path: Path, finished: Path, capsys: pyte
         return fails(["reconstruct", image, "--model", src, "--out", tmp_path / "out.png"], capsys)
 
     assert "text.ckpt" in reconstruct(tmp_path / "text.ckpt")
-    assert "not written by this project" in reconstruct(tmp_path / "foreign.ckpt")
+    assert "foreign.ckpt holds no tensors" in reconstruct(tmp_path / "foreign.ckpt")
     assert "no run folder" in reconstruct(tmp_path)
     assert "an encoder without decoder" in reconstruct(finished / "encoder.safetensors")
 

@@ -9,8 +9,9 @@ from conftest import reference
 from torch import Tensor, nn
 
 from mae import MaskedAutoencoder
-from mae.checkpoint import load_official_state_dict, official_name
+from mae.checkpoint import load_official_state_dict
 from mae.classifier import build
+from mae.dialects import official_name
 from mae.model import SIZES, patchify, random_masking, sincos_positions, take, unpatchify
 
 SIZE = {

@@ -36,6 +36,11 @@ def test_official_learning_rates(name: str) -> None:
         assert abs(schedule.lr_at(round(1000 * epoch), peak) - rate) <= 1e-6 * peak, epoch
 
 
+def test_a_run_may_be_all_warm_up() -> None:
+    schedule = WarmupCosine(torch.optim.SGD([torch.zeros(1)], lr=1.0), 100, epochs=0.01, warmup_epochs=0.01)
+    assert [schedule.lr_at(step, 2.0) for step in (0, 1)] == [0, 0]
+
+
 def test_official_layer_scales_reach_the_learning_rates() -> None:
     network = vit()
     optimizer = adamw_by_layer(network, 1.0, 0.05, (0.9, 0.999), 0.65)

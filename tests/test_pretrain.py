@@ -11,7 +11,8 @@ from torch import Tensor
 
 import mae.data
 import mae.pretrain
-from mae.checkpoint import load_official_state_dict, official_name
+from mae.checkpoint import load_official_state_dict
+from mae.dialects import official_name
 from mae.errors import TrainingFailed, UserError
 from mae.images import BadImage, Picture
 from mae.optim import WarmupCosine

@@ -1,0 +1,443 @@
+"""`mae convert`: weights into another format, checked before they get their name."""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import timm
+import torch
+from jsonargparse import Namespace
+from torch import Tensor
+
+from mae import cards, checkpoint, graphs, recognise
+from mae.classifier import network_of
+from mae.dialects import ENCODER, State, from_ours
+from mae.errors import TrainingFailed, UserError
+from mae.recognise import Told
+from mae.runs import ToolParser
+from mae.storage import sync
+from mae.weights import Weights
+
+TOLERANCE = 1e-4  # of what two programs compute from the same weights, relative to the largest number
+Format = Literal["mae", "official", "timm", "hf", "onnx", "export"]
+Output = Literal["tokens", "reconstruction", "logits"]
+SUFFIXES: dict[Format, tuple[str, ...]] = {  # "": a folder
+    "mae": (".safetensors", ""),
+    "official": (".pth",),
+    "timm": (".safetensors", ".pth", ""),
+    "hf": ("",),
+    "onnx": (".onnx",),
+    "export": (".pt2",),
+}
+
+
+class Made(NamedTuple):
+    """A conversion in its folder for now, under the name that it will have."""
+
+    main: Path  # the file or folder to load
+    weights: Weights  # of which it is made: what the format holds of those that were given
+    lost: list[str]  # what this format does not hold
+    checks: list[str]  # what was compared, and how it came out
+
+
+def run(args: Sequence[str]) -> None:
+    parser = ToolParser(
+        prog="mae convert",
+        description="Weights into another format, checked numerically before they get their name.",
+    )
+    parser.add_argument("src", type=str, metavar="SRC", help="A run folder or file, of any format that is known.")
+    parser.add_argument("dst", type=str, metavar="DST", help="A file, by its suffix; without one a folder.")
+    parser.add_argument("--format", type=Format, required=True, help="Of DST.")
+    parser.add_argument("--force", type=bool, default=False, nargs="?", const=True, help="Overwrite what is there.")
+    add_told(parser)
+    parser.add_argument(
+        "--image_size",
+        type=int | tuple[int, int] | None,
+        default=None,
+        help="For images of this size, positions resampled.",
+    )
+    parser.add_argument("--in_chans", type=int | None, default=None, help="For so many channels, by timm's rule.")
+    parser.add_argument("--output", type=Output | None, default=None, help="onnx, export: what it computes.")
+    parser.add_argument("--free_size", type=bool, default=False, help="onnx, export of tokens: images of any size.")
+    parser.add_argument("--mask_ratio", type=float | None, default=None, help="onnx, export of a reconstruction.")
+    parser.add_argument("--quantize", type=bool, default=False, help="onnx: int8 weights, checked for what it costs.")
+    parser.add_argument(
+        "--push", type=str | None, default=None, help="Upload the folder to OWNER/NAME on a model hub, too."
+    )
+    parser.add_argument("--private", type=bool, default=True, help="What --push makes is private.")
+    config = parser.parse_args(list(args))
+    dst = place(config)
+    weights = recognise.read(config.src, told(config)).adapted(config.image_size, config.in_chans)
+    checkpoint.say(weights)
+    with staged(dst, config.force) as folder:
+        made = WRITERS[config.format](weights, folder / dst.name, config)
+        describe(made, config.format)
+        names = sorted(path.name for path in made.main.iterdir()) if made.main.is_dir() else []
+    for line in [*(f"checked   {line}" for line in made.checks), *(f"left out  {line}" for line in made.lost)]:
+        print(line)
+    print(f"wrote     {dst}: {cards.architecture(weights)}, {made.weights.holds}")
+    if config.push:
+        push(dst, names, config.push, config.private)
+
+
+def add_told(parser: ToolParser) -> None:
+    """Options for what SRC does not tell."""
+    parser.add_argument("--num_heads", type=int | None, default=None, help="Of the encoder, if SRC does not tell.")
+    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="If SRC does not tell.")
+    parser.add_argument(
+        "--norm_pix_loss", type=bool | None, default=None, help="Its decoder predicts normalised patches, or pixels."
+    )
+    parser.add_argument("--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches.")
+
+
+def told(config: Namespace) -> Told:
+    grid = None if config.grid is None else (config.grid[0], config.grid[1])
+    return Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid)
+
+
+def place(config: Namespace) -> Path:
+    """Where to write; settings that would do nothing are refused."""
+    dst = Path(config.dst).expanduser()
+    suffixes = SUFFIXES[config.format]
+    if dst.suffix not in suffixes:
+        wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
+        raise UserError(f"{dst}: --format {config.format} wants {wanted}")
+    if not dst.absolute().parent.is_dir():
+        raise UserError(f"{dst}: there is no folder {dst.parent}")
+    is_graph = config.format in ("onnx", "export")
+    for option, wrong in (
+        ("output", config.output is not None and not is_graph),
+        ("free_size", config.free_size and not is_graph),
+        ("mask_ratio", config.mask_ratio is not None and config.output != "reconstruction"),
+        ("quantize", config.quantize and config.format != "onnx"),
+        ("push", config.push is not None and dst.suffix != ""),
+    ):
+        if wrong:
+            raise UserError(f"--{option} does nothing here: see `mae convert --help`")
+    if config.free_size and config.output not in (None, "tokens"):
+        raise UserError(f"--free_size true: --output {config.output} has a fixed size")
+    return dst
+
+
+# ---- complete or not there -------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def staged(dst: Path, force: bool) -> Iterator[Path]:
+    """A folder beside DST, whose files get their places when all is well.
+
+    Raises:
+        UserError: Something is there already.
+    """
+    require_free(dst, force)
+    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.absolute().parent) as temporary:
+        folder = Path(temporary)
+        yield folder
+        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+        for name in files:
+            require_free(dst.parent / name, force)
+        for name in files:
+            (dst.parent / name).parent.mkdir(exist_ok=True)
+            sync(folder / name)
+            (folder / name).replace(dst.parent / name)
+        sync(dst.absolute().parent)
+
+
+def require_free(path: Path, force: bool) -> None:
+    if path.is_dir() and not any(path.iterdir()):
+        return
+    if path.exists() and not force:
+        raise UserError(f"{path} is there already: --force overwrites it")
+
+
+# ---- formats ---------------------------------------------------------------------------------------------------------
+
+
+def to_mae(weights: Weights, path: Path, config: Namespace) -> Made:
+    kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
+    description = {**weights.description, "kind": kind}
+    state = contiguous(weights.state if kind == "model" else weights.timm_state)
+    if path.suffix:
+        checkpoint.save(state, description, path)
+    else:
+        path.mkdir()
+        checkpoint.save(
+            state, description, path / ("encoder.safetensors" if kind == "encoder" else "model.safetensors")
+        )
+        if kind == "model":
+            encoder = contiguous(weights.timm_state)
+            checkpoint.save(encoder, {**description, "kind": "encoder"}, path / "encoder.safetensors")
+    return Made(path, weights, [], [same_tensors(weights, path)])
+
+
+def to_official(weights: Weights, path: Path, config: Namespace) -> Made:
+    """As the official files, which hold one dictionary, `model`; ours beside it says what those leave open."""
+    kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
+    state = contiguous(from_ours(weights.state, "official"))
+    torch.save({"model": state, "mae": {**weights.description, "kind": kind}}, path)
+    return Made(path, weights, [], [same_tensors(weights, path)])
+
+
+def to_timm(weights: Weights, path: Path, config: Namespace) -> Made:
+    lost = ["the decoder, with which patches are reconstructed"] if weights.has_decoder else []
+    folded = fold(weights if weights.classifier else bare_encoder(weights))
+    if folded.classifier != weights.classifier:
+        lost.append("the head's BatchNorm, which is folded into its linear layer: the logits are the same")
+    state = contiguous(folded.timm_state)
+    description = {**folded.description, "kind": folded.holds}
+    if path.suffix == ".pth":
+        torch.save(state, path)
+    elif path.suffix:
+        checkpoint.save(state, description, path)
+    else:
+        path.mkdir()
+        checkpoint.save(state, description, path / "model.safetensors")
+        cards.write_json(path / "config.json", cards.timm_config(folded))
+    checks = [runs_alike("timm", outputs(weights), timm_outputs(folded, path))]
+    if path.suffix != ".pth":  # there the configuration, which is needed to read it, is not yet beside it
+        checks.insert(0, same_tensors(folded, path))
+    return Made(path, folded, lost, checks)
+
+
+def to_hf(weights: Weights, path: Path, config: Namespace) -> Made:
+    refuse_for_hf(weights)
+    folded = fold(weights)
+    state = from_ours(folded.state, "hf")
+    if folded.holds == "encoder":  # ViTModel, which is not inside of another
+        state = {key.removeprefix("vit."): value for key, value in state.items()}
+    path.mkdir()
+    kind = {"autoencoder": "model"}.get(folded.holds, folded.holds)
+    checkpoint.save(contiguous(state), {**folded.description, "kind": kind}, path / "model.safetensors")
+    cards.write_json(path / "config.json", cards.hf_config(folded))
+    cards.write_json(path / "preprocessor_config.json", cards.hf_processor(folded))
+    checks = [same_tensors(folded, path)]
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        checks.append("not run in transformers, which is not installed: pip install transformers")
+    else:
+        checks.append(runs_alike("transformers", outputs(weights), hf_outputs(folded, path)))
+    lost = ["the head's BatchNorm, folded into its linear layer: the logits are the same"] * (folded is not weights)
+    return Made(path, folded, lost, checks)
+
+
+def refuse_for_hf(weights: Weights) -> None:
+    """What transformers' ViT and ViTMAE cannot be."""
+    for key in ("image_size", "patch_size"):
+        height, width = weights.config[key]
+        if height != width:
+            raise UserError(
+                f"--format hf: {key} {height}x{width} of {weights.source}: transformers' ViTMAE takes squares alone; "
+                "--format timm or mae holds it"
+            )
+    if weights.classifier and weights.classifier["pool"] == "mean":
+        raise UserError(
+            f"--format hf: {weights.source} classifies by the mean of tokens, and transformers' ViT by the class token "
+            "alone; --format timm holds it"
+        )
+
+
+@torch.no_grad()
+def to_graph(weights: Weights, path: Path, config: Namespace) -> Made:
+    kept = weights
+    output = config.output or ("logits" if weights.classifier else "tokens")
+    lost = []
+    graph: graphs.Graph
+    if output == "reconstruction":
+        ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
+        weights.require_decoder()
+        try:
+            graph = graphs.Reconstruction(weights.build(), ratio)
+        except ValueError as error:
+            raise UserError(f"--mask_ratio: {error}") from None
+    elif output == "logits":
+        graph = graphs.Logits(network_of(weights))
+    else:
+        graph = graphs.Encoder(weights.encoder(), config.free_size)
+        kept = bare_encoder(weights)
+        lost += ["the decoder: --output reconstruction has it"] * weights.has_decoder
+        lost += ["the classifier's head: --output logits has it"] * bool(weights.classifier)
+    about = {**weights.description, "takes": list(graph.takes), "gives": list(graph.gives)}
+    if config.format == "export":
+        graphs.to_export(graph, path, about)
+        return Made(path, kept, lost, [within("torch.export", graphs.check_export(path, graph), 1e-5)])
+    if not config.quantize:
+        graphs.to_onnx(graph, path, about)
+        return Made(path, kept, lost, [within("ONNX Runtime", graphs.check_onnx(path, graph), TOLERANCE)])
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        whole = Path(folder) / path.name
+        graphs.to_onnx(graph, whole, about)
+        checks = [within("ONNX Runtime in float32", graphs.check_onnx(whole, graph), TOLERANCE)]
+        graphs.quantize(whole, path)
+    apart = graphs.check_onnx(path, graph)
+    checks.append(f"int8: {output} of noise at most {apart:.2g} apart; `mae bench export` tells what that costs")
+    return Made(path, kept, lost, checks)
+
+
+WRITERS: dict[str, Callable[[Weights, Path, Namespace], Made]] = {
+    "mae": to_mae,
+    "official": to_official,
+    "timm": to_timm,
+    "hf": to_hf,
+    "onnx": to_graph,
+    "export": to_graph,
+}
+
+
+def bare_encoder(weights: Weights) -> Weights:
+    """Without decoder or head."""
+    description = {key: value for key, value in weights.description.items() if key != "classifier"}
+    state = {ENCODER + key: value for key, value in weights.encoder().state_dict().items()}
+    return weights._replace(state=state, description=description)
+
+
+def contiguous(state: State) -> State:
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def fold(weights: Weights) -> Weights:
+    """A probe's BatchNorm, which has no weights of its own, as part of the linear layer after it."""
+    about = weights.classifier
+    if not about or about["head"] != "batchnorm":
+        return weights
+    state = dict(weights.state)
+    mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
+    del state[f"{ENCODER}head.0.num_batches_tracked"]
+    weight, bias = (state.pop(f"{ENCODER}head.1.{key}").double() for key in ("weight", "bias"))
+    weight = weight / (var + 1e-6).sqrt()
+    state |= {f"{ENCODER}head.weight": weight.float(), f"{ENCODER}head.bias": (bias - weight @ mean).float()}
+    return weights._replace(state=state, description={**weights.description, "classifier": {**about, "head": "plain"}})
+
+
+def describe(made: Made, format: str) -> None:
+    """Card and configuration: in the folder, or beside the file."""
+    path, folder = made.main, made.main.is_dir()
+    text = cards.card(made.weights, format, path.name, folder, made.checks, made.lost)
+    (path / "README.md" if folder else path.with_name(f"{path.name}.md")).write_text(text)
+    if not folder:
+        about = cards.timm_config(made.weights) if format == "timm" else {"mae": made.weights.description}
+        cards.write_json(path.with_name(f"{path.name}.json"), about)
+
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+
+
+def same_tensors(weights: Weights, path: Path) -> str:
+    """Read back what was written.
+
+    Raises:
+        TrainingFailed: It is not the same, bit by bit.
+    """
+    back = recognise.read(path)
+    if back.state.keys() != weights.state.keys() or back.config != weights.config:
+        raise TrainingFailed(f"{path.name} does not read back as what was written: nothing is kept")
+    for key, value in weights.state.items():
+        if not torch.equal(back.state[key], value):
+            raise TrainingFailed(f"{path.name}: {key} does not read back as it was written: nothing is kept")
+    return f"read back: {len(weights.state)} tensors, the same to the bit"
+
+
+@torch.no_grad()
+def outputs(weights: Weights) -> dict[str, Tensor]:
+    """What this package computes: logits of a classifier; tokens; prediction and loss of an autoencoder."""
+    images, noise = inputs(weights)
+    if weights.classifier:
+        return {"logits": network_of(weights)(images)}
+    found = {"features": weights.encoder().forward_features(images)}
+    if weights.has_decoder:
+        model, ratio = weights.build(), weights.description["mask_ratio"]
+        found |= {"loss": model(images, noise, ratio).loss, "prediction": model.predict(images, noise, ratio).pred}
+    return found
+
+
+@torch.no_grad()
+def timm_outputs(weights: Weights, path: Path) -> dict[str, Tensor]:
+    if path.is_dir():
+        config, path = json.loads((path / "config.json").read_text()), path / "model.safetensors"
+    else:
+        config = cards.timm_config(weights)
+    # Not by timm's "local-dir:", which cannot read .safetensors files in older versions.
+    network: Any = timm.create_model(config["architecture"], checkpoint_path=str(path), **config["model_args"])
+    images, _ = inputs(weights)
+    network.eval()
+    return {"logits": network(images)} if weights.classifier else {"features": network.forward_features(images)}
+
+
+@torch.no_grad()
+def hf_outputs(weights: Weights, path: Path) -> dict[str, Tensor]:
+    import transformers
+
+    images, noise = inputs(weights)
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        kind = getattr(transformers, cards.hf_config(weights)["architectures"][0])
+        network: Any = kind.from_pretrained(path).eval()
+    finally:
+        transformers.logging.set_verbosity(before)
+    if weights.classifier:
+        return {"logits": network(images).logits}
+    if not weights.has_decoder:
+        return {"features": network(images).last_hidden_state}
+    found = network(images, noise=noise)
+    network.vit.config.mask_ratio = 0.0  # all patches stay visible, in the order of this noise
+    order = torch.arange(noise.shape[1]).expand_as(noise) / noise.shape[1]
+    features = network.vit(images, noise=order).last_hidden_state
+    return {"loss": found.loss, "prediction": found.logits, "features": features}
+
+
+def inputs(weights: Weights) -> tuple[Tensor, Tensor]:
+    """Two random images and the scores of their patches."""
+    draw = torch.Generator().manual_seed(0)
+    config = weights.config
+    images = torch.randn(2, config["in_chans"], *config["image_size"], generator=draw)
+    return images, torch.rand(2, weights.grid[0] * weights.grid[1], generator=draw)
+
+
+def runs_alike(whose: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
+    """Compare what two programs make of the same images."""
+    apart = []
+    for name, value in theirs.items():
+        gap = float((value - ours[name]).abs().max())
+        if not gap <= TOLERANCE * max(1.0, float(ours[name].abs().max())):
+            raise TrainingFailed(f"{whose} computes other {name} from it, {gap:.2g} apart: nothing is kept")
+        apart.append(f"{name} {gap:.1g}")
+    return f"run in {whose}, greatest difference: {', '.join(apart)}"
+
+
+def within(whose: str, gap: float, limit: float) -> str:
+    if not gap <= limit:
+        raise TrainingFailed(
+            f"{whose} computes something else, {gap:.2g} apart where {limit:g} is allowed: nothing is kept"
+        )
+    return f"run in {whose}, greatest difference: {gap:.1g}"
+
+
+# ---- hubs ------------------------------------------------------------------------------------------------------------
+
+
+def push(folder: Path, files: list[str], name: str, private: bool) -> None:
+    """Upload these files of a folder to a model hub; token and address are those that `huggingface_hub` knows.
+
+    Raises:
+        UserError: It was refused, or the hub cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        api.create_repo(name, private=private, exist_ok=True)
+        done: Any = api.upload_folder(
+            repo_id=name,
+            folder_path=folder,
+            allow_patterns=files,  # not what else may lie there
+            commit_message="Weights of a masked autoencoder",
+        )
+    except Exception as error:  # its HTTP client is another from version to version, and so are the errors
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--push {name}: {said}; {folder} is written; --force writes and pushes it again") from None
+    print(f"pushed    {done}")
