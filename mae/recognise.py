@@ -45,7 +45,7 @@ def examine(src: str | Path, told: Told = NOTHING) -> Weights:
     Args:
         src: A run folder, .ckpt or .safetensors file of this project; an official .pth, a checkpoint of the official
             scripts; a state dict of timm; a folder that transformers has saved. Prefixes of wrappers do not matter.
-        told: What the file does not say; what it says counts for more.
+        told: What the file does not say; it may say the same.
 
     Raises:
         UserError: It cannot be read, is none of these, or something must be told.
@@ -57,7 +57,9 @@ def recognised(opened: Opened, told: Told) -> Weights:
     """`examine`, of a file that has been opened."""
     state, description = opened.state, opened.description
     if description is not None and opened.about.get("key") == "state_dict":
-        return complete(Weights(opened.path, floats(state_of_run(state, description)), description))
+        weights = complete(Weights(opened.path, floats(state_of_run(state, description)), description))
+        refuse_other(weights, told)
+        return weights
     dialect = dialect_of(state)
     if dialect is None:
         raise UserError(
@@ -79,7 +81,21 @@ def recognised(opened: Opened, told: Told) -> Weights:
             raise UserError(
                 f"{opened.path}: the settings that are stored with it cannot be used ({type(error).__name__}: {error})"
             ) from None
-    return complete(Weights(opened.path, state, description, format_of(opened, dialect), tuple(notes)))
+    weights = complete(Weights(opened.path, state, description, format_of(opened, dialect), tuple(notes)))
+    refuse_other(weights, told)
+    return weights
+
+
+def refuse_other(weights: Weights, told: Told) -> None:
+    """What a caller says must not be other than what is found.
+
+    Raises:
+        UserError: It is.
+    """
+    for key, value in told._asdict().items():
+        found = weights.grid if key == "grid" else weights.config.get(key)
+        if value is not None and found is not None and value != found:  # None: of a decoder, which is not there
+            raise UserError(f"{key} {value}: {weights.source} has {found}")
 
 
 def read(src: str | Path, told: Told = NOTHING) -> Weights:

@@ -183,6 +183,10 @@ def test_a_file_that_does_not_tell_its_heads(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="mean and std"):
         found = mae.load(src, num_heads=heads, decoder_num_heads=decoder_heads, norm_pix_loss=False)
     assert not found.norm_pix_loss
+    with pytest.raises(UserError, match=rf"num_heads {2 * heads}: .*out.safetensors has {heads}"):
+        converted(dst, tmp_path / "again.safetensors", "mae", "--num_heads", 2 * heads)
+    with pytest.raises(UserError, match=r"norm_pix_loss False: .*out.safetensors has True"):
+        mae.load(dst, norm_pix_loss=False)
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_done(
