@@ -40,7 +40,9 @@ def run(args: Sequence[str]) -> None:
     config = parsed(args)
     for package in ("onnx", "onnxscript", "onnxruntime"):  # before any work is done
         graphs.needed(package)
-    encoder, description = checkpoint.load_encoder(config.encoder), checkpoint.read(config.encoder).description
+    weights = checkpoint.read(config.encoder)
+    weights.require_pretrained(False, None)
+    encoder, description = weights.encoder(), weights.description
     own = image_settings(description)
     data = LabelledData(**fitted(config.data.as_dict(), own, config.encoder, fixed=("image_size", "in_chans")))
     data.require_labels()

@@ -1,6 +1,7 @@
 """What stands beside exported weights: configurations for timm and transformers, and a model card for people."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,8 +127,9 @@ USE = {
     "mae": 'import mae\n\nmodel = mae.{load}("{name}")',
     "official": 'import mae\n\nmodel = mae.{load}("{name}")  # the official scripts: --resume or --finetune {name}',
     "timm": "import timm\n\n{timm}\nfeatures = model.forward_features(images)  # (B, 1 + patches, width), unmasked",
-    "hf": 'from transformers import {hf}\n\nmodel = {hf}.from_pretrained("{name}")',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")\nsession.run(None, {{...}})',
+    "hf": 'from transformers import {hf}\n\nmodel = {hf}.from_pretrained("{name}"{hf_more})',
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")  # of numpy arrays\n'
+    "outputs = session.run(None, {{{feed}}})",
     "export": 'import torch\n\nmodel = torch.export.load("{name}").module()',
 }
 
@@ -143,11 +145,19 @@ def card(weights: Weights, format: str, name: str, folder: bool, checks: list[st
     if not folder:
         arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(weights).items())
         local = f'model = timm.create_model("vit_base_patch16_224", checkpoint_path="{name}", {arguments})'
-    use = USE[format].format(load=load, name=name, timm=local, hf=hf_config(weights)["architectures"][0])
+    hf = hf_config(weights)["architectures"][0]
+    use = USE[format].format(
+        load=load,
+        name=name,
+        timm=local,
+        hf=hf,
+        hf_more=", add_pooling_layer=False" if hf == "ViTModel" else "",  # it would be random
+        feed=", ".join(f'"{what}": {what}' for what in description.get("takes", [])),
+    )
     head = {"library_name": {"timm": "timm", "hf": "transformers"}.get(format, "vit-mae-lightning")}
     head |= {"pipeline_tag": "image-classification" if about else "image-feature-extraction"}
-    if "NC" in licence.upper():
-        head["license"] = "cc-by-nc-4.0"
+    if re.fullmatch(r"[\w.-]+|CC BY-NC 4\.0", licence):
+        head["license"] = licence.lower().replace(" ", "-")
     rows = {
         "architecture": architecture(weights),
         "holds": {"classifier": "a classifier", "autoencoder": "encoder and decoder"}.get(weights.holds, "an encoder"),

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,8 @@ def export_classifier(state: State, description: dict[str, Any], folder: Path) -
 def save(tensors: State, description: dict[str, Any], path: Path) -> None:
     unfinished = path.with_suffix(".partial")
     save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
+    os.umask(umask := os.umask(0))  # which can only be read by setting it
+    unfinished.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
     sync(unfinished)
     unfinished.replace(path)
 

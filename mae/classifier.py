@@ -11,9 +11,8 @@ from mae import checkpoint
 from mae.blocks import Block, CheckpointedBlock
 from mae.errors import UserError
 from mae.model import SIZES, Pair, as_pair, init_linear, init_stem
-from mae.weights import Unallocated, Weights, resample_positions
+from mae.weights import Pool, Unallocated, Weights, resample_positions
 
-Pool = Literal["mean", "class"]
 Head = Literal["linear", "batchnorm", "plain"]
 ENCODER_KEYS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 POOLING = {"mean": "avg", "class": "token"}  # timm's names

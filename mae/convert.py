@@ -2,24 +2,29 @@
 
 import contextlib
 import json
+import re
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import timm
 import torch
 from jsonargparse import Namespace
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mae import cards, checkpoint, graphs, recognise
 from mae.classifier import network_of
 from mae.dialects import ENCODER, State, from_ours
 from mae.errors import TrainingFailed, UserError
+from mae.opening import MODEL
 from mae.recognise import Told
-from mae.runs import ToolParser
+from mae.runs import ToolParser, out_file
 from mae.storage import sync
-from mae.weights import Weights
+from mae.weights import Pool, Weights, folded_head
 
 TOLERANCE = 1e-4  # of what two programs compute from the same weights, relative to the largest number
 Format = Literal["mae", "official", "timm", "hf", "onnx", "export"]
@@ -71,6 +76,9 @@ def run(args: Sequence[str]) -> None:
     config = parser.parse_args(list(args))
     dst = place(config)
     weights = recognise.read(config.src, told(config)).adapted(config.image_size, config.in_chans)
+    for option in ("decoder_num_heads", "norm_pix_loss"):
+        if config[option] is not None and not weights.has_decoder:
+            raise UserError(f"--{option} {config[option]}: there is no decoder in what is written")
     checkpoint.say(weights)
     with staged(dst, config.force) as folder:
         made = WRITERS[config.format](weights, folder / dst.name, config)
@@ -91,22 +99,26 @@ def add_told(parser: ToolParser) -> None:
         "--norm_pix_loss", type=bool | None, default=None, help="Its decoder predicts normalised patches, or pixels."
     )
     parser.add_argument("--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches.")
+    parser.add_argument("--pool", type=Pool | None, default=None, help="What a classifier judges by.")
 
 
 def told(config: Namespace) -> Told:
     grid = None if config.grid is None else (config.grid[0], config.grid[1])
-    return Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid)
+    return Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
 
 
 def place(config: Namespace) -> Path:
     """Where to write; settings that would do nothing are refused."""
-    dst = Path(config.dst).expanduser()
+    dst = Path(config.dst).expanduser().absolute()
     suffixes = SUFFIXES[config.format]
-    if dst.suffix not in suffixes:
+    if suffix_of(dst) not in suffixes or not dst.name:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise UserError(f"{dst}: --format {config.format} wants {wanted}")
-    if not dst.absolute().parent.is_dir():
-        raise UserError(f"{dst}: there is no folder {dst.parent}")
+    if dst.exists() and dst.is_dir() != (suffix_of(dst) == ""):
+        raise UserError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}; wanted is the other: take another name")
+    if (dst / "config.yaml").exists() or (dst / "checkpoints").exists():
+        raise UserError(f"{dst} is a run folder: take another, or a file in it")
+    out_file(str(dst.parent / f"{dst.name}.md"), "DST")
     is_graph = config.format in ("onnx", "export")
     for option, wrong in (
         ("output", config.output is not None and not is_graph),
@@ -122,6 +134,11 @@ def place(config: Namespace) -> Path:
     return dst
 
 
+def suffix_of(path: Path) -> str:
+    """Of a file; "" is a folder, whose name may end in a number (v1.5)."""
+    return "" if re.fullmatch(r"\.\d*", path.suffix) else path.suffix
+
+
 # ---- complete or not there -------------------------------------------------------------------------------------------
 
 
@@ -133,17 +150,44 @@ def staged(dst: Path, force: bool) -> Iterator[Path]:
         UserError: Something is there already.
     """
     require_free(dst, force)
-    with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.absolute().parent) as temporary:
-        folder = Path(temporary)
-        yield folder
-        files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-        for name in files:
-            require_free(dst.parent / name, force)
-        for name in files:
-            (dst.parent / name).parent.mkdir(exist_ok=True)
-            sync(folder / name)
+    before = signal.signal(signal.SIGTERM, ended)
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as temporary:
+            folder = Path(temporary)
+            yield folder
+            put(folder, dst, force)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"{dst} cannot be written: {reason}") from None
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        raise UserError(f"{dst} cannot be written: is the disk full?") from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def ended(number: int, frame: FrameType | None) -> None:
+    """A batch system's signal must leave no weights behind under a hidden name."""
+    raise SystemExit(128 + number)
+
+
+def put(folder: Path, dst: Path, force: bool) -> None:
+    """Files of a folder to where they belong; a folder that is new in one go."""
+    files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    for name in files:
+        require_free(dst.parent / name, force)
+        sync(folder / name)
+    if (folder / dst.name).is_dir() and not dst.exists():
+        (folder / dst.name).replace(dst)
+    for name in files:
+        if (folder / name).exists():
             (folder / name).replace(dst.parent / name)
-        sync(dst.absolute().parent)
+    if dst.is_dir():  # else older weights there, under another name, would be read in place of these
+        for old in {*MODEL, "encoder.safetensors", "config.json", "preprocessor_config.json"}:
+            if Path(dst.name) / old not in files:
+                (dst / old).unlink(missing_ok=True)
+    sync(dst.parent)
 
 
 def require_free(path: Path, force: bool) -> None:
@@ -160,7 +204,7 @@ def to_mae(weights: Weights, path: Path, config: Namespace) -> Made:
     kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
     description = {**weights.description, "kind": kind}
     state = contiguous(weights.state if kind == "model" else weights.timm_state)
-    if path.suffix:
+    if suffix_of(path):
         checkpoint.save(state, description, path)
     else:
         path.mkdir()
@@ -175,6 +219,12 @@ def to_mae(weights: Weights, path: Path, config: Namespace) -> Made:
 
 def to_official(weights: Weights, path: Path, config: Namespace) -> Made:
     """As the official files, which hold one dictionary, `model`; ours beside it says what those leave open."""
+    about = weights.classifier
+    if about and about["pool"] == "mean" and about["head"] != "linear":
+        raise UserError(
+            f"--format official: {weights.source} takes the mean of tokens after their norm, the official code before "
+            "it; --format mae or timm holds it"
+        )
     kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
     state = contiguous(from_ours(weights.state, "official"))
     torch.save({"model": state, "mae": {**weights.description, "kind": kind}}, path)
@@ -190,15 +240,14 @@ def to_timm(weights: Weights, path: Path, config: Namespace) -> Made:
     description = {**folded.description, "kind": folded.holds}
     if path.suffix == ".pth":
         torch.save(state, path)
-    elif path.suffix:
+        cards.write_json(path.with_name(f"{path.name}.json"), cards.timm_config(folded))
+    elif suffix_of(path):
         checkpoint.save(state, description, path)
     else:
         path.mkdir()
         checkpoint.save(state, description, path / "model.safetensors")
         cards.write_json(path / "config.json", cards.timm_config(folded))
-    checks = [runs_alike("timm", outputs(weights), timm_outputs(folded, path))]
-    if path.suffix != ".pth":  # there the configuration, which is needed to read it, is not yet beside it
-        checks.insert(0, same_tensors(folded, path))
+    checks = [same_tensors(folded, path), runs_alike("timm", outputs(weights), timm_outputs(folded, path))]
     return Made(path, folded, lost, checks)
 
 
@@ -221,6 +270,8 @@ def to_hf(weights: Weights, path: Path, config: Namespace) -> Made:
     else:
         checks.append(runs_alike("transformers", outputs(weights), hf_outputs(folded, path)))
     lost = ["the head's BatchNorm, folded into its linear layer: the logits are the same"] * (folded is not weights)
+    if weights.classifier:
+        lost.append("the central crop: transformers' processor resizes the whole image, to a square")
     return Made(path, folded, lost, checks)
 
 
@@ -260,7 +311,8 @@ def to_graph(weights: Weights, path: Path, config: Namespace) -> Made:
         kept = bare_encoder(weights)
         lost += ["the decoder: --output reconstruction has it"] * weights.has_decoder
         lost += ["the classifier's head: --output logits has it"] * bool(weights.classifier)
-    about = {**weights.description, "takes": list(graph.takes), "gives": list(graph.gives)}
+    about = {**kept.description, "takes": list(graph.takes), "gives": list(graph.gives)}
+    kept = kept._replace(description=about)
     if config.format == "export":
         graphs.to_export(graph, path, about)
         return Made(path, kept, lost, [within("torch.export", graphs.check_export(path, graph), 1e-5)])
@@ -299,17 +351,12 @@ def contiguous(state: State) -> State:
 
 
 def fold(weights: Weights) -> Weights:
-    """A probe's BatchNorm, which has no weights of its own, as part of the linear layer after it."""
+    """A probe whose BatchNorm is part of its linear layer; other weights as they are."""
     about = weights.classifier
     if not about or about["head"] != "batchnorm":
         return weights
-    state = dict(weights.state)
-    mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
-    del state[f"{ENCODER}head.0.num_batches_tracked"]
-    weight, bias = (state.pop(f"{ENCODER}head.1.{key}").double() for key in ("weight", "bias"))
-    weight = weight / (var + 1e-6).sqrt()
-    state |= {f"{ENCODER}head.weight": weight.float(), f"{ENCODER}head.bias": (bias - weight @ mean).float()}
-    return weights._replace(state=state, description={**weights.description, "classifier": {**about, "head": "plain"}})
+    description = {**weights.description, "classifier": {**about, "head": "plain"}}
+    return weights._replace(state=folded_head(weights.state), description=description)
 
 
 def describe(made: Made, format: str) -> None:
@@ -332,7 +379,8 @@ def same_tensors(weights: Weights, path: Path) -> str:
         TrainingFailed: It is not the same, bit by bit.
     """
     back = recognise.read(path)
-    if back.state.keys() != weights.state.keys() or back.config != weights.config:
+    other = [key for key, value in back.config.items() if value != weights.config[key]]
+    if back.state.keys() != weights.state.keys() or other:
         raise TrainingFailed(f"{path.name} does not read back as what was written: nothing is kept")
     for key, value in weights.state.items():
         if not torch.equal(back.state[key], value):

@@ -69,7 +69,9 @@ def embed(args: Sequence[str]) -> None:
     parser.add_argument(
         "--max_bad_images", type=int, default=0, help="Unreadable images to leave out; they are listed beside --out."
     )
-    parser.add_argument("--force", type=bool, default=False, help="Replace --out, and parts of other settings.")
+    parser.add_argument(
+        "--force", type=bool, default=False, nargs="?", const=True, help="Replace --out, and parts of other settings."
+    )
     config = parser.parse_args(list(args))
     if not is_first_rank():
         signals.die_with_parent()  # a rank that is left alone would go on for hours, and nobody would take its parts
@@ -94,7 +96,7 @@ def embed(args: Sequence[str]) -> None:
     source = EveryImage(data.require_root(), data.in_chans)
     try:
         fabric = Fabric(**{"devices": config.devices, "accelerator": config.accelerator} | launched())
-    except (MisconfigurationException, ValueError) as error:
+    except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
     about = {
         "encoder": weights.fingerprint(),

@@ -18,7 +18,7 @@ from mae.opening import Opened, open_weights
 from mae.recognise import SINCOS_TOLERANCE, Told, non_finite, recognised
 from mae.runs import SRC_HELP, ToolParser, out_file
 from mae.saving import last_checkpoint
-from mae.weights import POSITIONS, Weights
+from mae.weights import POSITIONS, Pool, Weights
 
 NAMED = 3  # tensors, in a line
 WHOSE = {"mae": "this project", "official": "the official code", "timm": "timm", "hf": "Hugging Face's transformers"}
@@ -57,11 +57,12 @@ def inspect(args: Sequence[str]) -> None:
     parser.add_argument(
         "--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Where the file does not tell."
     )
+    parser.add_argument("--pool", type=Pool | None, default=None, help="Where the file does not tell.")
     config = parser.parse_args(list(args))
     if config.json:
         out_file(config.json, "--json")
     grid = (config.grid[0], config.grid[1]) if config.grid else None
-    told = Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid)
+    told = Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
     try:
         facts = examined(config.src, told)
     except UserError as error:
@@ -266,18 +267,19 @@ def uses(src: str, opened: Opened, weights: Weights, options: list[str]) -> dict
         "probe, finetune, knn, embed": encoder,
         "reconstruct": yes if weights.has_decoder else "no, it has no decoder",
         "evaluate, predict": yes if weights.classifier else "no, it has no classifier head",
-        "resume": resume(src, opened),
+        "resume": resume(src, opened, weights),
     }
 
 
-def resume(src: str, opened: Opened) -> str:
+def resume(src: str, opened: Opened, weights: Weights) -> str:
+    start = "--model.encoder" if weights.classifier else "--model.init"
     if opened.optimizer and "recipe" in (opened.description or {}):
         return "yes"
     if opened.optimizer:
-        return "no, other software's training is not continued: --model.init starts from its weights"
+        return f"no, other software's training is not continued: {start} starts from its weights"
     if Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
         return f"no, these are weights alone: {last} has the state of the training"
-    return "no, it has no training state: --model.init starts from its weights"
+    return f"no, it has no training state: {start} starts from its weights"
 
 
 # ---- in words --------------------------------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin
 HEADER = 100_000_000  # bytes, at most, of what a safetensors file says of its tensors
 AVERAGED = ("state_dict_ema", "model_ema")
 TENSORS = (*AVERAGED, "state_dict", "model")  # where other software keeps them, in the order in which it looks itself
-LONGEST_HEADER = 100_000_000  # bytes, of safetensors
 SETTINGS = ("args", "arch", "epoch")
+GRAPHS = (".onnx", ".pt2")
 KNOWN = (
     "argparse.Namespace",
     "collections.OrderedDict",
@@ -119,15 +119,17 @@ def json_of(path: Path, must: bool) -> dict[str, Any]:
 def container_of(path: Path) -> str:
     """By the first bytes."""
     size = path.stat().st_size
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    if path.suffix in GRAPHS:
+        raise UserError(f"{path} is a graph, which is run and not read back: convert from what it was made of")
     if not size:
         raise UserError(f"{path} is empty (0 bytes)")
     # First, since the length that these begin with may have the bytes of any other kind.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER:
-        return "safetensors"
-    # First, as the length that it begins with may look like anything.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
         return "safetensors"
     if head[:2] == b"PK" or head[:1] == b"\x80" or b"ustar" in head:  # as torch writes today, before 1.6, and long ago
         return "torch"

@@ -17,7 +17,7 @@ from mae.dialects import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
 from mae.errors import UserError
 from mae.model import SIZES, MaskedAutoencoder, Pair, as_pair, sincos_positions
 from mae.opening import Opened, open_weights
-from mae.weights import Format, Unallocated, Weights
+from mae.weights import Format, Pool, Unallocated, Weights, folded_head
 
 HEADS = {size.embed_dim: size.num_heads for size in SIZES.values()}
 DECODER_HEADS = {512: 16}  # of all published models
@@ -34,6 +34,7 @@ class Told(NamedTuple):
     decoder_num_heads: int | None = None
     norm_pix_loss: bool | None = None
     grid: Pair | None = None  # rows and columns of patches
+    pool: Pool | None = None  # what a classifier judges by
 
 
 NOTHING = Told()
@@ -72,6 +73,9 @@ def recognised(opened: Opened, told: Told) -> Weights:
         )
     state, left_out = used(floats(to_ours(state, dialect)))
     notes = [*opened.notes, *left_out, *stored(opened.state)]
+    if description is None and f"{ENCODER}fc_norm.weight" in state and f"{ENCODER}head.1.weight" in state:
+        state = folded_head(state)
+        notes.append("a probe of the mean of tokens: its BatchNorm is folded into the linear layer")
     if description is None:
         try:
             description = described(opened, state, told, notes)
@@ -94,6 +98,8 @@ def refuse_other(weights: Weights, told: Told) -> None:
     """
     for key, value in told._asdict().items():
         found = weights.grid if key == "grid" else weights.config.get(key)
+        if key == "pool":
+            found = weights.classifier and weights.classifier["pool"]
         if value is not None and found is not None and value != found:  # None: of a decoder, which is not there
             raise UserError(f"{key} {value}: {weights.source} has {found}")
 
@@ -105,8 +111,10 @@ def read(src: str | Path, told: Told = NOTHING) -> Weights:
         UserError: They cannot be used, too.
     """
     weights = examine(src, told)
-    if weights.problems:
-        raise UserError(f"{weights.source} cannot be used: {'; '.join(weights.problems)}")
+    problems = list(weights.problems)
+    problems += [f"{key} has numbers that are not finite" for key, v in weights.state.items() if not v.isfinite().all()]
+    if problems:
+        raise UserError(f"{weights.source} cannot be used: {'; '.join(problems[:NAMED])}; `mae inspect` tells more")
     return weights
 
 
@@ -128,6 +136,8 @@ def used(state: State) -> tuple[State, list[str]]:
 
 def format_of(opened: Opened, dialect: Dialect) -> Format:
     """timm's names are the official ones of an encoder: then the dictionary around them tells."""
+    if "architecture" in opened.about.get("config", {}):
+        return "timm"
     if dialect == "official" and opened.about.get("key") != "model":
         whole = any(key.startswith(DECODER) for key in opened.state)
         return "mae" if opened.description else "official" if whole else "timm"
@@ -177,8 +187,10 @@ def described(opened: Opened, state: State, told: Told, notes: list[str]) -> dic
     if not hints.get("mean"):
         what = "ImageNet's" if model["in_chans"] == 3 else "0 and 1"
         notes.append(f"mean and std of its images are not told: taken to be {what}")
+    if "norm_pix_loss" in model and "mask_ratio" not in hints:
+        notes.append("its mask ratio is not told: taken to be 0.75")
     if any(key.startswith(f"{ENCODER}head.") for key in state):
-        description["classifier"] = classifier(state, hints, notes)
+        description["classifier"] = classifier(state, hints, told, notes)
     if licence := licence_of(opened, hints):
         description["licence"] = licence
     return description
@@ -208,6 +220,7 @@ def hints_of(opened: Opened) -> dict[str, Any]:
             "activation": "hidden_act",
         }
         hints |= {ours: config[key] for ours, key in theirs.items() if key in config}
+        hints["pool"] = "class"
         if labels := config.get("id2label"):
             hints["classes"] = [labels[key] for key in sorted(labels, key=int)]
         processor = config.get("processor", {})
@@ -324,11 +337,15 @@ def grid_of(
     if math.isqrt(rows) ** 2 == rows and side * side != count and f"{ENCODER}cls_token" not in state:
         raise UserError(f"{path}: {rows} positions leave none for a class token, which this network has")
     if side * side != count:
-        raise UserError(f"{path} has {count} patches, which is no square: tell --grid ROWS COLUMNS (mae convert)")
+        other = ", or its positions leave out the class token, which this network's do not"
+        raise UserError(
+            f"{path} has {count} patches, which is no square: tell --grid ROWS COLUMNS (mae convert)"
+            + (other if math.isqrt(rows) ** 2 == rows else "")
+        )
     return side, side
 
 
-def classifier(state: State, hints: dict[str, Any], notes: list[str]) -> dict[str, Any]:
+def classifier(state: State, hints: dict[str, Any], told: Told, notes: list[str]) -> dict[str, Any]:
     """classes, pool and head of a classifier."""
     batchnorm = f"{ENCODER}head.1.weight" in state
     head = state.get(f"{ENCODER}head.1.weight" if batchnorm else f"{ENCODER}head.weight", torch.empty(0))
@@ -342,7 +359,12 @@ def classifier(state: State, hints: dict[str, Any], notes: list[str]) -> dict[st
         what = "ImageNet's" if count == 1000 else f"0 to {count - 1}"
         notes.append(f"the names of its {count} classes are not told: taken to be {what}")
     after = f"{ENCODER}fc_norm.weight" in state  # the norm comes after the pool
-    pool = "mean" if after else hints.get("pool", "class")
+    pool = "mean" if after else hints.get("pool", told.pool)
+    if pool is None:
+        pool = "class"
+        notes.append("what it judges by is not told: taken to be the class token (pool class)")
+    if "crop_pct" not in hints:
+        notes.append("its crop is not told: taken to be 0.875 of the shorter side")
     return {
         "classes": list(classes),
         "pool": pool,
@@ -356,8 +378,10 @@ def licence_of(opened: Opened, hints: dict[str, Any]) -> str | None:
     """Known or likely, of weights that are not this project's."""
     if "license" in hints:
         return str(hints["license"])
-    if opened.about.get("key") == "model":
-        return "CC BY-NC 4.0, if these are weights that the authors of the paper published"
+    if re.match(r"mae_(pretrain|finetuned|visualize)_vit_", opened.path.name):
+        return "CC BY-NC 4.0"  # of those that the authors of the paper published under these names
+    if opened.about.get("key") == "model" and not opened.optimizer:
+        return "not told: CC BY-NC 4.0, if the authors of the paper published these weights"
     return None
 
 

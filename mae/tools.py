@@ -49,7 +49,6 @@ def knn(args: Sequence[str]) -> None:
 def encoded(src: str, config: Namespace) -> features.Features:
     """Features of both splits under the encoder; size, channels, mean and std are the encoder's own unless set."""
     weights = checkpoint.read(src)
-    settings = config.data.as_dict()
     weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
     settings = fitted(config.data.as_dict(), image_settings(weights.description), src, fixed=("image_size", "in_chans"))
     data = LabelledData(**settings)

@@ -17,6 +17,7 @@ from mae.errors import UserError
 from mae.model import MaskedAutoencoder, Pair, as_pair
 
 MAKERS = {torch.empty, torch.ones, torch.randn, torch.zeros}  # of parameters, here, in torch's layers and in timm's
+Pool = Literal["mean", "class"]  # of tokens, before a classifier's head
 Format = Literal["mae", "official", "timm", "hf"]
 POSITIONS = (f"{ENCODER}pos_embed", "decoder_pos_embed")
 
@@ -178,6 +179,16 @@ class Weights(NamedTuple):
             if self.has_decoder:
                 notes.append("the decoder is left out: it predicts 3 channels")
         return self._replace(state=state, description=about, notes=tuple(notes))
+
+
+def folded_head(state: State) -> State:
+    """A probe's BatchNorm, which has no weights of its own, as part of the linear layer after it."""
+    state = dict(state)
+    mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
+    state.pop(f"{ENCODER}head.0.num_batches_tracked", None)
+    weight, bias = (state.pop(f"{ENCODER}head.1.{key}").double() for key in ("weight", "bias"))
+    weight = weight / (var + 1e-6).sqrt()  # epsilon of the official probe, and of ours
+    return state | {f"{ENCODER}head.weight": weight.float(), f"{ENCODER}head.bias": (bias - weight @ mean).float()}
 
 
 def resample_positions(positions: Tensor, old: Pair, new: Pair) -> Tensor:

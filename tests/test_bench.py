@@ -150,9 +150,10 @@ def test_transparent_images_are_not_compared(tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["data", f"--data.root={photographs}"]
-    assert "needs to know what: step, growth, scaling, data, run, save" in fails(capsys)
-    assert "'dta' is nothing that `mae bench` measures; it knows step, growth, scaling, data, run, save" in fails(
-        capsys, "dta"
+    assert "needs to know what: step, growth, scaling, data, run, export, save" in fails(capsys)
+    assert (
+        "'dta' is nothing that `mae bench` measures; it knows step, growth, scaling, data, run, export, save"
+        in fails(capsys, "dta")
     )
     assert "--rounds" in fails(capsys, *data, "--rounds=0")
     assert "--json" in fails(capsys, *data, f"--json={tmp_path / 'nowhere' / 'figures.json'}")

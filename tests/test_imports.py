@@ -178,6 +178,7 @@ ALLOWED: dict[str, set[str]] = {
         "dialects",
         "errors",
         "graphs",
+        "opening",
         "recognise",
         "runs",
         "storage",

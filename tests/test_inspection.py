@@ -95,7 +95,7 @@ def test_the_table_of_an_autoencoder(tmp_path: Path, look: Look) -> None:
     assert row(lines, "numbers") == "float32 (38 tensors)"
     assert row(lines, "warning").startswith("not for commercial use: CC BY-NC 4.0")
     assert facts["model"] == network.config | {"norm_pix_loss": False}
-    assert len(facts["notes"]) == 4
+    assert len(facts["notes"]) == 5
 
 
 @pytest.mark.parametrize("name", ["nano", "tiny"])

@@ -27,9 +27,11 @@ from foreign import (
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
 
 import mae
-from mae.classifier import load_classifier
+from mae.cards import card
+from mae.classifier import load_classifier, network_of
 from mae.dialects import dialect_of, from_ours, to_ours
 from mae.errors import UserError
 from mae.model import MaskedAutoencoder, sincos_positions
@@ -520,3 +522,81 @@ def test_load_and_load_encoder_take_what_is_not_told(tmp_path: Path) -> None:
             torch_file(official(network, encoder=True), tmp_path / "e.pth"), image_size=14, in_chans=1, num_heads=2
         )
     assert encoder(torch.rand(1, 1, 14, 14)).shape == (1, SMALL["embed_dim"])
+
+
+# ---- what must not be guessed in silence -----------------------------------------------------------------------------
+
+
+def classifier_of_timm(**settings: Any) -> VisionTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 192, "depth": 1, "num_heads": 3}
+    network = VisionTransformer(**sizes, num_classes=5, **settings)
+    for parameter in network.parameters():
+        parameter.data = 0.1 * torch.randn(parameter.shape)
+    return network.eval()
+
+
+def test_the_pool_of_a_classifier_is_asked_for_where_no_tensor_tells_it(tmp_path: Path) -> None:
+    network = classifier_of_timm(global_pool="avg", fc_norm=False)
+    torch.save(network.state_dict(), tmp_path / "x.pth")
+    weights = read(tmp_path / "x.pth")
+    assert "what it judges by is not told: taken to be the class token (pool class)" in weights.notes
+    told = read(tmp_path / "x.pth", Told(pool="mean"))
+    assert not any("judges" in note for note in told.notes)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network_of(told)(images), network(images), rtol=0, atol=1e-5)
+        assert (network_of(weights)(images) - network(images)).abs().max() > 0.1
+    torch.save(classifier_of_timm(global_pool="avg", fc_norm=True).state_dict(), tmp_path / "y.pth")
+    with pytest.raises(UserError, match=r"pool class: .* has mean"):
+        read(tmp_path / "y.pth", Told(pool="class"))
+
+
+def test_an_official_probe_of_the_mean_of_tokens(tmp_path: Path) -> None:
+    """Its norm comes after the pool, as in fine-tuning, and BatchNorm after that."""
+    network = classifier_of_timm(global_pool="avg", fc_norm=True)
+    norm = torch.nn.BatchNorm1d(192, affine=False, eps=1e-6)
+    norm.running_mean, norm.running_var = torch.randn(192), torch.rand(192) + 0.5
+    network.head = torch.nn.Sequential(norm.eval(), network.head)  # type: ignore[assignment]
+    torch.save({"model": network.state_dict()}, tmp_path / "checkpoint-89.pth")
+    weights = read(tmp_path / "checkpoint-89.pth")
+    assert any("BatchNorm is folded" in note for note in weights.notes)
+    images = torch.randn(3, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(network_of(weights)(images), network(images), rtol=1e-5, atol=1e-5)
+
+
+def test_numbers_that_are_not_finite_are_not_used(tmp_path: Path) -> None:
+    state = classifier_of_timm().state_dict()
+    state["blocks.0.mlp.fc1.bias"][3] = float("nan")
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(
+        UserError, match=r"x.pth cannot be used: encoder.blocks.0.mlp.fc1.bias has numbers that are not"
+    ):
+        read(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "licence"),
+    [
+        ("mae_finetuned_vit_base.pth", {}, "CC BY-NC 4.0"),
+        ("x.pth", {}, "not told: CC BY-NC 4.0, if the authors of the paper published these weights"),
+        ("checkpoint-799.pth", {"optimizer": {}}, None),
+    ],
+)
+def test_licences_are_not_made_up(tmp_path: Path, name: str, more: dict[str, Any], licence: str | None) -> None:
+    torch.save({"model": classifier_of_timm().state_dict(), **more}, tmp_path / name)
+    weights = read(tmp_path / name)
+    assert weights.description.get("licence") == licence
+    head = card(weights, "timm", "x", True, [], []).split("---")[1]
+    assert ("license: cc-by-nc-4.0" in head) == (licence == "CC BY-NC 4.0")
+
+
+def test_graphs_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.pt2").write_bytes(b"PK\3\4")
+    with pytest.raises(UserError, match=r"x.pt2 is a graph, which is run and not read back"):
+        read(tmp_path / "x.pt2")
+    torch.save({}, tmp_path / "x.pth")
+    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    with pytest.raises(UserError, match=r"x.pth cannot be read: Permission denied"):
+        read(tmp_path / "x.pth")
