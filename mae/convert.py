@@ -21,10 +21,10 @@ from mae.classifier import network_of
 from mae.dialects import ENCODER, State, from_ours
 from mae.errors import TrainingFailed, UserError
 from mae.opening import MODEL
-from mae.recognise import Told
+from mae.recognise import add_told, told_by
 from mae.runs import ToolParser, out_file
 from mae.storage import sync
-from mae.weights import Pool, Weights, folded_head
+from mae.weights import Weights, folded_head
 
 TOLERANCE = 1e-4  # of what two programs compute from the same weights, relative to the largest number
 Format = Literal["mae", "official", "timm", "hf", "onnx", "export"]
@@ -75,7 +75,7 @@ def run(args: Sequence[str]) -> None:
     parser.add_argument("--private", type=bool, default=True, help="What --push makes is private.")
     config = parser.parse_args(list(args))
     dst = place(config)
-    weights = recognise.read(config.src, told(config)).adapted(config.image_size, config.in_chans)
+    weights = recognise.read(config.src, told_by(config)).adapted(config.image_size, config.in_chans)
     for option in ("decoder_num_heads", "norm_pix_loss"):
         if config[option] is not None and not weights.has_decoder:
             raise UserError(f"--{option} {config[option]}: there is no decoder in what is written")
@@ -89,22 +89,6 @@ def run(args: Sequence[str]) -> None:
     print(f"wrote     {dst}: {cards.architecture(weights)}, {made.weights.holds}")
     if config.push:
         push(dst, names, config.push, config.private)
-
-
-def add_told(parser: ToolParser) -> None:
-    """Options for what SRC does not tell."""
-    parser.add_argument("--num_heads", type=int | None, default=None, help="Of the encoder, if SRC does not tell.")
-    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="If SRC does not tell.")
-    parser.add_argument(
-        "--norm_pix_loss", type=bool | None, default=None, help="Its decoder predicts normalised patches, or pixels."
-    )
-    parser.add_argument("--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches.")
-    parser.add_argument("--pool", type=Pool | None, default=None, help="What a classifier judges by.")
-
-
-def told(config: Namespace) -> Told:
-    grid = None if config.grid is None else (config.grid[0], config.grid[1])
-    return Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
 
 
 def place(config: Namespace) -> Path:
@@ -125,7 +109,7 @@ def place(config: Namespace) -> Path:
         ("free_size", config.free_size and not is_graph),
         ("mask_ratio", config.mask_ratio is not None and config.output != "reconstruction"),
         ("quantize", config.quantize and config.format != "onnx"),
-        ("push", config.push is not None and dst.suffix != ""),
+        ("push", config.push is not None and suffix_of(dst) != ""),
     ):
         if wrong:
             raise UserError(f"--{option} does nothing here: see `mae convert --help`")

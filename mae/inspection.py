@@ -15,10 +15,10 @@ from mae.dialects import DECODER, ENCODER, State
 from mae.errors import UserError
 from mae.model import Pair, as_pair, sincos_positions
 from mae.opening import Opened, open_weights
-from mae.recognise import SINCOS_TOLERANCE, Told, non_finite, recognised
+from mae.recognise import SINCOS_TOLERANCE, Told, add_told, non_finite, recognised, told_by
 from mae.runs import SRC_HELP, ToolParser, out_file
 from mae.saving import last_checkpoint
-from mae.weights import POSITIONS, Pool, Weights
+from mae.weights import POSITIONS, Weights
 
 NAMED = 3  # tensors, in a line
 WHOSE = {"mae": "this project", "official": "the official code", "timm": "timm", "hf": "Hugging Face's transformers"}
@@ -51,20 +51,12 @@ def inspect(args: Sequence[str]) -> None:
         help=SRC_HELP,
     )  # fmt: skip
     parser.add_argument("--json", type=str | None, default=None, help="Write the same as data to this file.")
-    parser.add_argument("--num_heads", type=int | None, default=None, help="Where the file does not tell.")
-    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="Where the file does not tell.")
-    parser.add_argument("--norm_pix_loss", type=bool | None, default=None, help="Where the file does not tell.")
-    parser.add_argument(
-        "--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Where the file does not tell."
-    )
-    parser.add_argument("--pool", type=Pool | None, default=None, help="Where the file does not tell.")
+    add_told(parser)
     config = parser.parse_args(list(args))
     if config.json:
         out_file(config.json, "--json")
-    grid = (config.grid[0], config.grid[1]) if config.grid else None
-    told = Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
     try:
-        facts = examined(config.src, told)
+        facts = examined(config.src, told_by(config))
     except UserError as error:
         facts = {"source": config.src, "problems": [str(error)], "verdict": str(error)}
     else:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import ArgumentParser, Namespace
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
@@ -38,6 +39,30 @@ class Told(NamedTuple):
 
 
 NOTHING = Told()
+
+
+def add_told(parser: ArgumentParser) -> None:
+    """Options for what SRC does not tell."""
+    parser.add_argument("--num_heads", type=int | None, default=None, help="Of the encoder, if SRC does not tell.")
+    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="If SRC does not tell.")
+    parser.add_argument(
+        "--norm_pix_loss",
+        type=bool | None,
+        default=None,
+        help="Its decoder predicts normalised patches, or plain pixels, if SRC does not tell.",
+    )
+    parser.add_argument(
+        "--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches, if SRC does not tell."
+    )
+    parser.add_argument(
+        "--pool", type=Pool | None, default=None, help="What a classifier judges by, if SRC does not tell."
+    )
+
+
+def told_by(config: Namespace) -> Told:
+    """What these options say."""
+    grid = None if config.grid is None else (config.grid[0], config.grid[1])
+    return Told(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
 
 
 def examine(src: str | Path, told: Told = NOTHING) -> Weights:
