@@ -17,12 +17,16 @@ def size_name(config: dict[str, Any]) -> str | None:
     return next((name for name, size in SIZES.items() if size == own), None)
 
 
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def architecture(weights: Weights) -> str:
     """In words: ViT-B/16, 224x224."""
     config, name = weights.config, size_name(weights.config)
     (height, width), (ph, pw) = config["image_size"], config["patch_size"]
     patch = f"{ph}" if ph == pw else f"{ph}x{pw}"
-    channels = "" if config["in_chans"] == 3 else f", {config['in_chans']} channels"
+    channels = "" if config["in_chans"] == 3 else f", {counted(config['in_chans'], 'channel')}"
     own = f"ViT {config['embed_dim']} wide, {config['depth']} blocks, {config['num_heads']} heads, patch {patch}"
     return (f"ViT-{name}/{patch}" if name else own) + f", {height}x{width} pixels{channels}"
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mae.cards import size_name
+from mae.cards import counted, size_name
 from mae.dialects import DECODER, ENCODER, State
 from mae.errors import UserError
 from mae.model import Pair, as_pair, sincos_positions
@@ -328,5 +328,6 @@ def architecture(facts: dict[str, Any]) -> str:
             ("mlp ratio", "mlp_ratio"),
         )
     )
-    images = f"images {h}x{w} of {model['in_chans']} channels, patches {ph}x{pw} (a grid of {h // ph}x{w // pw})"
+    channels = counted(model["in_chans"], "channel")
+    images = f"images {h}x{w} of {channels}, patches {ph}x{pw} (a grid of {h // ph}x{w // pw})"
     return f"{facts['size'] or 'of its own size'}: {sizes}; {images}"
