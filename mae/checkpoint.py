@@ -42,7 +42,7 @@ def load(
     Raises:
         UserError: There is no such file, it is damaged or of another kind, or it has no decoder.
     """
-    weights = told(src, Told(num_heads, decoder_num_heads, norm_pix_loss, grid))
+    weights = read_warning(src, Told(num_heads, decoder_num_heads, norm_pix_loss, grid))
     weights.require_decoder()
     return weights.build()
 
@@ -66,12 +66,13 @@ def load_encoder(
         in_chans: Others than its own three: the patch embedding is adapted by timm's rule.
         num_heads: As in `load`, as is `grid`.
     """
-    weights = told(src, Told(num_heads=num_heads, grid=grid))
+    weights = read_warning(src, Told(num_heads=num_heads, grid=grid))
     weights.require_pretrained(allow_finetuned, "allow_finetuned=True")
     return weights.adapted(image_size, in_chans).encoder()
 
 
-def told(src: str | Path, told: Told) -> Weights:
+def read_warning(src: str | Path, told: Told) -> Weights:
+    """As `read`, for those who call from Python: what had to be assumed is a warning."""
     weights = recognise.read(src, told)
     for note in weights.notes:
         warnings.warn(f"{weights.source}: {note}", stacklevel=3)

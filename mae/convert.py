@@ -185,8 +185,8 @@ def require_free(path: Path, force: bool) -> None:
 
 
 def to_mae(weights: Weights, path: Path, config: Namespace) -> Made:
-    kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
-    description = {**weights.description, "kind": kind}
+    description = to_store(weights)
+    kind = description["kind"]
     state = contiguous(weights.state if kind == "model" else weights.timm_state)
     if suffix_of(path):
         checkpoint.save(state, description, path)
@@ -209,9 +209,8 @@ def to_official(weights: Weights, path: Path, config: Namespace) -> Made:
             f"--format official: {weights.source} takes the mean of tokens after their norm, the official code before "
             "it; --format mae or timm holds it"
         )
-    kind = {"autoencoder": "model"}.get(weights.holds, weights.holds)
     state = contiguous(from_ours(weights.state, "official"))
-    torch.save({"model": state, "mae": {**weights.description, "kind": kind}}, path)
+    torch.save({"model": state, "mae": to_store(weights)}, path)
     return Made(path, weights, [], [same_tensors(weights, path)])
 
 
@@ -221,7 +220,7 @@ def to_timm(weights: Weights, path: Path, config: Namespace) -> Made:
     if folded.classifier != weights.classifier:
         lost.append("the head's BatchNorm, which is folded into its linear layer: the logits are the same")
     state = contiguous(folded.timm_state)
-    description = {**folded.description, "kind": folded.holds}
+    description = to_store(folded)
     if path.suffix == ".pth":
         torch.save(state, path)
         cards.write_json(path.with_name(f"{path.name}.json"), cards.timm_config(folded))
@@ -242,8 +241,7 @@ def to_hf(weights: Weights, path: Path, config: Namespace) -> Made:
     if folded.holds == "encoder":  # ViTModel, which is not inside of another
         state = {key.removeprefix("vit."): value for key, value in state.items()}
     path.mkdir()
-    kind = {"autoencoder": "model"}.get(folded.holds, folded.holds)
-    checkpoint.save(contiguous(state), {**folded.description, "kind": kind}, path / "model.safetensors")
+    checkpoint.save(contiguous(state), to_store(folded), path / "model.safetensors")
     cards.write_json(path / "config.json", cards.hf_config(folded))
     cards.write_json(path / "preprocessor_config.json", cards.hf_processor(folded))
     checks = [same_tensors(folded, path)]
@@ -328,6 +326,11 @@ def bare_encoder(weights: Weights) -> Weights:
     description = {key: value for key, value in weights.description.items() if key != "classifier"}
     state = {ENCODER + key: value for key, value in weights.encoder().state_dict().items()}
     return weights._replace(state=state, description=description)
+
+
+def to_store(weights: Weights) -> dict[str, Any]:
+    """The description as files hold it: an autoencoder is a model there."""
+    return {**weights.description, "kind": "model" if weights.has_decoder else weights.holds}
 
 
 def contiguous(state: State) -> State:

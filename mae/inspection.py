@@ -15,12 +15,11 @@ from mae.dialects import DECODER, ENCODER, State
 from mae.errors import UserError
 from mae.model import Pair, as_pair, sincos_positions
 from mae.opening import Opened, open_weights
-from mae.recognise import SINCOS_TOLERANCE, Told, add_told, non_finite, recognised, told_by
+from mae.recognise import SINCOS_TOLERANCE, Told, add_told, named, non_finite, recognised, told_by
 from mae.runs import SRC_HELP, ToolParser, out_file
 from mae.saving import last_checkpoint
 from mae.weights import POSITIONS, Weights
 
-NAMED = 3  # tensors, in a line
 WHOSE = {"mae": "this project", "official": "the official code", "timm": "timm", "hf": "Hugging Face's transformers"}
 HOLDS = {"encoder": "encoder", "autoencoder": "encoder and decoder", "classifier": "classifier"}
 TARGET = "what its decoder predicts is "  # how the note begins that tells of an assumption
@@ -46,10 +45,7 @@ def inspect(args: Sequence[str]) -> None:
         UserError: It cannot be used. What could be found out has been printed, and written to --json, all the same.
     """
     parser = ToolParser(prog="mae inspect", description="What is in a file of weights, and what it can be used for.")
-    parser.add_argument(
-        "src", type=str, metavar="SRC",
-        help=SRC_HELP,
-    )  # fmt: skip
+    parser.add_argument("src", type=str, metavar="SRC", help=SRC_HELP)
     parser.add_argument("--json", type=str | None, default=None, help="Write the same as data to this file.")
     add_told(parser)
     config = parser.parse_args(list(args))
@@ -216,10 +212,6 @@ def needed(opened: Opened, weights: Weights, told: Told) -> list[str]:
         return given if recognised(opened, Told()).config != weights.config else []
     except UserError:
         return given
-
-
-def named(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
 
 
 def not_finite(numbers: Numbers) -> Iterator[str]:

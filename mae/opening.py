@@ -31,12 +31,8 @@ AVERAGED = ("state_dict_ema", "model_ema")
 TENSORS = (*AVERAGED, "state_dict", "model")  # where other software keeps them, in the order in which it looks itself
 SETTINGS = ("args", "arch", "epoch")
 GRAPHS = (".onnx", ".pt2")
-KNOWN = (
-    "argparse.Namespace",
-    "collections.OrderedDict",
-    "builtins.set",
-    "_codecs.encode",
-)  # as torch reads them itself
+# Classes that torch reads itself.
+KNOWN = ("argparse.Namespace", "collections.OrderedDict", "builtins.set", "_codecs.encode")
 
 
 class Opened(NamedTuple):

@@ -6,6 +6,7 @@ them, follows from the width as with the published models, or is asked for.
 
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,8 +85,15 @@ def recognised(opened: Opened, told: Told) -> Weights:
     state, description = opened.state, opened.description
     if description is not None and opened.about.get("key") == "state_dict":
         weights = complete(Weights(opened.path, floats(state_of_run(state, description)), description))
-        refuse_other(weights, told)
-        return weights
+    else:
+        weights = complete(by_names(opened, told))
+    refuse_other(weights, told)
+    return weights
+
+
+def by_names(opened: Opened, told: Told) -> Weights:
+    """Of all files but a run's own checkpoints."""
+    state, description = opened.state, opened.description
     dialect = dialect_of(state)
     if dialect is None:
         raise UserError(
@@ -110,9 +118,7 @@ def recognised(opened: Opened, told: Told) -> Weights:
             raise UserError(
                 f"{opened.path}: the settings that are stored with it cannot be used ({type(error).__name__}: {error})"
             ) from None
-    weights = complete(Weights(opened.path, state, description, format_of(opened, dialect), tuple(notes)))
-    refuse_other(weights, told)
-    return weights
+    return Weights(opened.path, state, description, format_of(opened, dialect), tuple(notes))
 
 
 def refuse_other(weights: Weights, told: Told) -> None:
@@ -137,7 +143,7 @@ def read(src: str | Path, told: Told = NOTHING) -> Weights:
     """
     weights = examine(src, told)
     problems = list(weights.problems)
-    problems += [f"{key} has numbers that are not finite" for key, v in weights.state.items() if not v.isfinite().all()]
+    problems += [f"{key} has numbers that are not finite" for key, v in weights.state.items() if non_finite(v)]
     if problems:
         raise UserError(f"{weights.source} cannot be used: {'; '.join(problems[:NAMED])}; `mae inspect` tells more")
     return weights
@@ -427,10 +433,14 @@ def complete(weights: Weights) -> Weights:
     problems = list(weights.problems)
     for what, keys in (("lacks", missing), ("holds unknown tensors:", extra)):
         if keys:
-            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-            problems.append(f"it {what} {', '.join(keys[:NAMED])}{more}")
+            problems.append(f"it {what} {named(keys)}")
     problems += [f"{key} is {tuple(state[key].shape)}, wanted {wanted[key]}" for key in wrong[:NAMED]]
     return weights._replace(problems=tuple(problems))
+
+
+def named(keys: Sequence[str]) -> str:
+    """The first few, and how many there are besides."""
+    return ", ".join(keys[:NAMED]) + (f" and {len(keys) - NAMED} more" if len(keys) > NAMED else "")
 
 
 def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
