@@ -38,8 +38,8 @@ test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, noteb
 	.venv/bin/python -m pytest -m slow $(ARGS)
 
 soak: .venv/stamp ## kill a small run 25 times, signal a Slurm job 20 times: the same bits
-	.venv/bin/python scripts/soak.py --kills 25 $(ARGS)
-	.venv/bin/python scripts/slurm_soak.py --signals 20
+	.venv/bin/python tests/soak/kill_soak.py --kills 25 $(ARGS)
+	.venv/bin/python tests/soak/slurm_soak.py --signals 20
 
 test-floor: .venv-floor/stamp ## the fast tests with the lowest supported versions
 	.venv-floor/bin/python -m pytest $(FAST) $(ARGS)

@@ -4,23 +4,45 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mae.checkpoint import load, load_encoder
+    from mae.data.datamodule import ImageData
     from mae.errors import UserError
-    from mae.model import MaskedAutoencoder
+    from mae.finetune import Finetune
+    from mae.linprobe import LinearProbe
+    from mae.models.mae import MaskedAutoencoder
+    from mae.pretrain import Pretrain
+    from mae.weights.load import load, load_encoder
 
-__all__ = ["MaskedAutoencoder", "UserError", "load", "load_encoder"]
+__all__ = [
+    "Finetune",
+    "ImageData",
+    "LinearProbe",
+    "MaskedAutoencoder",
+    "Pretrain",
+    "UserError",
+    "load",
+    "load_encoder",
+]
 __version__ = "0.1.0"
 
-# Loaded when asked for: the program must hear signals before torch is there, which takes seconds.
-HOMES = {"MaskedAutoencoder": "model", "UserError": "errors", "load": "checkpoint", "load_encoder": "checkpoint"}
+# Where each public name is defined. They are imported when first used: `import mae` alone must not load torch, since
+# the program has to answer, and to hear signals, at once.
+_MODULES = {
+    "Finetune": "finetune",
+    "ImageData": "data.datamodule",
+    "LinearProbe": "linprobe",
+    "MaskedAutoencoder": "models.mae",
+    "Pretrain": "pretrain",
+    "UserError": "errors",
+    "load": "weights.load",
+    "load_encoder": "weights.load",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in HOMES:
-        return getattr(import_module(f"mae.{HOMES[name]}"), name)
-    try:
-        return import_module(f"mae.{name}")
-    except ModuleNotFoundError as error:
-        if error.name != f"mae.{name}":
-            raise
-        raise AttributeError(f"module 'mae' has no attribute {name!r}") from None
+    if name not in _MODULES:
+        raise AttributeError(f"module 'mae' has no attribute {name!r}; its names are {', '.join(__all__)}")
+    return getattr(import_module(f"mae.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -2,39 +2,24 @@
 
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from lightning.pytorch import Trainer
-from timm.data import Mixup
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from mae import checkpoint
-from mae.audit import Claims
-from mae.classifier import (
-    Head,
-    Pool,
-    add_lora,
-    build,
-    encoder_config,
-    frozen_features,
-    load_pretrained,
-    train_last,
-)
-from mae.compiling import Choice
-from mae.data import ImageData
+from mae.data.datamodule import ImageData
+from mae.data.datasets import Batch
 from mae.errors import UserError
-from mae.model import Pair
-from mae.optim import adamw_by_layer, lars
-from mae.randomness import hashed, seeded
-from mae.samples import Batch
-from mae.scores import Report, Scores
-from mae.sharding import full_state
-from mae.training import Stage, gather
+from mae.evaluation.metrics import Report, Scores
+from mae.models.mae import Pair
+from mae.models.vit import Head, Pool, build
+from mae.runtime.processes import gather
+from mae.training.fsdp import full_state
+from mae.training.module import Stage
+from mae.weights import load
+from mae.weights.classifier import encoder_config, load_pretrained
 
 MIN_REACH = 20  # of the linear probe's weight, in norms; below it the recipe warns
+
 SCRATCH = "scratch"  # instead of SRC: random weights
 
 
@@ -60,7 +45,7 @@ class Classify(Stage):
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
-        weights = None if encoder == SCRATCH else checkpoint.read(encoder)
+        weights = None if encoder == SCRATCH else load.read_weights(encoder)
         if weights:
             weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")
         self.encoder = SCRATCH if weights is None else weights.fingerprint()
@@ -136,299 +121,3 @@ class Classify(Stage):
         """What is kept at the end, on the first process; all call it together."""
         average = self.averaged()
         return full_state(self.model if average is None else average)
-
-
-class Probe(Classify):
-    """Linear probe (Table 10): BatchNorm without affine and a linear layer on frozen features, trained with LARS.
-
-    Args:
-        encoder: What to probe: a run folder or file, official, timm's, Hugging Face's; `scratch`: random weights.
-        pool: Feature: the class token after the encoder's final norm (as published), or the mean of patch tokens.
-        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
-        momentum: Of LARS.
-        trust_coefficient: Of LARS.
-        warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.
-        min_lr: Learning rate at the end of the cosine.
-        size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
-        patch_size: Pixels, a side or [height, width]; as size.
-        embed_dim: Encoder width, where it is not the size's own.
-        depth: Encoder blocks, where not the size's own.
-        num_heads: Encoder attention heads, where not the size's own.
-        allow_finetuned: Probe the encoder of a classifier, too.
-        image_size: Of the data; set by it.
-        in_chans: Of the data; set by it.
-        classes: Of the data; set by it.
-        seed: Follows seed_everything.
-    """
-
-    head: Head = "batchnorm"
-    own_settings = ("encoder", "pool", "momentum", "trust_coefficient")
-
-    def __init__(
-        self,
-        encoder: str,
-        pool: Pool = "class",
-        base_lr: float = 0.1,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-        warmup_epochs: float = 10,
-        min_lr: float = 0.0,
-        size: str | None = None,
-        patch_size: int | Pair | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        allow_finetuned: bool = False,
-        image_size: int | Pair = 224,
-        in_chans: int = 3,
-        classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
-        seed: int = 0,
-    ):
-        super().__init__(base_lr, 0.0, warmup_epochs, min_lr, seed)
-        if not 0 <= momentum < 1 or trust_coefficient <= 0:
-            raise UserError(
-                f"--model.momentum {momentum}, trust_coefficient {trust_coefficient}: wanted are 0 <= momentum < 1 "
-                "and a coefficient above 0"
-            )
-        self.momentum, self.trust_coefficient = momentum, trust_coefficient
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned)
-        self.model.requires_grad_(False)
-        self.model.head.requires_grad_(True)
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None:
-            raise UserError("--trainer.strategy fsdp2: the probe trains one linear layer, which is small; use ddp")
-
-    def train(self, mode: bool = True) -> "Probe":
-        super().train(mode)
-        self.model.eval()
-        self.model.head.train(mode)
-        return self
-
-    def on_fit_start(self) -> None:
-        if self.trainer.datamodule.batch_size < 2:  # type: ignore[attr-defined]
-            raise UserError("--data.batch_size_per_device 1: BatchNorm needs at least 2 images")
-        super().on_fit_start()
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        logits = self.model.head(frozen_features(self.model, batch.images))
-        return self.mean_loss(F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch)
-
-    def make_optimizer(self, lr: float) -> Optimizer:
-        return lars(self.model.head, lr, self.momentum, self.trust_coefficient)
-
-    def claims(self) -> Claims:
-        return Claims(trust_ratio=True)
-
-    def recipe_notes(self) -> dict[str, str]:
-        # LARS moves the weight by a share of its norm: lr x trust coefficient a step, times 1 / (1 - momentum). A run
-        # on few images takes too few such steps to get anywhere at the rate that ImageNet wants (there, about 220).
-        shares = sum(self.schedule.lr_at(step, self.peak_lr) for step in range(self.total_steps))
-        reach = shares * self.trust_coefficient / (1 - self.momentum)
-        text = f"the weight can move by {reach:.3g} times its norm in all"
-        if reach < MIN_REACH:
-            text += (
-                f", which is little: a larger --model.base_lr suits so few images (x {MIN_REACH / reach:.0f} or more)"
-            )
-        return super().recipe_notes() | {"LARS": text}
-
-
-class Finetune(Classify):
-    """End-to-end or partial fine-tuning (Table 9, Fig. 9), or supervised training from scratch (Table 11).
-
-    The defaults are the paper's for ViT-B; configs/ has those of the official code and of other sizes.
-
-    Args:
-        encoder: What to start from: a run folder or file, official, timm's, Hugging Face's; `scratch`: random
-            weights.
-        pool: "mean": of the patch tokens, then a norm (fc_norm); "class": the class token.
-        blocks: Train only so many of the last blocks, the norm after them and the head; 0.5: the last block's MLP.
-            Default: everything. (0 is a linear classifier; mae probe has the paper's recipe for that.)
-        lora_rank: Train low-rank updates of attention weights of this rank (LoRA, needs the package peft), norm and
-            head, instead of the encoder's own weights.
-        lora_alpha: The updates are scaled by lora_alpha / lora_rank.
-        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
-        layer_decay: Each layer's learning rate over that of the layer above it; 1: the same rate for all.
-        weight_decay: Of AdamW, on everything but biases, norms, class token and positions.
-        betas: Of AdamW.
-        warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.
-        min_lr: Learning rate at the end of the cosine, times layer scale.
-        drop_path: Stochastic depth of the last block; it rises linearly from 0 at the first.
-        mixup: Alpha of mixup; 0: none.
-        cutmix: Alpha of cutmix; 0: none. With both, each batch takes one of them.
-        mix_prob: Probability that a batch is mixed at all.
-        switch_prob: Probability of cutmix where both are on.
-        label_smoothing: Weight of the uniform distribution in the targets.
-        ema_decay: Keep a moving average of the weights, evaluate it beside them, and export it; null: none.
-        activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
-            less memory, more time, the same bits.
-        compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
-            is there. The same results, to rounding.
-        size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
-        patch_size: Pixels, a side or [height, width]; as size.
-        embed_dim: Encoder width, where it is not the size's own.
-        depth: Encoder blocks, where not the size's own.
-        num_heads: Encoder attention heads, where not the size's own.
-        allow_finetuned: Start from the encoder of a classifier, too.
-        image_size: Of the data; set by it. Positions are resampled from the size of pre-training.
-        in_chans: Of the data; set by it.
-        classes: Of the data; set by it.
-        seed: Of drop path and mixing; follows seed_everything.
-    """
-
-    head: Head = "linear"
-    own_settings = (
-        *("encoder", "pool", "blocks", "lora_rank", "lora_alpha", "layer_decay", "betas", "drop_path", "mixup"),
-        *("cutmix", "mix_prob", "switch_prob", "label_smoothing", "ema_decay"),
-    )
-
-    def __init__(
-        self,
-        encoder: str,
-        pool: Pool = "mean",
-        blocks: float | None = None,
-        lora_rank: int | None = None,
-        lora_alpha: float = 16,
-        base_lr: float = 1e-3,
-        layer_decay: float = 0.75,
-        weight_decay: float = 0.05,
-        betas: tuple[float, float] = (0.9, 0.999),
-        warmup_epochs: float = 5,
-        min_lr: float = 1e-6,
-        drop_path: float = 0.1,
-        mixup: float = 0.8,
-        cutmix: float = 1.0,
-        mix_prob: float = 1.0,
-        switch_prob: float = 0.5,
-        label_smoothing: float = 0.1,
-        ema_decay: float | None = None,
-        activation_checkpointing: bool = False,
-        compile: Choice = "auto",
-        size: str | None = None,
-        patch_size: int | Pair | None = None,
-        embed_dim: int | None = None,
-        depth: int | None = None,
-        num_heads: int | None = None,
-        allow_finetuned: bool = False,
-        image_size: int | Pair = 224,
-        in_chans: int = 3,
-        classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
-        seed: int = 0,
-    ):
-        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile)
-        shares = {"drop_path": drop_path, "mix_prob": mix_prob, "switch_prob": switch_prob}
-        shares |= {"label_smoothing": label_smoothing, "layer_decay": layer_decay}
-        shares |= {} if ema_decay is None else {"ema_decay": ema_decay}
-        for key, value in shares.items():
-            if not 0 <= value <= 1 or (key in ("drop_path", "label_smoothing", "ema_decay") and value == 1):
-                raise UserError(f"--model.{key} {value}: wanted is 0 to 1" + (", 1 left out" if value == 1 else ""))
-        if layer_decay == 0:
-            raise UserError("--model.layer_decay 0 would train the top layer alone: --model.blocks 0 does that")
-        for key, value, default, partner, wanted in (
-            ("mix_prob", mix_prob, 1, mixup or cutmix, "mixup or cutmix above 0"),
-            ("switch_prob", switch_prob, 0.5, mixup and cutmix, "both mixup and cutmix above 0"),
-            ("lora_alpha", lora_alpha, 16, lora_rank, "lora_rank"),
-        ):
-            if value != default and not partner:
-                raise UserError(f"--model.{key} {value} has no effect without {wanted}")
-        if min(mixup, cutmix) < 0:
-            raise UserError(f"--model.mixup {mixup}, cutmix {cutmix}: 0 or more")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"--model.betas {list(betas)}: wanted is 0 <= beta < 1")
-        if lora_rank is not None and (blocks is not None or lora_rank < 1 or lora_alpha <= 0):
-            raise UserError(
-                f"--model.lora_rank {lora_rank}, lora_alpha {lora_alpha}: at least 1 and above 0, and not with blocks"
-            )
-        self.blocks, self.lora_rank, self.lora_alpha = blocks, lora_rank, lora_alpha
-        self.layer_decay, self.betas, self.drop_path = layer_decay, betas, drop_path
-        self.mixup, self.cutmix, self.mix_prob, self.switch_prob = mixup, cutmix, mix_prob, switch_prob
-        self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.make_network(
-            *(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned),
-            drop_path=drop_path,
-            activation_checkpointing=activation_checkpointing,
-        )
-        if blocks is not None:
-            train_last(self.model, blocks)
-        if lora_rank is not None:
-            add_lora(self.model, lora_rank, lora_alpha)
-        self.mixing: Mixup | None = None
-        if (mixup or cutmix) and mix_prob:
-            self.mixing = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mix_prob,
-                switch_prob=switch_prob,
-                mode="batch",
-                label_smoothing=label_smoothing,
-                num_classes=len(classes),
-            )
-        self.ema: ModelEmaV3 | None = None
-        if ema_decay is not None:
-            self.ema = ModelEmaV3(self.model, decay=ema_decay).requires_grad_(False)  # DDP waits for what requires them
-            self.scores["average"] = Scores(len(classes))
-
-    def configure_model(self) -> None:
-        if self.device_mesh is not None and self.ema is not None:
-            raise UserError(
-                "--trainer.strategy fsdp2 has no moving average of the weights: --model.ema_decay null, or ddp"
-            )
-        super().configure_model()
-
-    def averaged(self) -> nn.Module | None:
-        return None if self.ema is None else self.ema.module
-
-    @property
-    def lora_scale(self) -> float:
-        return 1.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # A function of (seed, step, micro-batch, rank): a resumed run drops and mixes the same, and ranks, which share
-        # a seed under Lightning, drop and mix differently.
-        accumulate = self.trainer.accumulate_grad_batches
-        number = batch_idx % accumulate * self.trainer.world_size + self.global_rank
-        torch.manual_seed(hashed(self.seed, self.global_step, number, "drop"))
-        images, targets, weight, smoothing = batch.images, batch.labels, batch.weight, self.label_smoothing
-        if self.mixing:
-            with seeded(self.seed, self.global_step, number, "mix"):
-                images, targets = self.mixing(images, targets)  # (B, classes), smoothed
-            weight, smoothing = weight * weight.flip(0), 0.0  # an unreadable image spoils its partner
-        logits = self.model(images).float()
-        per_image = F.cross_entropy(logits, targets, label_smoothing=smoothing, reduction="none")
-        return self.mean_loss(per_image, batch, weight)
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.ema is not None:
-            self.ema.update(self.model)
-
-    def make_optimizer(self, lr: float) -> Optimizer:
-        return adamw_by_layer(self.model, lr, self.weight_decay, self.betas, self.layer_decay, self.fused)
-
-    def claims(self) -> Claims:
-        return Claims(self.weight_decay, self.layer_decay, self.drop_path)
-
-    def on_fit_start(self) -> None:
-        batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        if self.mixing and batch % 2:
-            raise UserError(f"--data.batch_size_per_device {batch}: mixup and cutmix mix pairs, so it must be even")
-        super().on_fit_start()
-
-    def recipe_notes(self) -> dict[str, str]:
-        mixing = "none"
-        if self.mixing:
-            mixing = (
-                f"mixup {self.mixing.mixup_alpha:g}, cutmix {self.mixing.cutmix_alpha:g}, probability "
-                f"{self.mixing.mix_prob:g}, of cutmix {self.mixing.switch_prob:g}"
-            )
-        trained = "all" if self.blocks is None else f"the last {self.blocks:g} blocks, norm, head"
-        if self.lora_rank is not None:
-            trained = f"LoRA of rank {self.lora_rank} (scale {self.lora_scale:g}) on attention, norm, head"
-        average = "none" if self.ema is None else f"moving average with decay {self.ema.decay:g}, evaluated and kept"
-        return super().recipe_notes() | {
-            "trained": trained,
-            "mixing": f"{mixing}; label smoothing {self.label_smoothing:g}",
-            "average": average,
-        }

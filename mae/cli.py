@@ -1,21 +1,144 @@
-"""The program `mae`: listens for signals before it loads what takes seconds to load."""
+"""The program `mae`: one command a stage or use; errors as one line and an exit code.
 
+Nothing heavy is imported here: torch and Lightning take seconds, and a command loads only what it uses.
+"""
+
+import difflib
+import logging
 import sys
-from collections.abc import Sequence
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from mae import signals
+from mae import __version__
+from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
+from mae.runtime import signals
+from mae.runtime.environment import environment_rank, is_first_rank
 
-TRAINING = ("pretrain", "probe", "finetune")
+ALONE_SECONDS = 7.0
+TRAINING = ("pretrain", "linprobe", "finetune")
+ALIASES = {"probe": "linprobe"}
+
+# Name: (what it does, where its function is).
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("pre-train on bundled digits, compare features, draw reconstructions", "launch.demo:demo_command"),
+    "pretrain": ("MAE pre-training", "launch.stages:pretrain_command"),
+    "linprobe": ("linear probe of frozen features (alias: probe)", "launch.stages:linprobe_command"),
+    "finetune": ("fine-tuning, whole, partial, or from scratch", "launch.stages:finetune_command"),
+    "evaluate": ("top-1, top-5 and per-class accuracy of a classifier", "evaluation.evaluate:evaluate_command"),
+    "predict": ("classes and probabilities of images, as CSV", "evaluation.evaluate:predict_command"),
+    "knn": ("weighted k-NN of frozen features", "evaluation.knn:knn_command"),
+    "report": ("pretrain, knn, linprobe and finetune over several seeds, as one page", "launch.report:report_command"),
+    "reconstruct": (
+        "original, masked and reconstructed images as a PNG",
+        "evaluation.reconstruct:reconstruct_command",
+    ),
+    "embed": ("features of a folder of any images, as Parquet or npz", "evaluation.embed:embed_command"),
+    "inspect": (
+        "what a file of weights is, what it can be used for, what is wrong with it",
+        "weights.inspect:inspect_command",
+    ),
+    "convert": (
+        "weights into another format: mae, official, timm, hf, onnx, export",
+        "weights.convert:convert_command",
+    ),
+    "plan": ("batch per device, accumulation, learning rate and memory of a run", "launch.plan:plan_command"),
+    "bench": ("speed and memory: step, growth, scaling, data, run, export, save", "bench.commands:bench_command"),
+    "doctor": ("what is in a data folder and what is wrong with it", "data.prepare.doctor:doctor_command"),
+    "pack": ("images into tar shards with an index; --verify finds damaged records", "data.prepare.pack:pack_command"),
+    "stats": ("mean and std of a data set, for its config", "data.prepare.stats:stats_command"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code, as `commands.run` does."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] and args[0] in TRAINING:
-        signals.note_early()
-    from mae.commands import run
+    """Run one command; returns the exit code.
 
-    return run(args)
+    0 done, or stopped and back in the batch system's queue; 1 failed; 2 the user's mistake; 130 after Ctrl-C; 143 after
+    another signal.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not args or args[0] in ("-h", "--help"):
+            print(usage())
+            return 0
+        if args[0] == "--version":
+            print(f"mae {__version__}")
+            return 0
+        name = ALIASES.get(args[0], args[0])
+        if name not in COMMANDS:
+            raise UserError(unknown_command(name))
+        if name in TRAINING:
+            signals.note_early()
+        command = command_function(name)
+        silence_libraries()  # after the import: Lightning sets its own level there
+        command(args[1:])
+    except UserError as error:
+        return report_error(error, 2)
+    except TrainingFailed as error:
+        return report_error(error, 1)
+    except Stopped as stop:
+        return stop.code
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if message := worker_death(error):
+            return report_error(LoaderDied(message), 1)
+        raise
+    return 0
+
+
+def command_function(name: str) -> Callable[[Sequence[str]], None]:
+    module, _, function = COMMANDS[name][1].partition(":")
+    command: Callable[[Sequence[str]], None] = getattr(import_module(f"mae.{module}"), function)
+    return command
+
+
+def unknown_command(name: str) -> str:
+    close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{name!r} is not a command; {hint}The commands are {', '.join(COMMANDS)}"
+
+
+def usage() -> str:
+    lines = [f"  {name:<12} {text}" for name, (text, _) in COMMANDS.items()]
+    return "\n".join(["usage: mae COMMAND [options]; mae COMMAND --help lists them", "", *lines])
+
+
+def worker_death(error: Exception) -> str | None:
+    """What to say where a loader process has died; only a program that has loaded data can have one."""
+    datasets = sys.modules.get("mae.data.datasets")
+    message: str | None = datasets.worker_death_message(error) if datasets else None
+    return message
+
+
+def report_error(error: Exception, code: int) -> int:
+    line = f"mae: error: {' '.join(str(error).split())}"
+    distributed = sys.modules.get("torch.distributed")
+    if is_first_rank() or isinstance(error, LoaderDied | PeerLost):
+        print(line, file=sys.stderr, flush=True)
+    elif distributed is None or not distributed.is_initialized():
+        # Once the ranks can talk they agree on why they stop, and one line is enough. Until then each finds its own
+        # mistakes; the first rank has reported the same one, and the launcher ends this process meanwhile.
+        time.sleep(ALONE_SECONDS)
+        print(f"{line} (rank {environment_rank()})", file=sys.stderr, flush=True)
+    return code
+
+
+def silence_libraries() -> None:
+    """Turn off Lightning's banners and the hints that do not apply here; its other warnings stay on."""
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    hints = [
+        ".*does not have many workers.*",
+        ".*`srun` command is available.*",
+        r".*module\(s\) in eval mode at the start of training.*",  # frozen encoders and averages are
+        ".*You have overridden `on_before_batch_transfer`.*",  # where masks are drawn; the data module leaves it alone
+        ".*treespec.*is deprecated.*",
+        ".*recommended to use `self.log.*sync_dist=True.*",  # our figures are summed over processes before
+    ]
+    for hint in hints:
+        warnings.filterwarnings("ignore", hint)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mae.audit import Claims
-from mae.compiling import Choice
+from mae.data.datasets import Batch
+from mae.data.sampling import sample_noise
 from mae.errors import UserError
-from mae.model import SIZES, MaskedAutoencoder, Pair
-from mae.optim import adamw
-from mae.randomness import sample_noise
-from mae.samples import Batch
-from mae.training import Stage, gather
+from mae.models.compilation import Choice
+from mae.models.mae import SIZES, MaskedAutoencoder, Pair
+from mae.runtime.processes import gather
+from mae.training.module import Stage
+from mae.training.optim import adamw
+from mae.training.recipe_audit import Claims
 
 HELD_OUT_SEED = 0  # masks of the held-out loss are the same in every run, so that runs can be compared
 

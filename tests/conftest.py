@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
-REFERENCE = Path(__file__).parent / "reference"
+ROOT = Path(__file__).parents[1]
+SUPPORT = ROOT / "tests" / "support"
+REFERENCE = ROOT / "tests" / "reference"
 
 # A network and a run small enough for a test, as settings of `mae pretrain`.
 TINY = [

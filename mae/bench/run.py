@@ -1,0 +1,347 @@
+"""`mae bench run`: what limits a pre-training run, its loader or its optimiser step, and what to change."""
+
+import contextlib
+import io
+import itertools
+import math
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.cli import LightningArgumentParser
+from torch.utils.data import DataLoader
+
+from mae.bench.figures import Figure, blocks, cores, figure, machine, one_thread, write_json
+from mae.callbacks.checkpointing import Checkpoints
+from mae.callbacks.online_eval import Online
+from mae.callbacks.reconstructions import Panels
+from mae.data.datamodule import ImageData, free_memory
+from mae.data.datasets import Batch
+from mae.data.decode import BadImage, open_image
+from mae.data.sampling import EpochSampler
+from mae.data.sources import FileSource, spread
+from mae.data.tar_shards import RecordSource
+from mae.errors import UserError
+from mae.launch.stages import PretrainCLI
+from mae.options import out_file
+from mae.runtime.device_clock import Clock, idle, wait_for
+
+WARM_UP = 2  # optimiser steps, at least
+
+STEPS = 3  # optimiser steps measured, at least
+
+LATE = 0.05  # share of the step that data may be waited for without a word
+
+
+class Feed:
+    """The training loader, or one of its batches over and over; notes when each batch was asked for and when it came.
+
+    Attributes:
+        repeated: The batch to repeat; None: the loader's own.
+        waits: (asked, came) of each batch, by the clock `time.perf_counter`.
+    """
+
+    def __init__(self, loader: DataLoader[Batch]) -> None:
+        self.loader = loader
+        self.sampler: EpochSampler = loader.sampler  # type: ignore[assignment]
+        self.repeated: Batch | None = None
+        self.waits: list[tuple[float, float]] = []
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        own = None
+        for _ in range(len(self)):
+            asked = time.perf_counter()
+            if self.repeated is not None:
+                batch = self.repeated
+            else:
+                if own is None:
+                    own = iter(self.loader)
+                batch = next(own)
+            self.waits.append((asked, time.perf_counter()))
+            yield batch
+
+
+class FedData(ImageData):
+    """Keeps one training loader, to be measured by itself first and then in training."""
+
+    feed: Feed | None = None
+
+    def train_dataloader(self) -> Any:
+        if self.feed is None:
+            self.feed = Feed(super().train_dataloader())
+        return self.feed
+
+
+class RunCLI(PretrainCLI):
+    """A pre-training run that is measured and leaves nothing."""
+
+    command, description = (
+        "bench run",
+        "What limits a run of `mae pretrain` with these settings, on one device: loader or step.",
+    )
+    data = FedData
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument("--seconds", type=float, default=20.0, help="Of each of three measurements, at least.")
+        parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file, too.")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        if not self.config.seconds > 0:
+            raise UserError(f"--seconds {self.config.seconds}: wanted is above 0")
+        if self.config.json:
+            out_file(self.config.json, "--json")
+
+    def finish(self) -> None:
+        """No weights."""
+
+
+class Step(NamedTuple):
+    """An optimiser step."""
+
+    seconds: float
+    waited: float  # for data, while the device had nothing to do
+
+
+class Watch(Callback):
+    """Measures steps on one batch, then steps on the loader's batches, and ends the run."""
+
+    def __init__(self, feed: Feed, batch: Batch, seconds: float) -> None:
+        self.feed, self.batch, self.seconds = feed, batch, seconds
+        self.steps: list[list[Step]] = []  # of each phase
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only the pixels: what else it holds is read on the CPU at every step.
+        self.feed.repeated = self.batch._replace(images=self.batch.images.to(pl_module.device))
+        self.clock = Clock(pl_module.device)
+        self.begin()
+
+    def begin(self) -> None:
+        self.marks: list[Any] = []
+        self.warm, self.started = False, time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        window = trainer.accumulate_grad_batches
+        self.marks.append(self.clock.mark())
+        if (batch_idx + 1) % window:
+            return
+        now = time.perf_counter()
+        if not self.warm:
+            # Loader processes have 2 batches each in store: used up here.
+            enough = WARM_UP * window if self.feed.repeated else max(WARM_UP * window, 2 * self.feed.loader.num_workers)
+            late = len(self.marks) >= WARM_UP * window and now - self.started > self.seconds
+            if len(self.marks) >= enough or late:
+                self.marks, self.warm, self.started = self.marks[-1:], True, now
+                self.feed.waits.clear()
+            return
+        if now - self.started < self.seconds or len(self.marks) <= STEPS * window:
+            return
+        self.steps.append(steps_of(self.clock.times(self.marks), self.feed.waits, window))
+        if len(self.steps) == 2:
+            trainer.should_stop = True
+        self.feed.repeated = None
+        self.begin()
+
+
+def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window: int) -> list[Step]:
+    """Optimiser steps of `window` batches each.
+
+    Args:
+        done: When the device was done with each batch, and first with the one before them.
+        waits: When each was asked for and came.
+    """
+    waited = idle(done[:-1], waits)
+    firsts = range(0, len(waited), window)
+    return [Step(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
+
+
+def run_command(args: Sequence[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        forced = [
+            *(f"--run_dir={folder}", "--ckpt_path=null", "--trainer.logger=false", "--trainer.devices=1"),
+            *("--trainer.num_nodes=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"),
+            # It ends when enough is measured, not before.
+            *("--trainer.max_epochs=1000000", "--trainer.max_steps=-1", "--trainer.max_time=null"),
+            *("--trainer.min_epochs=null", "--trainer.min_steps=null"),
+        ]
+        cli = RunCLI([*args, *forced])
+        write_json(cli.config.json, bench_run(cli))
+
+
+def bench_run(cli: RunCLI) -> dict[str, Any]:
+    """Measures and prints."""
+    trainer, module, seconds = cli.trainer, cli.datamodule, cli.config.seconds
+    device = trainer.strategy.root_device
+    module.trainer = trainer
+    feed: Feed = module.train_dataloader()
+    first, loader = loader_alone(feed, seconds)
+    per_step = module.batch_size * trainer.accumulate_grad_batches
+    where = machine(device)
+    workers = 0 if module.device_resident else module.num_workers
+    how = "images on the device" if module.device_resident else f"{workers} worker" + "s" * (workers != 1)
+    print(f"loader     {loader.median:>10,.0f} images/s  ({how})", flush=True)
+
+    watch = Watch(feed, first, seconds)
+    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Panels | Online | Checkpoints)] + [watch]  # type: ignore[attr-defined]
+    # The recipe, and hints on settings: what is measured is no run of its own.
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+        cli.fit()
+    alone, full = (blocks(steps) for steps in watch.steps)
+    step, loop = (figure([per_step / statistics.fmean(s.seconds for s in block) for block in b]) for b in (alone, full))
+    wait = figure([sum(s.waited for s in block) / sum(s.seconds for s in block) for block in full])
+    threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1) if device.type == "cpu" else where["device"]
+    print(f"step       {step.median:>10,.0f} images/s  (batch {per_step}, {trainer.precision}, {threads})")
+    print(
+        f"full loop  {loop.median:>10,.0f} images/s, data wait {wait.median:.1%} of the step "
+        f"({wait.low:.1%} to {wait.high:.1%})"
+    )
+    named, advice = judge(loader.median, step.median, loop.median, wait.median, workers, device.type == "cpu", module)
+    print(*advice, sep="\n", flush=True)
+    return {
+        "machine": where,
+        "batch": per_step,
+        "workers": workers,
+        "device_resident": module.device_resident,
+        "precision": str(trainer.precision),
+        "loader": loader,
+        "step": step,
+        "full_loop": loop,
+        "data_wait": wait,
+        "steps": {"step": len(watch.steps[0]), "full_loop": len(watch.steps[1])},
+        "bottleneck": named,
+        "advice": advice,
+    }
+
+
+def loader_alone(feed: Feed, seconds: float) -> tuple[Batch, Figure]:
+    """A batch, and the images/s that come where nothing else is done; epochs begin and end as in training."""
+    arrivals: list[float] = []
+    first, warm, started = None, False, time.perf_counter()
+    for epoch in itertools.count():
+        feed.sampler.seek(epoch * feed.sampler.steps_per_epoch)
+        for batch in feed.loader:
+            wait_for(batch.images.device)
+            arrivals.append(now := time.perf_counter())
+            first = batch if first is None else first
+            if not warm:
+                if len(arrivals) > 2 * feed.loader.num_workers or now - started > seconds:
+                    arrivals, warm, started = [now], True, now
+            elif now - started >= seconds and len(arrivals) > STEPS:
+                spans = blocks(np.diff(arrivals).tolist())
+                return first, figure([feed.sampler.batch_size / statistics.fmean(span) for span in spans])
+    raise AssertionError("epochs do not end")
+
+
+# ---- what to change --------------------------------------------------------------------------------------------------
+
+
+def judge(
+    loader: float, step: float, loop: float, wait: float, workers: int, on_cpu: bool, module: ImageData
+) -> tuple[str, list[str]]:
+    """Which of them is the bottleneck, and what to do about it in lines.
+
+    Args:
+        loader, step, loop: Images/s.
+        wait: Share of the step.
+    """
+    has = cores()
+    each = loader / max(1, workers)  # images/s of one worker
+    needed = math.ceil(step / each)
+    if step <= loader:
+        line = f"the step is the bottleneck: the loader has {loader / step:.1f} times its rate"
+        if wait <= LATE:
+            text = f", so more workers would do nothing ({needed} would do)" if workers else ""
+            more = [slowed(loop / step, on_cpu * workers * loop / loader)] if loop < 0.9 * step else []
+            return "step", [line + text, *more]
+        if module.device_resident:
+            return "step", [line, "they take turns on the device; larger batches cost less an image"]
+        if not workers:
+            return "step", [line, f"they take turns: --data.num_workers 1 would load during the step ({has} cores)"]
+        lines = [line, f"yet data is waited for: {workers + 1} processes share {has} cores, or images differ much"]
+        if workers + 1 < has:
+            lines.append(f"--data.num_workers {workers + 1} would smooth it")
+        return "step", lines + cheaper(module)
+    lines = [f"the loader is the bottleneck: it has {loader / step:.2f} of the step's rate"]
+    if module.device_resident:
+        lines.append("images are on the device already; larger batches cost less an image")
+        return "loader", lines
+    spare = has - 1 if on_cpu else has
+    text = f"to keep up it takes {needed} worker{'s' * (needed != 1)} of {each:,.0f} images/s each"
+    if needed <= spare:
+        lines.append(f"{text}: --data.num_workers {needed} ({has} cores)")
+    else:
+        lines.append(f"{text}, but there are {has} cores" + (", which the step needs, too" if on_cpu else ""))
+    return "loader", lines + cheaper(module)
+
+
+def slowed(share: float, busy: float) -> str:
+    """Why the full loop has this share of the step's rate, though data are there in time.
+
+    Args:
+        busy: Cores' worth of work that loader processes take from the step.
+    """
+    why = f"loader processes and step share {cores()} cores" if busy > 0.1 else "do other programs use this machine?"
+    return f"the full loop has {share:.2f} of the step's rate, and does not wait for data: {why}"
+
+
+def cheaper(module: ImageData, count: int = 64) -> list[str]:
+    """What would make loading cheaper, tried on some images."""
+    source = module.train_source
+    assert source is not None
+    chosen, lines, shapes = spread(source, count), [], set()
+    if isinstance(source, FileSource):
+        start = time.perf_counter()
+        found = list(source.read_all(chosen))
+        reading = time.perf_counter() - start
+        pictures = [
+            open_image(data, source.where(index), module.in_chans)
+            for index, data in zip(chosen, found, strict=True)
+            if not isinstance(data, BadImage)
+        ]
+        shapes = {(module.in_chans, picture.height, picture.width) for picture in pictures}
+        with one_thread():
+            seconds = {reduced: loading(module, source, chosen, reduced) for reduced in (False, True)}
+        share = reading / (reading + seconds[module.jpeg_scaling])
+        if share > 0.25 and not isinstance(source, RecordSource):
+            lines.append(f"reading files takes {share:.0%} of the loading: `mae pack` makes few large files of them")
+        elif share > 0.25:
+            lines.append(f"reading takes {share:.0%} of the loading: shards on a faster or nearer storage would help")
+        if not module.jpeg_scaling and seconds[False] > 1.1 * seconds[True]:
+            gain = seconds[False] / seconds[True]
+            lines.append(
+                f"--data.jpeg_scaling true would load {gain:.1f} times as fast, with other pixels: see `mae bench data`"
+            )
+    else:
+        shapes = {(module.in_chans, picture.height, picture.width) for picture in map(source.open, chosen)}
+    if len(shapes) == 1 and module.distort is None:
+        needed = len(source) * math.prod(shapes.pop())
+        device = module.trainer.strategy.root_device if module.trainer else torch.device("cpu")
+        if needed < 0.5 * free_memory(device):
+            lines.append(
+                f"--data.device_resident true would keep the images on the device ({needed / 2**30:.2f} GiB), if all "
+                f"have the size of the {len(chosen)} looked at"
+            )
+    return lines
+
+
+def loading(module: ImageData, source: FileSource, chosen: Sequence[int], reduced: bool) -> float:
+    """CPU seconds for some images."""
+    samples = module.samples(source)
+    samples.reduced = reduced
+    start = time.process_time()
+    samples[[(0, index) for index in chosen]]
+    return time.process_time() - start

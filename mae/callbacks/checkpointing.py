@@ -1,0 +1,133 @@
+"""What keeps a run safe: it is saved as it goes, stopped where a signal asks, and known to be alive."""
+
+import time
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+from mae.errors import Stopped, TrainingFailed, UserError
+from mae.runtime import checkpoint_files, signals, slurm
+from mae.runtime.checkpoint_files import last_checkpoint, step_file
+from mae.runtime.rank_flags import Agreement
+from mae.runtime.signals import Wish
+from mae.training.checkpoint_io import CheckpointFiles
+from mae.training.module import Stage
+
+
+class Checkpoints(Checkpoint):
+    """Saves the run as it goes, so that `--ckpt_path last` goes on to the same bits; stops it where a signal asks.
+
+    Always at the end of an optimiser step, never inside an accumulation window, when the step's row is in `metrics.csv`
+    and before the look at held-out images that an epoch ends with: a run that goes on from there takes it first. The
+    last step is always saved, and so is the one after which a signal stops the run. Training waits while the state is
+    copied in memory; writing goes on beside it.
+
+    Args:
+        every_n_epochs: Save at the end of each so many epochs.
+        every_n_steps: Save after each so many optimiser steps, too.
+        every_n_minutes: Save when so many minutes have gone by since the last time, too; null: never for that reason.
+        keep: So many checkpoints stay in `checkpoints/`, the newest; `last.ckpt` is a link to the newest.
+    """
+
+    ATTEMPTS = 3  # to save, before a run that cannot save is stopped
+
+    def __init__(
+        self,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        every_n_minutes: float | None = 30,
+        keep: int = 3,
+    ):
+        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1) or keep < 1:
+            raise UserError(
+                f"--checkpoint.every_n_epochs {every_n_epochs}, every_n_steps {every_n_steps}, keep {keep}: at least 1"
+            )
+        if every_n_minutes is not None and not every_n_minutes > 0:
+            raise UserError(f"--checkpoint.every_n_minutes {every_n_minutes}: above 0, or null")
+        self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
+        self.keep = keep
+        self.saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        files = trainer.strategy.checkpoint_io
+        assert isinstance(files, CheckpointFiles)
+        self.files = files
+        self.agreement = Agreement(3)
+        self.clock = time.monotonic()
+
+    def after_step(self, trainer: Trainer, stage: Stage) -> None:
+        step = trainer.global_step
+        # Between epochs comes the look at held-out images, which may take minutes: signals are heard before it.
+        border = stage.at_epoch_end or step >= stage.total_steps
+        said = [signals.wished, int(self.overdue()), self.files.failures]
+        wished, overdue, failures = self.agreement.hear(said, wait=border)
+        if failures >= self.ATTEMPTS:
+            raise TrainingFailed(f"{failures} checkpoints in a row could not be written{self.why()}")
+        intervals = [self.every_n_epochs * stage.steps_per_epoch, stage.total_steps, self.every_n_steps]
+        if wished or overdue or any(interval and step % interval == 0 for interval in intervals):
+            self.save(trainer)
+        if wished:
+            self.stop(trainer, Wish(wished))
+
+    def overdue(self) -> bool:
+        """For the rank that writes to say: the others do not know its clock or its disk."""
+        if self.files.busy:
+            return False
+        passed = time.monotonic() - self.clock
+        if self.files.failed is not None:
+            return passed > checkpoint_files.RETRY_SECONDS
+        return self.every_n_minutes is not None and passed > 60 * self.every_n_minutes
+
+    def save(self, trainer: Trainer) -> None:
+        if self.files.failed is not None and not self.files.busy:
+            print(f"mae: warning: a checkpoint could not be written{self.why()}; trying again", flush=True)
+        self.saved_step = trainer.global_step
+        trainer.save_checkpoint(step_file(trainer.default_root_dir, self.saved_step), weights_only=False)
+        self.clock = time.monotonic()
+
+    def why(self) -> str:
+        """Of the last failure, on the rank that knows it."""
+        if self.files.failed is None:
+            return ""
+        path, error = self.files.failed
+        whole = last_checkpoint(path.parent.parent)
+        kept = f"the last good one is {whole.resolve().name}" if whole.exists() else "there is none yet"
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return f": {path}: {reason}; {kept}; make room or repair {path.parent}"
+
+    def stop(self, trainer: Trainer, wish: Wish) -> None:
+        """
+        Raises:
+            Stopped: On every rank, when the checkpoint is on the disk and, where it can be, the job in the queue again.
+            TrainingFailed: The checkpoint could not be written.
+        """
+        said: tuple[str, int] = ("", 1)
+        if trainer.is_global_zero:
+            self.files.wait()
+            if self.files.failed is None:
+                requeued, how = (False, "") if wish == Wish.INTERRUPT else slurm.requeue()
+                parts = [f"stopped at step {trainer.global_step}, saved", how, "--ckpt_path last goes on from there"]
+                said = "; ".join(filter(None, parts)), 0 if requeued else signals.EXIT_CODES[wish]
+                # Now: going back to the queue brings SIGTERM, and the batch system ends what is slow to end.
+                print(said[0], flush=True)
+        words, code = trainer.strategy.broadcast(said)
+        if not words:
+            raise TrainingFailed(f"asked to stop, but the checkpoint could not be written{self.why()}")
+        raise Stopped(words, code)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Stage)
+        if self.saved_step != trainer.global_step and trainer.global_step != pl_module.resumed_at:
+            pl_module.write_last_row()  # a callback has ended the run early
+            self.save(trainer)
+        if self.lost(trainer):
+            self.save(trainer)
+            if self.lost(trainer):
+                raise TrainingFailed(f"the last checkpoint could not be written{self.why()}")
+
+    def lost(self, trainer: Trainer) -> bool:
+        """Whether the last checkpoint is not on the disk; all ranks ask."""
+        self.files.wait()
+        return bool(trainer.strategy.broadcast(self.files.failed is not None))

@@ -1,0 +1,97 @@
+"""k-NN and a linear probe while pre-training."""
+
+import itertools
+import time
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+
+from mae.data.datamodule import ImageData
+from mae.data.labelled import Subset
+from mae.data.sources import Source, spread
+from mae.errors import UserError
+from mae.evaluation import features, linear_heads
+from mae.pretrain import Pretrain
+from mae.runtime import watchdog
+from mae.runtime.processes import gather
+from mae.training.fsdp import whole
+
+
+class Online(Callback):
+    """Looks at features while they are learnt: k-NN and a linear probe on labelled images, in `metrics.csv` and W&B.
+
+    Features are the mean of patch tokens: the encoder sees whole images, unmasked, in eval mode. No gradient and no
+    random number of the training is touched. Off where a split has no labels, or there is only one class.
+
+    Args:
+        every_n_epochs: How often.
+        train_images: How many, spread over the training images, vote in k-NN and fit the probe.
+        held_out_images: How many, spread over the held-out images, are classified.
+    """
+
+    RATE = 0.1  # of the probe; a choice would need labels held out of the few that there are
+    EPOCHS = 20
+
+    def __init__(self, every_n_epochs: int = 20, train_images: int = 10_000, held_out_images: int = 5_000):
+        if min(every_n_epochs, train_images, held_out_images) < 1:
+            raise UserError(
+                f"--online.every_n_epochs {every_n_epochs}, train_images {train_images}, held_out_images "
+                f"{held_out_images}: at least 1"
+            )
+        self.every_n_epochs, self.train_images, self.held_out_images = every_n_epochs, train_images, held_out_images
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pretrain)
+        data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        sources = (data.train_source, data.val_source)
+        labelled = all(source is not None and source.labels is not None for source in sources)
+        if not labelled or trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch):
+            return
+        assert data.train_source is not None
+        assert data.val_source is not None
+        classes = len(data.train_source.classes)
+        if classes < 2:
+            return
+        start = time.perf_counter()
+        train = self.encoded(trainer, pl_module, data, data.train_source, self.train_images)
+        test = self.encoded(trainer, pl_module, data, data.val_source, self.held_out_images)
+        if trainer.is_global_zero:
+            both = features.Features(*train, *test, classes)
+            probe = linear_heads.fit_and_score(
+                train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
+            )
+            pl_module.write({"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe})
+        pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
+
+    def encoded(
+        self, trainer: Trainer, module: Pretrain, data: ImageData, source: Source, count: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Features and labels of `count` images, in the same order whatever the number of processes."""
+        part = Subset(source, spread(source, count))
+        was_training = module.model.training
+        module.model.eval()
+        mine, errors = [], []
+        with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
+            for batch in data.readable(part, trainer.global_rank, trainer.world_size):
+                watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
+                if batch.errors:
+                    errors += [str(error) for error in batch.errors]
+                    continue
+                found, labels = features.extract(
+                    lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
+                    data,
+                    [batch],
+                    module.device,
+                )
+                mine.append((batch.indices, found, labels))
+        module.model.train(was_training)
+        # Of training images some may be unreadable: the training counts them, and tolerates them or not.
+        if source is data.val_source and (bad := gather(errors)):
+            raise UserError(f"held-out images must all be readable: {bad[0][0]}")
+        parts = list(itertools.chain(*gather(mine)))
+        if not parts:
+            raise UserError("online evaluation found no readable training image: look at them with `mae doctor`")
+        indices, found, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+        order = indices.argsort()
+        return found[order], labels[order]

@@ -1,0 +1,295 @@
+"""Labelled data for probes and fine-tuning: few labels, held-out parts of the training set, strong augmentation."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor
+
+from mae.data.datamodule import ImageData
+from mae.data.datasets import Batch
+from mae.data.decode import BadImage, Picture, is_dir
+from mae.data.sampling import Stream, hashed_name, seeded
+from mae.data.sources import FolderSource, Source
+from mae.errors import UserError
+
+
+class Subset(Source):
+    """Some images of a source, in its order."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        assert source.labels is not None
+        self.source, self.indices = source, list(indices)
+        self.labels: list[int] | None = [source.labels[i] for i in self.indices]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def where(self, index: int) -> str:
+        return self.source.where(self.indices[index])
+
+    def open(self, index: int) -> Picture:
+        return self.source.open(self.indices[index])
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        return self.source.open_all([self.indices[index] for index in indices])
+
+
+class LabelledData(ImageData):
+    """Images with classes.
+
+    Args:
+        label_fraction: Train on this share of each class, such as 0.01 or 0.1, at least one image each.
+        labels_per_class: Train on so many images of each class.
+        subset_file: Train on the images that this file names, one a line: paths below the training folder, or file
+            names (as the published 1 % and 10 % lists of ImageNet).
+        subset_seed: Which images label_fraction and labels_per_class take. With one seed, more labels include fewer.
+        holdout: Share of each class's training images to hold out and report on, instead of the held-out split: to
+            choose settings by, so that the test images choose nothing.
+    """
+
+    single_draw = False
+
+    def __init__(
+        self,
+        label_fraction: float | None = None,
+        labels_per_class: int | None = None,
+        subset_file: str | None = None,
+        subset_seed: int = 0,
+        holdout: float = 0.0,
+        **kwargs: Any,
+    ):
+        super().__init__(**kwargs)
+        if sum(value is not None for value in (label_fraction, labels_per_class, subset_file)) > 1:
+            raise UserError("--data.label_fraction, labels_per_class and subset_file exclude each other")
+        if label_fraction is not None and not 0 < label_fraction <= 1:
+            raise UserError(f"--data.label_fraction {label_fraction}: a share lies above 0, up to 1")
+        if labels_per_class is not None and labels_per_class < 1:
+            raise UserError(f"--data.labels_per_class {labels_per_class}: at least 1")
+        if not 0 <= holdout < 1:
+            raise UserError(f"--data.holdout {holdout}: a share lies in 0 to 1, 1 left out")
+        self.label_fraction, self.labels_per_class, self.subset_file = label_fraction, labels_per_class, subset_file
+        self.subset_seed, self.holdout = subset_seed, holdout
+        if self.crop is not None:
+            self.crop = self.crop._replace(single_draw=self.single_draw)
+
+    @property
+    def classes(self) -> list[str]:
+        self.load()
+        assert self.train_source is not None
+        return self.train_source.classes
+
+    def load(self) -> None:
+        if self.train_source is not None:
+            return
+        super().load()
+        assert self.train_source is not None
+        whole: Source = self.train_source
+        try:
+            check_classes(whole, "training")
+            if self.val_source is not None:
+                check_classes(self.val_source, "held-out", fewest=0)
+            indices = self.subset(whole)
+            if self.holdout:
+                apart = self.hold_out(whole, indices)
+                self.val_source = Subset(whole, apart)
+                indices = sorted(set(indices) - set(apart))
+        except UserError:
+            self.train_source = None  # a second call must not find half of the work done
+            raise
+        if len(indices) < len(whole):
+            self.train_source = Subset(whole, indices)
+
+    def subset(self, source: Source) -> list[int]:
+        """The training images that are used."""
+        if self.subset_file is not None:
+            return listed(source, Path(self.subset_file))
+        if self.label_fraction is None and self.labels_per_class is None:
+            return list(range(len(source)))
+        chosen = []
+        for label, ranked in by_class(source, range(len(source)), self.subset_seed, "subset").items():
+            count = self.labels_per_class or max(1, round((self.label_fraction or 0) * len(ranked)))
+            if count > len(ranked):
+                raise UserError(
+                    f"--data.labels_per_class {count}: class {source.classes[label]} has {len(ranked)} images"
+                )
+            chosen += ranked[:count]
+        return sorted(chosen)
+
+    def hold_out(self, source: Source, indices: Sequence[int]) -> list[int]:
+        """The share of `indices` that is held out, of each class."""
+        chosen = []
+        for label, ranked in by_class(source, indices, self.subset_seed, "holdout").items():
+            if len(ranked) < 2:
+                raise UserError(
+                    f"class {source.classes[label]} has {len(ranked)} training image: none can be held out of it "
+                    "(--data.holdout 0)"
+                )
+            chosen += ranked[: min(len(ranked) - 1, max(1, round(self.holdout * len(ranked))))]
+        return sorted(chosen)
+
+    def settings(self) -> dict[str, Any]:
+        own = ("label_fraction", "labels_per_class", "subset_file", "subset_seed", "holdout")
+        return super().settings() | {f"data.{key}": getattr(self, key) for key in own}
+
+
+def check_classes(source: Source, which: str, fewest: int = 2) -> None:
+    """Every class has images, and every label is one of the classes.
+
+    Raises:
+        UserError: Names the class or the label.
+    """
+    if source.labels is None:
+        raise UserError(
+            f"the {which} images have no labels: wanted is a folder a class (train/CLASS/*, val/CLASS/*); "
+            "name the splits with --data.train_dir and --data.val_dir"
+        )
+    if wrong := [label for label in set(source.labels) if not 0 <= label < len(source.classes)]:
+        raise UserError(
+            f"a {which} image has the label {wrong[0]}, outside the {len(source.classes)} classes 0 to "
+            f"{len(source.classes) - 1}"
+        )
+    if isinstance(source, FolderSource):
+        with os.scandir(source.root) as entries:
+            folders = sorted(e.name for e in entries if is_dir(e) and not e.name.startswith("."))
+        filled = {source.classes[label] for label in set(source.labels)}
+        if empty := [name for name in folders if name not in filled]:
+            raise UserError(f"{source.root / empty[0]} holds no image: fill or remove the folder of this class")
+    counts = np.bincount(source.labels, minlength=len(source.classes))
+    if few := [(source.classes[i], int(count)) for i, count in enumerate(counts) if count < fewest]:
+        raise UserError(
+            f"class {few[0][0]} has {few[0][1]} {which} image{'s' * (few[0][1] != 1)}: at least {fewest} are needed"
+        )
+
+
+def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) -> dict[int, list[int]]:
+    """The images of each class in an order that hangs on the seed and on their names alone."""
+    assert source.labels is not None
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for index in indices:
+        key = hashed_name(seed, source.name(index), stream)
+        groups.setdefault(source.labels[index], []).append((key, index))
+    return {label: [index for _, index in sorted(groups[label])] for label in sorted(groups)}
+
+
+def listed(source: Source, path: Path) -> list[int]:
+    """The images that a file names."""
+    try:
+        wanted = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
+    chosen, found = [], set()
+    for index in range(len(source)):
+        name = source.name(index)
+        for key in {name, name.rsplit("/", 1)[-1]} & wanted:
+            chosen.append(index)
+            found.add(key)
+    if missing := sorted(wanted - found):
+        raise UserError(f"--data.subset_file {path} names {missing[0]!r}, which is no training image")
+    assert source.labels is not None
+    if bare := sorted(set(range(len(source.classes))) - {source.labels[i] for i in chosen}):
+        raise UserError(f"--data.subset_file {path} names no image of class {source.classes[bare[0]]}")
+    return sorted(set(chosen))
+
+
+class ProbeData(LabelledData):
+    """Images for a linear probe: the paper's crops of 8 % to 100 % of the area, drawn once, and flips (Table 10).
+
+    Args:
+        crop_scale: Random resized crop: smallest and largest area as a fraction of the image; null: centre crop.
+    """
+
+    single_draw = True
+
+    def __init__(self, crop_scale: tuple[float, float] | None = (0.08, 1.0), **kwargs: Any):
+        super().__init__(crop_scale=crop_scale, **kwargs)
+
+
+class FinetuneData(LabelledData):
+    """Images for fine-tuning: crops, flips, timm's RandAugment and random erasing as in the recipe (Table 9).
+
+    Args:
+        crop_scale: Random resized crop: smallest and largest area as a fraction of the image; null: centre crop.
+        auto_augment: RandAugment as timm writes it; null: none. For RGB images only.
+        erase_prob: Probability of erasing a box of a training image with noise; the official code has 0.25, the paper
+            does not list it.
+    """
+
+    def __init__(
+        self,
+        crop_scale: tuple[float, float] | None = (0.08, 1.0),
+        auto_augment: str | None = "rand-m9-mstd0.5-inc1",
+        erase_prob: float = 0.25,
+        **kwargs: Any,
+    ):
+        super().__init__(crop_scale=crop_scale, **kwargs)
+        if not 0 <= erase_prob <= 1:
+            raise UserError(f"--data.erase_prob {erase_prob}: a probability lies in 0 to 1")
+        self.auto_augment, self.erase_prob = auto_augment, erase_prob
+        if auto_augment is not None:
+            if self.in_chans != 3 or self.mean is None:
+                raise UserError(
+                    f"--data.auto_augment {auto_augment} is for RGB images, these have {self.in_chans} channels: "
+                    "set it to null"
+                )
+            self.distort = RandAugment(auto_augment, min(self.image_size), self.mean)
+        self.erasing = RandomErasing(erase_prob, mode="pixel", max_count=1, num_splits=0, device="cpu")
+
+    def prepare(self, batch: Batch) -> Batch:
+        batch = super().prepare(batch)
+        if not self.erase_prob:
+            return batch  # the keys lie on the device: reading them waits for it
+        keys = zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)
+        for image, (epoch, index) in zip(batch.images, keys, strict=True):
+            if epoch >= 0:  # not a held-out image
+                with seeded(self.seed, epoch, index, "erase"):
+                    self.erasing(image)  # in place, on the normalised image as in the reference
+        return batch
+
+    def augmentations(self) -> list[str]:
+        said = super().augmentations()
+        if isinstance(self.distort, RandAugment):
+            said.append(f"RandAugment {self.auto_augment}")
+        return said + ([f"random erasing {self.erasing.probability:g}"] if self.erasing.probability else [])
+
+    def settings(self) -> dict[str, Any]:
+        own = {f"data.{key}": getattr(self, key) for key in ("auto_augment", "erase_prob")}
+        return super().settings() | own
+
+
+class RandAugment:
+    """timm's RandAugment with the arguments that timm's own training transform gives it; (3, H, W) uint8 each way."""
+
+    def __init__(self, description: str, side: int, mean: Sequence[float]):
+        fill = tuple(min(255, round(255 * value)) for value in mean)
+        arguments = {"translate_const": int(side * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
+        try:
+            self.transform = rand_augment_transform(description, arguments)
+        except (AssertionError, KeyError, ValueError):
+            raise UserError(
+                f"--data.auto_augment {description!r} is not RandAugment as timm writes it: rand-m9-mstd0.5-inc1"
+            ) from None
+        for op in getattr(self.transform, "ops", ()):
+            if op.name.startswith("Posterize"):
+                op.aug_fn = posterize
+
+    def __call__(self, image: Tensor) -> Tensor:
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+        return torch.from_numpy(np.array(self.transform(picture))).permute(2, 0, 1).contiguous()
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, also where the noise on the magnitude leaves 0 bits: black then, which newer Pillow refuses to make."""
+    if bits_to_keep == 0:
+        return Image.new(image.mode, image.size)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)

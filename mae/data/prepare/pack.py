@@ -1,0 +1,309 @@
+"""`mae pack`: images into tar shards with an index."""
+
+import zlib
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from io import BytesIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jsonargparse import Namespace
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from mae.data.crops import resized_crop
+from mae.data.datasets import Reading, Samples, default_workers
+from mae.data.decode import BadImage, moments, open_image
+from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
+from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, finish, suffix_of
+from mae.data.prepare.verify import verify
+from mae.data.sources import FileSource, relabel
+from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
+from mae.errors import UserError
+from mae.options import ToolParser
+from mae.runtime.storage import Place
+
+ORIGINAL = "original bytes"
+
+JPEG_SIDE = 65500  # libjpeg's limit
+
+
+def pack_command(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae pack", description="Images into tar shards (WebDataset) with an index.")
+    parser.add_argument("--config", action="config")
+    parser.add_argument(
+        "src", type=str | None, nargs="?", metavar="SRC", help="A folder of images, with or without the splits train/ "
+        "and val/; a .tar file of images; or a folder that holds the ILSVRC 2012 archives as downloaded.",
+    )  # fmt: skip
+    parser.add_argument("dst", type=str | None, nargs="?", metavar="DST", help="DST/train and DST/val are written.")
+    parser.add_argument(
+        "--verify", type=str | None, default=None, metavar="DST", help="Pack nothing, find every damaged record of DST."
+    )
+    parser.add_argument("--train_dir", type=str | None, default=None, help="As --data.train_dir.")
+    parser.add_argument("--val_dir", type=str | None, default=None, help="As --data.val_dir.")
+    parser.add_argument("--shard_mb", type=float, default=256, help="Size that a shard does not exceed, in MiB.")
+    parser.add_argument(
+        "--short_side", type=int | None, default=None,
+        help="Encode images anew whose shorter side is larger, at this many pixels (default: bytes as they are).",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quality", type=int | None, default=None, help="Of JPEGs encoded anew, 1 to 100 (default 95)."
+    )
+    parser.add_argument("--in_chans", type=int, default=3, help="Channels, of the statistics and of what is encoded.")
+    parser.add_argument("--max_bad_images", type=int, default=0, help="Unreadable images to pack as they are.")
+    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the shards that DST holds.")
+    parser.add_argument(
+        "--num_workers", type=int | None, default=None, help="Loader processes (default: one a spare core, 8 at most)."
+    )
+    config = parser.parse_args(list(args))
+    if config.verify is not None:
+        if config.src is not None:
+            raise UserError(f"--verify {config.verify} packs nothing: leave out {config.src}")
+        try:
+            verify(local(config.verify, "--verify"))
+        except OSError as error:
+            raise UserError(f"--verify {error.filename or config.verify}: {error.strerror or error}") from None
+    elif config.src is None or config.dst is None:
+        raise UserError("wanted are two folders, mae pack SRC DST, or mae pack --verify DST")
+    else:
+        try:
+            pack(config)
+        except OSError as error:  # a folder above that cannot be looked into, a name that is too long
+            raise UserError(f"{error.filename or config.dst}: {error.strerror or error}") from None
+
+
+def local(where: str, what: str) -> Path:
+    """A path on this machine.
+
+    Raises:
+        UserError: It is none.
+    """
+    place = Place(where)
+    if place.remote:
+        raise UserError(f"{what} {where} is not on this machine: pack and verify here, then copy the folder there")
+    return place.path
+
+
+class Encoding(NamedTuple):
+    """What becomes of images whose shorter side is larger than `short_side`; None: nothing."""
+
+    short_side: int | None
+    quality: int
+
+    def __str__(self) -> str:
+        if self.short_side is None:
+            return ORIGINAL
+        return f"short side {self.short_side}, JPEG quality {self.quality}"
+
+
+class Record(NamedTuple):
+    """An image ready to be written.
+
+    Attributes:
+        data: Its bytes, None where they could not be read.
+        suffix: Of its member in the tar, without the dot.
+        moments: (C, 2) mean and mean square of the channels in [0, 1]; None where it cannot be decoded.
+        error: Why `data` or `moments` is None.
+    """
+
+    data: bytes | None
+    suffix: str
+    crc32: int
+    moments: list[tuple[float, float]] | None
+    error: BadImage | None
+
+
+class Records(Samples):
+    """What a loader process makes of the images of a source. Items are indices."""
+
+    def __init__(self, source: FileSource, encoding: Encoding) -> None:
+        super().__init__(source, (0, 0))
+        self.files, self.encoding = source, encoding
+
+    def __getitem__(self, index: int) -> Record:
+        if self.reading:
+            self.reading.note(index)
+        suffix, where = suffix_of(self.files.name(index)), self.files.where(index)
+        try:
+            data = self.files.read(index)
+            check_crc(self.files, index, data)
+        except BadImage as error:
+            return Record(None, suffix, 0, None, error)
+        try:
+            pixels = open_image(data, where, self.files.in_chans).pixels()
+            if size := self.smaller(pixels):
+                data, suffix = encode(pixels, size, self.encoding.quality), "jpg"
+                pixels = open_image(data, f"{where} encoded anew", self.files.in_chans).pixels()
+        except BadImage as error:
+            return Record(data, suffix, zlib.crc32(data), None, error)
+        return Record(data, suffix, zlib.crc32(data), moments(pixels), None)
+
+    def smaller(self, pixels: Tensor) -> tuple[int, int] | None:
+        """The size at which an image is encoded anew, or None."""
+        height, width = pixels.shape[1:]
+        short = self.encoding.short_side
+        if short is None or min(height, width) <= short:
+            return None
+        scale = short / min(height, width)
+        size = round(height * scale), round(width * scale)
+        return size if max(size) <= JPEG_SIDE else None
+
+
+def check_crc(source: FileSource, index: int, data: bytes) -> None:
+    """Of an image that comes from shards: what is damaged there must not get a checksum that says it is intact."""
+    if isinstance(source, RecordSource) and len(source.index.crc32) and source.index.crc32[index] != zlib.crc32(data):
+        raise BadImage(source.where(index), "its bytes differ from the checksum in the index")
+
+
+def described(source: FileSource, encoding: Encoding) -> str:
+    """What has been done to the bytes, here and, where they come from shards, before."""
+    before = source.index.about.get("encoding", ORIGINAL) if isinstance(source, RecordSource) else ORIGINAL
+    if before == ORIGINAL or encoding.short_side is None:
+        return str(encoding) if before == ORIGINAL else str(before)
+    return f"{before}, then {encoding}"
+
+
+def encode(pixels: Tensor, size: tuple[int, int], quality: int) -> bytes:
+    """(1 or 3, H, W) uint8 as a JPEG of another size, colours as fine as brightness."""
+    small = resized_crop(pixels, (0, 0, *pixels.shape[1:]), size)
+    rows = small[0] if len(small) == 1 else small.permute(1, 2, 0).contiguous()
+    stream = BytesIO()
+    Image.fromarray(rows.numpy()).save(stream, "JPEG", quality=quality, subsampling="4:4:4")
+    return stream.getvalue()
+
+
+def pack(config: Namespace) -> None:
+    src, dst = local(config.src, "SRC"), local(config.dst, "DST")
+    workers = default_workers() if config.num_workers is None else config.num_workers
+    if config.shard_mb <= 0 or config.in_chans < 1 or config.max_bad_images < 0 or workers < 0:
+        raise UserError("--shard_mb must be above 0, --in_chans at least 1, --max_bad_images, --num_workers at least 0")
+    if config.quality is not None and (config.short_side is None or not 1 <= config.quality <= 100):
+        raise UserError(f"--quality {config.quality}: 1 to 100, and only with --short_side is anything encoded")
+    if config.short_side is not None and (config.short_side < 1 or config.in_chans not in (1, 3)):
+        raise UserError(f"--short_side {config.short_side}: at least 1; and a JPEG has 1 or 3 channels (--in_chans)")
+    encoding = Encoding(config.short_side, config.quality or 95)
+
+    sources = open_sources(src, config)
+    folders = {split: dst / split for split in sources}
+    check_apart(src, dst, folders, config)
+    for folder in folders.values():
+        check_free(folder, config.overwrite)
+    if config.short_side is not None:
+        check_jpegs(sources)
+
+    packed: dict[str, Index] = {}
+    with ExitStack() as stack:
+        for folder in folders.values():
+            stack.enter_context(exclusive_folder(folder, config.overwrite))
+        allowed = config.max_bad_images
+        for split, source in sources.items():
+            records = Records(source, encoding)
+            packed[split] = write_shards(records, folders[split], split, workers, config.shard_mb, allowed)
+            allowed -= packed[split].about["bad_images"]
+        for split, index in packed.items():  # together: an interrupted pack is begun anew, and refused where one exists
+            finish(folders[split], index)
+    for split, index in packed.items():
+        size, count, how = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
+        print(f"wrote {folders[split]}: {len(index):,} images, {size:,.1f} MiB, in {count} shards; {how}")
+    for key in ("mean", "std"):
+        if values := packed["train"].about[key]:
+            print(f"--data.{key} '[{', '.join(f'{value:.4f}' for value in values)}]'", flush=True)
+
+
+def open_sources(src: Path, config: Namespace) -> dict[str, FileSource]:
+    """The images by split, with the labels that training would see."""
+    if not src.exists():
+        raise UserError(f"SRC {src} does not exist")
+    root = Place(src)
+    places = split_places(root, config.train_dir, config.val_dir, "--")
+    archives = holds_archives(src)
+    if archives and places["train"].where == root.where:
+        sources: dict[str, FileSource] = dict(open_archives(src, config.in_chans))
+        if "val" not in sources:
+            print(f"{src} holds {TRAIN} but no {VAL}: packed is train only", flush=True)
+        return sources
+    if archives:
+        print(f"{src} holds archives, too: packed is what lies unpacked in {places['train']}", flush=True)
+    sources = {split: open_images(place, config.in_chans) for split, place in places.items()}
+    if "val" in sources and sources["train"].classes and sources["val"].classes:
+        relabel(sources["val"], sources["train"].classes, str(places["train"]))
+    return sources
+
+
+def check_apart(src: Path, dst: Path, folders: dict[str, Path], config: Namespace) -> None:
+    """Shards among images would be taken for these, and replaced shards must not be what is read.
+
+    Raises:
+        UserError: Source and destination lie in each other.
+    """
+    source, target = src.resolve(), dst.resolve()
+    if target == source or source in target.parents:
+        raise UserError(f"DST {dst} lies in SRC {src}: choose a folder outside")
+    names = {"train": config.train_dir or "train", "val": config.val_dir or "val"}
+    for split, folder in folders.items():
+        read, written = [source, (src / names[split]).resolve()], folder.resolve()
+        for one in read:
+            if one == written or one in written.parents or written in one.parents:
+                raise UserError(f"{folder} would be written and {one} is read: choose another DST")
+
+
+def check_jpegs(sources: dict[str, FileSource]) -> None:
+    for source in sources.values():
+        for i in range(len(source)):
+            if source.name(i).lower().endswith(".npy"):
+                raise UserError(f"--short_side encodes as JPEG, which {source.where(i)} cannot become: leave it out")
+
+
+def write_shards(records: Records, folder: Path, split: str, workers: int, shard_mb: float, allowed: int) -> Index:
+    """All images of a source into a folder; returns the index, which is yet to be written.
+
+    Args:
+        allowed: Images that may be unreadable.
+
+    Raises:
+        UserError: An image cannot be read, or a shard not be written.
+    """
+    source, n = records.files, len(records.files)
+    records.reading = Reading(source, workers)
+    loader = DataLoader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=as_is)
+    columns = [array(kind) for kind in "IqqI"]  # shard, offset, size, crc32
+    sums, bad = np.zeros((source.in_chans, 2)), 0
+    with ShardWriter(folder, shard_mb * 2**20) as shards:
+        for i, record in enumerate(tqdm(loader, split, n, unit="image", disable=None, dynamic_ncols=True)):
+            if record.error is not None:
+                bad += 1
+                check_tolerable(record, bad, allowed)
+                tqdm.write(f"mae: warning: unreadable image, packed as it is: {record.error}")
+            else:
+                sums += record.moments
+            place = shards.add(i, record.suffix, record.data, None if source.labels is None else source.labels[i])
+            for column, value in zip(columns, (*place, len(record.data), record.crc32), strict=True):
+                column.append(value)
+    about: dict[str, Any] = {"images": n, "bad_images": bad, "encoding": described(source, records.encoding)}
+    about |= dict(zip(("mean", "std"), mean_and_std(sums, n - bad), strict=True))
+    file, offset, size, crc32 = columns
+    names = [source.name(i) for i in range(n)]
+    return make_index(shards.files, file, offset, size, names, crc32, source.labels, source.classes, about)
+
+
+def as_is(record: Any) -> Any:
+    return record
+
+
+def check_tolerable(record: Record, bad: int, allowed: int) -> None:
+    if record.data is None:
+        raise UserError(f"{record.error}: its bytes cannot be had, nothing is packed")
+    if bad > allowed:
+        raise UserError(f"{record.error}; a higher --max_bad_images packs unreadable images as they are")
+
+
+def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]] | tuple[None, None]:
+    """Of each channel, from the sums (C, 2) of what `moments` finds in each image."""
+    if count == 0:
+        return None, None
+    mean, squares = (sums / count).T
+    return mean.tolist(), np.sqrt(np.maximum(0, squares - mean**2)).tolist()

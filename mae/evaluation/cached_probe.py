@@ -1,0 +1,150 @@
+"""The fast linear probe: encode every image once, then train all heads together on the cached features."""
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from mae.data.labelled import LabelledData
+from mae.errors import UserError
+from mae.evaluation import features, linear_heads
+from mae.evaluation.metrics import Report, Scores
+
+
+@dataclass
+class CachedSettings:
+    """The probe on cached features (`--mode cached`).
+
+    Args:
+        layers: Blocks whose output is probed, counted from the end: -1 is the last.
+        pools: Features of each layer: the class token, the mean of patch tokens; or, by itself, both as one.
+        crops: Random crops of each training image beside its centre crop; 0: the centre crop alone.
+        rates: Learning rates of the heads; for each feature the best is chosen on `holdout`.
+        epochs: Passes over the cached features.
+        batch_size: Images of a step.
+        holdout: Share of the training images of each class on which rate, layer and pool are chosen; then the heads
+            are fitted on all training images.
+    """
+
+    layers: list[int] = field(default_factory=lambda: [-1])
+    pools: list[Literal["class", "mean", "both"]] = field(default_factory=lambda: ["class", "mean"])
+    crops: int = 0
+    rates: list[float] = field(default_factory=lambda: list(linear_heads.RATES))
+    epochs: int = 50
+    batch_size: int = 256
+    holdout: float = 0.1
+
+
+class Row(NamedTuple):
+    """One feature, its rate chosen on training images. Accuracies in percent."""
+
+    feature: str
+    rate: float
+    at_end: bool  # of the grid of rates: one beyond it may be better
+    held_out: float
+    test: float
+
+
+class CachedResult(NamedTuple):
+    rows: list[Row]
+    chosen: Row  # by its accuracy on the held-out training images
+    report: Report  # of the chosen
+    encoding: float  # seconds
+    training: float  # seconds
+
+    def table(self) -> str:
+        lines = ["feature         rate     on held-out training images   on the held-out split"]
+        for row in self.rows:
+            mark = "  <- chosen" if row == self.chosen else ""
+            mark += "  (rate at the end of --cached.rates)" if row.at_end else ""
+            lines.append(f"{row.feature:<14} {row.rate:>6g} {row.held_out:>31.2f} {row.test:>23.2f}{mark}")
+        return "\n".join(lines)
+
+
+def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
+    """What is going to be done, to be read before it is.
+
+    Raises:
+        UserError: There are no held-out images.
+    """
+    if data.train_source is None or data.val_source is None:
+        raise UserError("a probe needs labelled held-out images: val/CLASS/* below --data.root, or --data.val_dir")
+    crops = f"; {settings.crops} crops each: {'; '.join(data.augmentations())}" if settings.crops else ""
+    return "\n".join(
+        [
+            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
+            f"{settings.holdout:g} of each class's training images to choose by",
+            f"features      {start}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop{crops}",
+            f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}",
+        ]
+    )
+
+
+def run_cached_probe(
+    encoder: VisionTransformer, data: LabelledData, settings: CachedSettings, seed: int, device: torch.device
+) -> CachedResult:
+    """Probe a frozen encoder.
+
+    Args:
+        encoder: Its `norm` is applied to each layer.
+
+    Raises:
+        UserError: A setting that cannot be, a class with fewer than two training images.
+    """
+    assert data.train_source is not None
+    assert data.val_source is not None
+    if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
+        raise UserError(
+            f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "
+            f"{settings.holdout}: wanted are at least 0, 1, 1, and a share between 0 and 1"
+        )
+    if not settings.rates or min(settings.rates) <= 0 or not settings.pools:
+        raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
+    if "both" in settings.pools and len(settings.pools) > 1:
+        raise UserError(f"--cached.pools {settings.pools}: both is twice as wide as the others and goes by itself")
+    counts = Counter(data.train_source.labels)
+    if few := [name for i, name in enumerate(data.classes) if counts[i] < 2]:
+        raise UserError(
+            f"class {few[0]} has {counts[data.classes.index(few[0])]} training image: the cached probe holds some of "
+            "each class out to choose by (more --data.labels_per_class, or --mode recipe)"
+        )
+    try:
+        names, encode = features.multi_layer_features(encoder, settings.layers, settings.pools)
+    except ValueError as error:
+        raise UserError(f"--cached.{error}") from None
+    start = time.perf_counter()
+    was_training = encoder.training
+    encoder.to(device).eval()
+    train, labels = features.extract(encode, data, data.whole(data.train_source), device)
+    views = [train] + [
+        features.extract(encode, data, data.crops(data.train_source, epoch), device)[0]
+        for epoch in range(settings.crops)
+    ]
+    test, test_labels = features.extract(encode, data, data.whole(data.val_source), device)
+    encoder.train(was_training)
+    encoded = time.perf_counter()
+    if not all(part.isfinite().all() for part in (*views, test)):
+        raise UserError("the encoder gives features that are not finite: its weights are damaged")
+    classes = data.classes
+    found = linear_heads.probe(
+        torch.stack(views),
+        labels,
+        test,
+        test_labels,
+        len(classes),
+        rates=settings.rates,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        holdout=settings.holdout,
+        seed=seed,
+        device=device,
+    )
+    best_held_out = found.held_out.max(dim=1).values.tolist()
+    rows = [Row(*row) for row in zip(names, found.best_rate, found.at_grid_end, best_held_out, found.test, strict=True)]
+    scores = Scores(len(classes))
+    scores.update(found.logits, test_labels)
+    report = scores.report(classes)
+    return CachedResult(rows, rows[found.chosen], report, encoded - start, time.perf_counter() - encoded)

@@ -1,0 +1,196 @@
+"""What a trained classifier says: mae evaluate on labelled images, mae predict on any."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from mae.data.datamodule import TRAINING_ONLY, ImageData
+from mae.data.datasets import Batch
+from mae.data.decode import find_images, read_file
+from mae.data.sources import FileSource, Source, relabel
+from mae.data.tar_shards import holds_images, open_images
+from mae.errors import UserError
+from mae.evaluation import plots
+from mae.evaluation.metrics import Scores, score_line
+from mae.options import ToolParser, out_file, out_folder
+from mae.runtime.environment import is_first_rank
+from mae.runtime.processes import gather
+from mae.weights.classifier import Classifier, load_classifier
+from mae.weights.load import fitted, image_settings
+
+MOST_CLASSES = 100  # that are printed; --out writes all
+
+
+class Evaluation(LightningModule):
+    """One pass over held-out images on any number of devices, each image counted once."""
+
+    def __init__(self, classifier: Classifier):
+        super().__init__()
+        self.network, self.classes = classifier.network, classifier.classes
+        self.scores = Scores(len(self.classes))
+
+    def on_validation_epoch_start(self) -> None:
+        self.error = ""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        if batch.errors:
+            self.error = str(batch.errors[0])
+        else:
+            self.scores.update(self.network(batch.images), batch.labels)
+
+    def on_validation_epoch_end(self) -> None:
+        if errors := gather(self.error):
+            raise UserError(f"every image must be readable: {errors[0]}")
+        self.report = self.scores.report(self.classes)
+
+
+def evaluate_command(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae evaluate", description="Top-1, top-5 and per-class accuracy, no training.")
+    parser.add_argument("--config", action="config")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="A classifier: a run folder of mae finetune or probe, or its files; official, timm's, Hugging Face's.",
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="Folder for results.json, tables and a picture.")
+    parser.add_argument("--devices", type=int | str, default="auto", help="Processes or GPUs; accuracy is the same.")
+    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto.")
+    parser.add_class_arguments(ImageData, "data", skip=TRAINING_ONLY)
+    config = parser.parse_args(list(args))
+    classifier = load_classifier(config.model)
+    data = data_for(classifier, config.model, config.data.as_dict())
+    data.val_source = labelled(data, classifier, config.model)
+    data.train_source = data.val_source  # nothing is trained; the data module need not look for more
+    if config.out:
+        out_folder(config.out)
+    try:
+        trainer = Trainer(
+            devices=config.devices,
+            accelerator=config.accelerator,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+    except (MisconfigurationException, ValueError) as error:
+        raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
+    module = Evaluation(classifier)
+    trainer.validate(module, datamodule=data, verbose=False)
+    if not is_first_rank():
+        return
+    report = module.report
+    print(score_line(str(config.model), report))
+    shown = report.worst(MOST_CLASSES)
+    print(f"{len(shown)} of {len(report.classes)} classes, lowest first: top-1 in percent, and most often taken for")
+    for name, accuracy, other in shown:
+        print(f"  {name}: {accuracy:.2f}" + (f" → {other}" if other else ""))
+    if config.out:
+        folder = Path(config.out)
+        paths = [*report.write(folder, model=str(config.model)), folder / "confusion.png"]
+        plots.confusion(report.confusion, report.classes, report.worst(20), paths[-1])
+        print("\n".join(f"wrote {path}" for path in paths))
+
+
+def data_for(classifier: Classifier, src: str, settings: dict[str, Any]) -> ImageData:
+    """Size, channels, mean, std and crop are the model's own unless set."""
+    about = classifier.description
+    own = image_settings(about) | {"crop_pct": about["classifier"]["crop_pct"]}
+    return ImageData(**fitted(settings, own, src, fixed=("image_size", "in_chans")))
+
+
+def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
+    """The images to judge by: the held-out split, or a root that is itself a folder a class."""
+    if data.dataset != "folder":
+        data.load()
+        assert data.val_source is not None
+        if data.val_source.classes != classifier.classes:
+            raise UserError(f"--data.dataset {data.dataset} has other classes than {src}")
+        return data.val_source
+    root = data.require_root()
+    val = root / (data.val_dir or "val")
+    place = val if data.val_dir is not None or holds_images(val) else root
+    source = open_images(place, data.in_chans)
+    if source.labels is None:
+        raise UserError(f"{place} has no labels: wanted is a folder a class, with the class names of {src}")
+    relabel(source, classifier.classes, src)
+    return source
+
+
+class Files(FileSource):
+    """Any image files, without labels."""
+
+    def __init__(self, paths: list[Path], in_chans: int):
+        self.paths, self.in_chans = paths, in_chans
+        self.classes = []
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
+
+
+def predict_command(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae predict", description="Class and probabilities of images, as CSV.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE|DIR", help="Image files, or folders of them.")
+    parser.add_argument(
+        "--model",
+        type=str,
+        required=True,
+        help="A classifier: a run folder of mae finetune or probe, or its files; official, timm's, Hugging Face's.",
+    )
+    parser.add_argument("--out", type=str, required=True, help="The CSV to write: a row an image, a column a class.")
+    parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
+    parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
+    config = parser.parse_args(list(args))
+    out = out_file(config.out)
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size {config.batch_size}: at least 1")
+    classifier = load_classifier(config.model)
+    settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
+    settings |= {"image_size": None, "in_chans": None}
+    data = data_for(classifier, config.model, settings)
+    paths = [file for name in config.images for file in files_of(Path(name).expanduser())]
+    source = Files(paths, data.in_chans)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    classifier.network.to(device)
+    bad = []
+    unfinished = out.with_suffix(".partial")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["path", "class", "probability", *classifier.classes])
+        for batch in data.readable(source):
+            if batch.errors:
+                bad.append(str(batch.errors[0]))
+                writer.writerow([source.name(int(batch.indices))])
+                continue
+            images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images
+            with torch.no_grad():
+                probabilities = classifier.network(images).float().softmax(dim=1).cpu()
+            for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
+                best = int(row.argmax())
+                shares = [f"{value:.6f}" for value in row.tolist()]
+                writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
+    unfinished.replace(out)
+    print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes")
+    if bad:
+        raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")
+
+
+def files_of(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = [path / name for name in find_images(path)]
+    if not found:
+        raise UserError(f"{path} holds no image")
+    return found

@@ -1,0 +1,102 @@
+"""How good a classifier is: top-1, top-5, per class, confusions. Exact over processes: counts are summed, not means."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics import SumMetric
+from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
+
+
+class Report(NamedTuple):
+    """Figures in percent."""
+
+    acc1: float
+    acc5: float  # one of the five most likely, or of as many as there are classes
+    loss: float  # cross-entropy without smoothing
+    images: int
+    confusion: Tensor  # (classes, classes) int64, rows are the true classes
+    classes: list[str]
+
+    @property
+    def per_class(self) -> list[float]:
+        """Top-1 of each class; NaN where it has no image."""
+        accuracy: list[float] = (100 * self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
+        return accuracy
+
+    def worst(self, count: int) -> list[tuple[str, float, str]]:
+        """The classes of lowest accuracy: name, percent, and what they are most often taken for ("" if never)."""
+        wrong = self.confusion.clone().fill_diagonal_(0)
+        ranked = sorted((a, i) for i, a in enumerate(self.per_class) if a == a)  # NaN is unequal to itself
+        found = []
+        for accuracy, i in ranked[:count]:
+            taken_for = int(wrong[i].argmax())
+            found.append((self.classes[i], accuracy, self.classes[taken_for] if wrong[i, taken_for] else ""))
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        return {"acc1": self.acc1, "acc5": self.acc5, "loss": self.loss, "images": self.images}
+
+    def write(self, folder: Path, **more: Any) -> list[Path]:
+        """results.json, per_class.csv, confusion.csv."""
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / name for name in ("results.json", "per_class.csv", "confusion.csv")]
+        with paths[1].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "images", "acc1"])
+            for row in zip(self.classes, self.confusion.sum(dim=1).tolist(), self.per_class, strict=True):
+                writer.writerow(row)
+        with paths[2].open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["true \\ predicted", *self.classes])
+            writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
+        unfinished = paths[0].with_suffix(".partial")  # last, and at once: where it stands, all is written
+        unfinished.write_text(json.dumps({**self.figures(), **more}, indent=1) + "\n")
+        unfinished.replace(paths[0])
+        return paths
+
+
+class Scores(nn.Module):
+    """Counts over batches and, once it is asked to report, over processes.
+
+    Args:
+        num_classes: Of the logits.
+    """
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.confusion = MulticlassConfusionMatrix(num_classes)
+        self.top5 = MulticlassStatScores(num_classes, top_k=min(5, num_classes), average="micro")
+        self.loss = SumMetric()
+        self.loss.set_dtype(torch.float64)
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """(B, classes), (B,) int64."""
+        logits = logits.float()
+        self.confusion.update(logits.argmax(dim=1), labels)
+        self.top5.update(logits, labels)
+        self.loss.update(F.cross_entropy(logits, labels, reduction="sum"))
+
+    def report(self, classes: list[str]) -> Report:
+        """All processes must call it; then everything starts from zero."""
+        confusion = self.confusion.compute().cpu()
+        images = int(confusion.sum())
+        hits, *_ = self.top5.compute().tolist()
+        loss = float(self.loss.compute())
+        for metric in (self.confusion, self.top5, self.loss):
+            metric.reset()
+        n = max(images, 1)
+        return Report(100 * int(confusion.diag().sum()) / n, 100 * hits / n, loss / n, images, confusion, classes)
+
+
+def score_line(title: str, report: Report) -> str:
+    """The line to quote."""
+    worst = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy, _ in report.worst(3))
+    return (
+        f"{title} top-1 {report.acc1:.2f} %, top-5 {report.acc5:.2f} %, loss {report.loss:.4f} on {report.images} "
+        f"held-out images; worst classes: {worst}"
+    )

@@ -1,0 +1,156 @@
+"""Pictures: original, masked, reconstruction; and curves."""
+
+import csv
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from mae.models.mae import MaskedAutoencoder, patchify, unpatchify
+
+Columns = dict[str, Tensor]  # title -> (B, C, H, W) in [0, 1]
+
+MASKED_GREY = 0.5
+
+BORDER = 2  # pixels of white around each image
+
+LEAK_FREE = "reconstruction"
+
+WITH_TRUE_STATISTICS = "with true patch mean/std"
+
+
+def reconstruction_columns(
+    model: MaskedAutoencoder, images: Tensor, noise: Tensor, mask_ratio: float, mean: list[float], std: list[float]
+) -> Columns:
+    """Original, masked image and reconstruction with the visible patches pasted in.
+
+    A model that predicts normalised patches (norm_pix_loss) knows a hidden patch's texture but not its mean and
+    variance. Then there are two reconstructions. The first takes mean and variance of hidden patches from the visible
+    ones around them, so that nothing of the hidden pixels leaks in. The second takes the true ones, as most published
+    pictures do; its colours and contrasts are given away, and its title says so.
+
+    Args:
+        images: (B, C, H, W) float, normalised with mean and std.
+        noise: (B, N), see MaskedAutoencoder.forward.
+    """
+    pred, mask = model.predict(images.to(model.mask_token.dtype), noise, mask_ratio)
+    pred = pred.float()
+    patches = patchify(images, model.patch_size)  # (B, N, P)
+
+    def picture(values: Tensor) -> Tensor:
+        whole = unpatchify(values, model.image_size, model.patch_size)
+        scale, shift = whole.new_tensor(std).view(-1, 1, 1), whole.new_tensor(mean).view(-1, 1, 1)
+        return (whole * scale + shift).clamp(0, 1).cpu()
+
+    hidden = mask[:, :, None]
+    grey = unpatchify(hidden.expand_as(patches), model.image_size, model.patch_size).cpu()
+    columns = {"original": picture(patches), "masked": picture(patches).masked_fill(grey, MASKED_GREY)}
+    if not model.norm_pix_loss:
+        return columns | {LEAK_FREE: picture(torch.where(hidden, pred, patches))}
+    var, mu = torch.var_mean(patches, dim=-1, keepdim=True)
+    guess = spread(torch.cat([mu, (var + 1e-6).sqrt()], dim=2), mask, model.grid)
+    pasted = torch.where(hidden, pred * guess[:, :, 1:] + guess[:, :, :1], patches)
+    cheating = torch.where(hidden, pred * (var + 1e-6).sqrt() + mu, patches)
+    return columns | {LEAK_FREE: picture(pasted), WITH_TRUE_STATISTICS: picture(cheating)}
+
+
+def spread(values: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, V) -> (B, N, V): each patch's mean over the visible patches, weighted by 1 / distance^2 on the grid."""
+    places = torch.cartesian_prod(*(torch.arange(n, device=values.device).float() for n in grid))  # (N, 2)
+    weight = 1 / torch.cdist(places, places).square().clamp(min=0.25)  # (N, N)
+    weight = weight * ~mask[:, None, :]  # (B, N, N): hidden patches give nothing
+    return weight @ values / weight.sum(dim=2, keepdim=True)
+
+
+def panel(columns: Columns, path: Path) -> None:
+    """Save a PNG with a titled column for each entry and a row for each image; small images are enlarged."""
+    height, width = next(iter(columns.values())).shape[2:]
+    factor = max(1, 112 // max(height, width))
+    strips = []
+    for title, images in columns.items():
+        rgb = displayable(images).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        bordered = F.pad(rgb, (BORDER, BORDER, BORDER, BORDER), value=1.0)  # (B, 3, h, w) on white
+        pixels = (bordered * 255).round().byte().permute(0, 2, 3, 1).flatten(0, 1).numpy()
+        font = ImageFont.load_default(size=13)
+        text = wrapped(title, font, pixels.shape[1])
+        strip = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 34), "white")
+        ImageDraw.Draw(strip).multiline_text((2, 2), text, fill="black", font=font, spacing=1)
+        strip.paste(Image.fromarray(pixels), (0, 34))
+        strips.append(strip)
+    sheet = Image.new("RGB", (sum(s.width for s in strips), strips[0].height), "white")
+    left = 0
+    for strip in strips:
+        sheet.paste(strip, (left, 0))
+        left += strip.width
+    sheet.save(path, format="PNG")
+
+
+def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines)
+
+
+def displayable(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 3, H, W): RGB of 3 or more channels is the first three, of fewer the first."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+
+
+def loss_curve(metrics: Path, path: Path) -> None:
+    """Draw training and held-out loss over images seen, from a run's metrics.csv."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with metrics.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, style in (("train/loss", "-"), ("val/loss", "o-")):
+        points = [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key)
+    axes.set_xlabel("images seen")
+    axes.set_ylabel("loss on hidden patches")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+
+
+def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, str]], path: Path) -> None:
+    """Draw a confusion matrix, as shares of each true class, beside the classes of lowest accuracy.
+
+    Args:
+        counts: (classes, classes), rows are the true classes.
+        worst: Name, accuracy in percent, and the class it is most often taken for.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
+    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+    image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    figure.colorbar(image, ax=left, label="share of the true class", shrink=0.8)
+    left.set_xlabel("predicted")
+    left.set_ylabel("true")
+    if len(classes) <= 30:  # more names than this cannot be read
+        left.set_xticks(range(len(classes)), classes, rotation=90)
+        left.set_yticks(range(len(classes)), classes)
+    names = [f"{name} → {other}" if other else name for name, _, other in worst]
+    bars = right.barh(range(len(worst)), [accuracy for _, accuracy, _ in worst], color="#4878a8")
+    right.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    right.set_yticks(range(len(worst)), names, fontsize=8)
+    right.invert_yaxis()
+    right.set_xlim(0, 105)
+    right.set_xlabel("top-1 in percent (→ most often taken for)")
+    right.set_title("lowest accuracy")
+    figure.savefig(path, dpi=130)

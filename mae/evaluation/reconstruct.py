@@ -1,0 +1,78 @@
+"""mae reconstruct: original, masked and reconstructed images side by side."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mae.data.crops import center_box, resized_crop
+from mae.data.datasets import normalize
+from mae.data.decode import BadImage, decode_image
+from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
+from mae.errors import UserError
+from mae.evaluation import plots
+from mae.models.mae import MaskedAutoencoder
+from mae.options import SRC_HELP, ToolParser, out_file
+from mae.weights import load
+
+
+def reconstruct_command(args: Sequence[str]) -> None:
+    parser = ToolParser(prog="mae reconstruct", description="Original, masked and reconstructed images, side by side.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files.")
+    parser.add_argument("--model", type=str, required=True, help=SRC_HELP)
+    parser.add_argument("--out", type=str, required=True, help="The PNG to write.")
+    parser.add_argument("--mask_ratio", type=float | None, default=None, help="Fraction to hide; as in pre-training.")
+    parser.add_argument(
+        "--mask", type=str | None, default=None, help="PNG, white = hidden: a pixel a patch, or image-sized."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Of the random masks.")
+    config = parser.parse_args(list(args))
+    weights = load.read_weights(config.model)
+    weights.require_decoder()
+    model = weights.build()
+    out_file(config.out)
+    if config.mask and config.mask_ratio is not None:
+        raise UserError("--mask and --mask_ratio exclude each other: a mask says how much is hidden")
+    try:
+        pixels = [decode_image(path, model.in_chans) for path in config.images]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    cropped = [resized_crop(p, center_box(p.shape[1], p.shape[2], model.image_size), model.image_size) for p in pixels]
+    count = len(cropped)
+    if config.mask:
+        noise, ratio = given_mask(Path(config.mask), model)
+        noise = noise.expand(count, -1)
+    else:
+        noise = sample_noise(config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.num_patches)
+        ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
+    mean, std = weights.description["mean"], weights.description["std"]
+    images = normalize(torch.stack(cropped), torch.tensor(mean), torch.tensor(std))
+    try:
+        with torch.no_grad():
+            columns = plots.reconstruction_columns(model, images, noise, ratio, mean, std)
+    except ValueError as error:
+        raise UserError(f"--mask_ratio: {error}") from None
+    plots.panel(columns, Path(config.out))
+    print(f"wrote {config.out}: {', '.join(columns)}")
+
+
+def given_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:
+    """Scores (1, N) that hide what is white in the file, and the ratio that goes with them."""
+    try:
+        white = (decode_image(path, in_chans=1) > 127)[0]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    if white.shape == model.image_size:
+        (rows, columns), (ph, pw) = model.grid, model.patch_size
+        white = white.reshape(rows, ph, columns, pw).float().mean(dim=(1, 3)) > 0.5
+    if white.shape != model.grid:
+        raise UserError(
+            f"--mask {path} is {tuple(white.shape)} pixels; wanted {model.grid}, a pixel a patch, or {model.image_size}"
+        )
+    hidden = int(white.sum())
+    if not 0 < hidden < model.num_patches:
+        raise UserError(
+            f"--mask {path} hides {hidden} of {model.num_patches} patches; some must be hidden and some visible"
+        )
+    # Half a patch off: int(N * (1 - ratio)) then has no rounding error to fear.
+    return white.flatten()[None].float(), (hidden - 0.5) / model.num_patches

@@ -1,0 +1,131 @@
+"""Where memory does not suffice: how much there was, and the settings with which the run would fit."""
+
+import contextlib
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mae.errors import UserError
+from mae.runtime import memory
+
+MANY = 2**30  # images: no estimate
+
+
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+# Files of a control group: what it may have, what it has, and the key of what it would give back, in memory.stat.
+CGROUP_FILES = {
+    2: ("memory.max", "memory.current", "inactive_file"),
+    1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def room(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a process has and could have on its device; on CPUs Python and its libraries have some of them.
+
+    To be asked before training.
+
+    Args:
+        processes: Of the run on this machine, which share the memory of its CPUs.
+    """
+    if device.type == "cuda":
+        # What torch keeps for its tensors is not free, but ours.
+        free: int = torch.cuda.mem_get_info(device)[0]
+        return free + torch.cuda.memory_reserved(device)
+    free = min(left for left in (physical() // processes, cgroup(processes), address_space()) if left is not None)
+    return max(0, free) + memory.resident()
+
+
+def physical() -> int:
+    """Bytes that the machine could give without swapping."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def address_space() -> int | None:
+    """Bytes left of `ulimit -v`; None: there is no such limit."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return None if limit == resource.RLIM_INFINITY else limit - memory.status("VmSize")
+
+
+def cgroup(processes: int = 1) -> int | None:
+    """Bytes left, for each process, of what a container or a batch system allows; None: as much as there is."""
+    found = []
+    with contextlib.suppress(OSError):
+        for line in OWN_CGROUPS.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers and "memory" not in controllers.split(","):
+                continue
+            version, top = (1, CGROUPS / "memory") if controllers else (2, CGROUPS)
+            # The limit may be set further up; inside a container the path may be that of the machine around it.
+            own = top / path.lstrip("/")
+            found += [left for folder in (own, *own.parents) if (left := cgroup_left(folder, version)) is not None]
+    return min(found) // processes if found else None
+
+
+def cgroup_left(folder: Path, version: int) -> int | None:
+    limit, used, key = CGROUP_FILES[version]
+    with contextlib.suppress(OSError, ValueError):  # `max` is no number
+        left = int((folder / limit).read_text()) - int((folder / used).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return left + int(stat.get(key, 0))
+    return None
+
+
+def way_out(batch: int, accumulate: int, fits: int, checkpointing: bool | None) -> str:
+    """The settings to change, as a part of a sentence.
+
+    Args:
+        batch: Images a device in a micro-batch, which are too many.
+        accumulate: Micro-batches an optimiser step.
+        fits: Images that would not be too many; 0: not even one.
+        checkpointing: Whether activations are computed twice already; None: this stage has no such setting.
+    """
+    images = batch * accumulate
+    # Where the estimate does not know why there were too many: half of them.
+    most = fits if fits < batch else batch // 2
+    if most:
+        fewer = max(n for n in range(1, most + 1) if images % n == 0)
+        return (
+            f"--data.batch_size_per_device {fewer} --trainer.accumulate_grad_batches {images // fewer} needs less, "
+            "with the same effective batch"
+        )
+    if checkpointing is False:
+        least = "" if batch == 1 else f" --data.batch_size_per_device 1 --trainer.accumulate_grad_batches {images}"
+        return f"not even one image would fit, by estimate: --model.activation_checkpointing true{least} needs less"
+    return "not even one image would fit, by estimate: take a smaller --model.size, or --trainer.strategy fsdp2"
+
+
+def largest_batch(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    mask_ratio: float | None,
+    room: int,
+    precision: str,
+    device: str,
+    **more: Any,
+) -> int:
+    """Images a device that would fit, by estimate, with gradients accumulated.
+
+    Args:
+        room: Bytes, as told by `room`.
+        device: Type.
+        more: As `mae.models.memory_estimate.predicted_peak` takes it.
+    """
+    from mae.models import memory_estimate  # loaded only where something has gone wrong
+
+    compiled = any(getattr(module, "_compiled_call_impl", None) for module in network.modules())
+    try:
+        return memory_estimate.largest_batch(
+            network, image_shape, mask_ratio, room, precision, compiled, device, accumulated=True, **more
+        )
+    except (MemoryError, RuntimeError, UserError):  # no memory to think, or a precision that is not known there
+        return MANY

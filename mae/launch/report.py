@@ -1,0 +1,422 @@
+"""`mae report`: the whole experiment over several seeds, and one page that shows it beside the published figures."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from mae import options
+from mae.errors import TrainingFailed, UserError
+from mae.evaluation import knn
+from mae.launch import page
+from mae.launch import stages as stages_module
+from mae.runtime.checkpoint_files import last_checkpoint
+
+Settings = dict[str, Any]
+
+
+# In the order in which they run; the names are those of the commands and of the config's sections.
+TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
+
+# What a plain pre-training config shares with the later stages.
+IDENTITY = ("dataset", "root", "train_dir", "val_dir", "image_size", "in_chans", "mean", "std", "num_workers")
+
+PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # given to each run here; a run's own config.yaml has them, too
+
+STOP_SECONDS = 30.0  # that a stopped stage has to end by itself
+
+
+def report_command(args: Sequence[str]) -> None:
+    parser = options.ToolParser(prog="mae report", description=__doc__)
+    parser.add_argument(
+        "--config", type=str, required=True, help="Sections data, pretrain, knn, probe, finetune, published (YAML)."
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Each stage runs once for each.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the runs, report.md and report.html.")
+    parser.add_argument("--root", type=str | None, default=None, help="Folder of the data: data.root of every stage.")
+    parser.add_argument("--stages", type=str, nargs="+", choices=list(TITLES), help="Run only these (default: all).")
+    config = parser.parse_args(list(args))
+    seeds, out = config.seeds, Path(config.out)
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0:
+        raise UserError(f"--seeds {' '.join(map(str, seeds))}: wanted are different numbers, 0 or more")
+    plan = read_plan(Path(config.config), config.root)
+    chosen = config.stages or list(plan.stages)
+    if left_out := [stage for stage in chosen if stage not in plan.stages]:
+        raise UserError(f"--stages {left_out[0]}: {plan.path} leaves this stage out")
+    jobs = [Job(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
+    check_settings(plan, jobs[: len(plan.stages)])
+    check_finished(jobs)
+    try:
+        for job in jobs:
+            if job.stage in chosen and perform(job):
+                write_page(plan, seeds, jobs, out)  # a look at a long report need not wait for its end
+        write_page(plan, seeds, jobs, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from None
+    print(f"wrote {out / 'report.md'} and {out / 'report.html'}", flush=True)
+
+
+# ---- the config ----------------------------------------------------------------------------------------------------
+
+
+class Plan(NamedTuple):
+    path: Path
+    stages: dict[str, Settings]  # those that run, in order, each as a config of its command
+    published: list[Settings]  # stage, value (top-1 in percent), source
+
+
+def read_plan(path: Path, root: str | None = None) -> Plan:
+    """Read a report's config, or a plain pre-training config, whose later stages run with their default recipes.
+
+    A stage's settings are, each over the one before: its `config` file, the section `data`, its own section, `root`.
+    An absent section is the stage's default recipe; null or false leaves the stage out.
+
+    Raises:
+        UserError: Names the file, section or key.
+    """
+    given = read_yaml(path)
+    if not {*TITLES, "published"} & given.keys():
+        data = mapping(given.get("data"), path, "data")
+        given = {"pretrain": given, "data": {key: data[key] for key in IDENTITY if key in data}}
+    known = ("data", *TITLES, "published")
+    if unknown := [key for key in given if key not in known]:
+        raise UserError(f"{path}: unknown key {unknown[0]!r}; the keys of a report are {', '.join(known)}")
+    shared = {"data": mapping(given.get("data"), path, "data")}
+    stages = {}
+    for stage in TITLES:
+        section = given.get(stage, {})
+        if section is None or section is False:
+            continue
+        section = dict(mapping(section, path, stage))
+        base: Settings = {}
+        if (name := section.pop("config", None)) is not None:
+            beside = path.parent / str(name)
+            base = read_yaml(beside if beside.exists() else Path(str(name)))
+        settings = merge(merge(base, shared), section)
+        if root is not None:
+            settings = merge(settings, {"data": {"root": root}})
+        stages[stage] = {key: value for key, value in settings.items() if key not in PER_RUN}
+    for stage, settings in stages.items():
+        if "pretrain" not in stages and not has_encoder(stage, settings):
+            key = "encoder" if stage == "knn" else "model.encoder"
+            raise UserError(f"{path}: {stage} has no encoder, as pretrain is left out: set {key} in its section")
+    published = given.get("published") or []
+    for entry in published if isinstance(published, list) else [published]:
+        if (
+            not isinstance(entry, dict)
+            or entry.keys() != {"stage", "value", "source"}
+            or entry["stage"] not in ("knn", "probe", "finetune")
+            or type(entry["value"]) not in (int, float)
+        ):
+            wanted = "{stage: knn, probe or finetune, value: top-1 in percent, source: text}"
+            raise UserError(f"{path}: published: {entry!r} is not {wanted}")
+    return Plan(path, stages, published)
+
+
+def read_yaml(path: Path) -> Settings:
+    try:
+        return mapping(yaml.safe_load(path.read_text(encoding="utf-8")), path, "the file")
+    except OSError as error:
+        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not YAML: {error}") from None
+
+
+def mapping(value: Any, path: Path, name: str) -> Settings:
+    if value is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: {name} holds {value!r}; wanted are settings as `key: value`")
+    return value or {}
+
+
+def merge(base: Settings, over: Settings) -> Settings:
+    """Both, nested; where they disagree, `over`."""
+    both = dict(base)
+    for key, value in over.items():
+        old = both.get(key)
+        both[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return both
+
+
+def flatten_settings(settings: Settings, prefix: str = "") -> Settings:
+    """By keys of the command line: {"data": {"root": "x"}} is {"data.root": "x"}."""
+    found: Settings = {}
+    for key, value in settings.items():
+        found |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def has_encoder(stage: str, settings: Settings) -> bool:
+    """Whether the settings say what the stage starts from, instead of the encoder that the report pre-trains."""
+    return flatten_settings(settings).get("encoder" if stage == "knn" else "model.encoder") is not None
+
+
+# ---- the stages ----------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """One stage of one seed."""
+
+    stage: str
+    seed: int
+    folder: Path  # of the seed
+    settings: Settings
+
+    @property
+    def run_dir(self) -> Path:
+        return self.folder / self.stage
+
+    @property
+    def settings_file(self) -> Path:
+        return self.folder / f"{self.stage}.yaml"
+
+    @property
+    def follows(self) -> bool:
+        """Whether it starts from the encoder that this seed pre-trains."""
+        return self.stage != "pretrain" and not has_encoder(self.stage, self.settings)
+
+    def arguments(self, config: str) -> list[str]:
+        """Of the stage's command."""
+        args = ["--config", config]
+        if self.stage == "knn":
+            args += ["--out", str(self.folder / "knn.json")]
+        else:
+            args += ["--run_dir", str(self.run_dir), "--seed_everything", str(self.seed), "--ckpt_path", "last"]
+        if self.follows:
+            args += ["--encoder" if self.stage == "knn" else "--model.encoder", str(self.folder / "pretrain")]
+        return args
+
+    def figures(self) -> dict[str, float]:
+        """By name; empty if the stage is not finished."""
+        if self.stage == "pretrain":
+            if not (self.run_dir / "encoder.safetensors").is_file():
+                return {}
+            curves = {"held-out loss": self.curve("val/loss"), "loss": self.curve("train/loss")}
+            return next(({name: points[-1][1]} for name, points in curves.items() if points), {})
+        files = {"": self.folder / "knn.json" if self.stage == "knn" else self.run_dir / "results.json"}
+        if self.stage == "probe" and (mode := self.settings.get("mode", "recipe")) != "recipe":
+            fast = {" (cached features)": self.run_dir / "cached" / "results.json"}
+            files = fast if mode == "cached" else files | fast
+        found: dict[str, float] = {}
+        for way, path in files.items():
+            try:
+                result = json.loads(path.read_text())
+            except (OSError, ValueError):  # not there, or cut off while it was written
+                return {}
+            names = {"top-1": "acc1", "top-5": "acc5", "images": "images"}
+            found |= {f"{name}{way}": result[key] for name, key in names.items() if key in result}
+        return found
+
+    def curve(self, key: str) -> page.Points:
+        """(images seen, value) of a metric of the run."""
+        metrics = self.run_dir / "metrics.csv"
+        if not metrics.is_file():
+            return []
+        with metrics.open(newline="") as file:
+            return [(float(row["images_seen"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
+
+    def difference(self) -> str | None:
+        """The first setting in which what has run differs from the config, in words."""
+        then = flatten_settings(read_yaml(self.settings_file)) if self.settings_file.is_file() else {}
+        now = flatten_settings(self.settings)
+        for key in sorted(then.keys() | now.keys()):
+            if (key in then) != (key in now) or then.get(key) != now.get(key):
+                old, new = (repr(each[key]) if key in each else "not set" for each in (then, now))
+                return f"{key} is {new}, but {old} in {self.settings_file}"
+        return None
+
+
+def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
+    """A misspelt key of a late stage is found now, by that stage's own parser, and not after days of pre-training."""
+    commands: dict[str, Callable[[Sequence[str]], object]] = {
+        "pretrain": stages_module.PretrainCLI,
+        "knn": knn.knn_command,
+        "probe": stages_module.LinearProbeCLI,
+        "finetune": stages_module.FinetuneCLI,
+    }
+    for job in jobs:
+        args = [*job.arguments(json.dumps(job.settings)), "--print_config"]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+                commands[job.stage](args)
+        except UserError as error:
+            raise UserError(f"{plan.path}, settings of {job.stage}: {error}") from None
+
+
+def check_finished(jobs: Sequence[Job]) -> None:
+    """What is finished belongs to this config and to the encoder of its seed.
+
+    Raises:
+        UserError: Names the first setting that differs, or the stage whose encoder is gone.
+    """
+    encoders = {job.seed: job for job in jobs if job.stage == "pretrain"}
+    for job in jobs:
+        if not job.figures():
+            continue
+        way_out = f"give another --out, or delete {job.folder}"
+        if difference := job.difference():
+            # The later stages started from the encoder, so they go with it.
+            way_out += {"pretrain": "", "knn": "/knn.json"}.get(job.stage, f"/{job.stage}")
+            raise UserError(f"{difference}, which is finished: {way_out}")
+        if job.follows and not (encoder := encoders[job.seed]).figures():
+            comes_back = last_checkpoint(encoder.run_dir).is_file() and not encoder.difference()
+            if not comes_back:
+                raise UserError(f"the encoder that {job.stage} of seed {job.seed} started from is gone: {way_out}")
+
+
+def perform(job: Job) -> bool:
+    """Run a stage unless it is finished, in a process of its own; one line on the terminal. Returns whether it ran.
+
+    Raises:
+        UserError: The stage ended with the user's mistake, or without figures.
+        TrainingFailed: It ended otherwise than well.
+    """
+    log, args = job.folder / f"{job.stage}.log", [job.stage, *job.arguments(str(job.settings_file))]
+    print(f"seed {job.seed}  {TITLES[job.stage]:<13}", end=" ", flush=True)
+    if done := job.figures():
+        print(f"{spoken(done)} (finished before)", flush=True)
+        return False
+    print(f"log: {log} ... ", end="", flush=True)
+    start = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    head = f"# mae {shlex.join(args)}\n# {machine()}\n"  # for the page
+    job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
+    with log.open("ab") as file:
+        before = file.tell()  # an earlier try's words stay
+        try:
+            command = [sys.executable, "-m", "mae.cli", *args]
+            code = wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file))
+        except (KeyboardInterrupt, SystemExit):
+            print("stopped; the same command goes on from here", flush=True)
+            raise
+    figures = {} if code else job.figures()
+    print(f"{spoken(figures)}, {time.perf_counter() - start:.0f} s" if figures else "failed", flush=True)
+    if figures:
+        return True
+    said = log.read_bytes()[before:].decode(errors="replace").splitlines()
+    reasons = [line.removeprefix("mae: error: ") for line in said if line.startswith("mae: error: ")]
+    reason = reasons[-1] if reasons else f"it ended with exit code {code}"
+    if code == 0:
+        reason = "it has no figures: are there held-out images (val/CLASS/* below data.root, or data.val_dir)?"
+    message = f"seed {job.seed}, {job.stage}: {reason} (log: {log})"
+    raise UserError(message) if code in (0, 2) else TrainingFailed(message)
+
+
+def wait(child: subprocess.Popen[bytes]) -> int:
+    """The exit code of a stage, which does not outlive this process's own Ctrl-C or SIGTERM."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        return child.wait()
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            try:
+                child.wait(STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                child.kill()
+        signal.signal(signal.SIGTERM, before)
+
+
+def machine() -> str:
+    """Versions, processors and date."""
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "timm"))
+    models = [platform.processor() or platform.machine()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")] or models
+    parts = [f"{versions}, Python {platform.python_version()}", f"{models[0]}, {len(os.sched_getaffinity(0))} cores"]
+    if shutil.which("nvidia-smi"):  # asking torch would take memory of the GPU
+        query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+        names = subprocess.run(query, capture_output=True, text=True, check=False)
+        parts += [", ".join(names.stdout.splitlines())] if names.returncode == 0 else []
+    return "; ".join([*parts, time.strftime("%Y-%m-%d")])
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+
+
+def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path) -> None:
+    """report.md and report.html, of the stages that are finished."""
+    finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
+    done = [job for job in jobs if (job.stage, job.seed) in finished]
+    heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
+    counts = sorted({int(figures[key]) for figures in finished.values() for key in figures if key.startswith("images")})
+    notes = [f"Top-1 and top-5: percent of {' or '.join(map(str, counts))} held-out images."] if counts else []
+    notes += ["±: sample standard deviation (n - 1) over the seeds. –: not run."]
+    notes += ["Published figures are quoted, not run here; the difference is our mean less theirs."] * bool(
+        plan.published
+    )
+    blocks = [
+        page.text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
+        *(page.text("p", where) for where in sorted({head[1] for head in heads})),
+        page.text("h2", "Figures"),
+        page.grid(table(plan, seeds, finished)),
+        page.text("p", " ".join(notes)),
+    ]
+    out.mkdir(parents=True, exist_ok=True)
+    for stage, keys, heading, label, name in (
+        ("pretrain", ("train/loss", "val/loss"), "Pre-training: loss", "loss on hidden patches", "loss.png"),
+        ("finetune", ("val/acc1",), "Fine-tuning: held-out top-1", "top-1 in percent", "accuracy.png"),
+    ):
+        lines = [(f"seed {job.seed} {key}", job.curve(key), seeds.index(job.seed))
+                 for job in done if job.stage == stage for key in keys]  # fmt: skip
+        if any(points for _, points, _ in lines):
+            page.draw(lines, label, out / name)
+            blocks += [page.text("h2", heading), page.image(out, out / name, f"{heading} over images seen")]
+    if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
+        step = int(panels[-1].stem.removeprefix("step_"))
+        heading = f"Reconstructions: seed {seeds[0]}, step {step}"
+        blocks += [page.text("h2", heading), page.image(out, panels[-1], heading)]
+    blocks += [page.text("h2", "Commands"), page.code("\n".join(head[0] for head in heads))]
+    page.write(plan.path.stem, blocks, out / "report.md", out / "report.html")
+
+
+def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
+    """A row for each figure of each stage, below a header."""
+    rows = [["stage", "figure", *(f"seed {seed}" for seed in seeds), "mean ± std", "published", "difference"]]
+    for stage in plan.stages:
+        of_seeds = [finished.get((stage, seed), {}) for seed in seeds]
+        names = dict.fromkeys(name for figures in of_seeds for name in figures if not name.startswith("images"))
+        for name in names or ["–"]:
+            values = [figures.get(name) for figures in of_seeds]
+            known, digits = [value for value in values if value is not None], 4 if "loss" in name else 2
+            quoted = [entry for entry in plan.published if entry["stage"] == stage and name.startswith("top-1")]
+            rows.append(
+                [
+                    TITLES[stage],
+                    name,
+                    *("–" if value is None else f"{value:.{digits}f}" for value in values),
+                    mean_std(known, digits),
+                    "; ".join(f"{entry['value']:g} ({entry['source']})" for entry in quoted),
+                    "; ".join(f"{statistics.mean(known) - entry['value']:+.2f}" for entry in quoted),
+                ]
+            )
+    return rows
+
+
+def mean_std(values: Sequence[float], digits: int) -> str:
+    """Mean ± sample standard deviation."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f} (one seed)" if values else "–"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def spoken(figures: dict[str, float]) -> str:
+    said = {name: f"{value:.4f}" for name, value in figures.items() if "loss" in name}
+    said |= {name: f"{value:.2f} %" for name, value in figures.items() if name.startswith("top-1")}
+    return ", ".join(f"{name} {value}" for name, value in said.items())

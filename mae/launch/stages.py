@@ -1,0 +1,217 @@
+"""The command lines of the stages: pretrain, linprobe, finetune."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.loggers import WandbLogger
+
+from mae.callbacks.online_eval import Online
+from mae.callbacks.reconstructions import Panels
+from mae.callbacks.wandb_logger import log_panel
+from mae.classify import SCRATCH
+from mae.data.datamodule import DEFAULTS, ImageData
+from mae.data.labelled import FinetuneData, LabelledData, ProbeData, Subset
+from mae.errors import UserError
+from mae.evaluation import cached_probe, plots
+from mae.evaluation.cached_probe import CachedSettings
+from mae.evaluation.metrics import Report, score_line
+from mae.finetune import Finetune
+from mae.launch.stage_cli import StageCLI
+from mae.linprobe import LinearProbe
+from mae.models.mae import MaskedAutoencoder
+from mae.pretrain import Pretrain
+from mae.runtime.environment import is_first_rank
+from mae.training.fsdp import full_state
+from mae.weights import load
+from mae.weights.load import fitted, image_settings
+
+
+class PretrainCLI(StageCLI):
+    command, description = "pretrain", "MAE pre-training (arXiv:2111.06377)."
+    stage, data, epochs = Pretrain, ImageData, 800
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_lightning_class_args(Panels, "panels")
+        parser.add_lightning_class_args(Online, "online")
+
+    @property
+    def network(self) -> MaskedAutoencoder:
+        network: MaskedAutoencoder = self.model.model
+        return network
+
+    def start(self) -> None:
+        if self.config.model.init:
+            said = load.warm_start(self.network, self.config.model.init)
+            if is_first_rank():
+                print(said, flush=True)
+
+    def finish(self) -> None:
+        state = full_state(self.network)
+        if self.trainer.is_global_zero:
+            for path in load.export(state, self.model.description(), self.run_dir):
+                print(f"wrote {path}", flush=True)
+
+
+class ClassifyCLI(StageCLI):
+    """A run that ends with a classifier and its scores."""
+
+    data: type[LabelledData]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        encoder = self.config.model.encoder
+        if encoder == SCRATCH:
+            return
+        # What the data must look like is the encoder's to say, unless settings do.
+        own = image_settings(load.read_weights(encoder).description)
+        dataset = self.config.data.dataset
+        if dataset != "folder" and DEFAULTS[dataset].in_chans != own["in_chans"]:
+            raise UserError(
+                f"--data.dataset {dataset} has images of {DEFAULTS[dataset].in_chans} channels, {encoder} takes "
+                f"{own['in_chans']}"
+            )
+        self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), own, encoder, fixed=("in_chans",))))
+
+    def finish(self) -> None:
+        model, data = self.model, self.datamodule
+        if data.val_source is not None and model.report_step != model.global_step:
+            self.trainer.validate(model, datamodule=data, verbose=False)
+        state = model.trained_state()
+        if not self.trainer.is_global_zero:
+            return
+        paths = load.export_classifier(state, model.description(), self.run_dir)
+        if isinstance(data.train_source, Subset):
+            paths.append(self.run_dir / "subset.txt")
+            paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))
+        if model.report is not None:
+            paths += model.report.write(self.run_dir, step=model.global_step, seconds=round(model.seconds, 3))
+            paths.append(self.picture(model.report, self.run_dir, "confusion"))
+        print("\n".join(f"wrote {path}" for path in paths), flush=True)
+        if model.report is not None:
+            title = {"linprobe": "linear probe", "finetune": "fine-tuned"}[self.command]
+            print(score_line(title, model.report), flush=True)
+
+    def picture(self, report: Report, folder: Path, key: str) -> Path:
+        """The confusion matrix and the worst classes, as a file and in W&B."""
+        path = folder / "confusion.png"
+        plots.confusion(report.confusion, report.classes, report.worst(20), path)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                log_panel(logger, key, path, "rows: true classes", self.model.global_step)
+        return path
+
+
+class FinetuneCLI(ClassifyCLI):
+    command, description = "finetune", "Fine-tuning, whole, partial or from scratch (arXiv:2111.06377)."
+    stage, data, epochs = Finetune, FinetuneData, 100
+
+
+class LinearProbeCLI(ClassifyCLI):
+    command, description = "linprobe", "Linear probe of frozen features (arXiv:2111.06377)."
+    stage, data, epochs = LinearProbe, ProbeData, 90
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        parser.add_argument(
+            "--mode",
+            type=Literal["recipe", "cached", "both"],
+            default="recipe",
+            help="The paper's training, the fast probe on cached features, or both and how they compare.",
+        )
+        parser.add_class_arguments(CachedSettings, "cached")
+
+    def before_instantiate_classes(self) -> None:
+        super().before_instantiate_classes()
+        mode, trainer = self.config.mode, self.config.trainer
+        if mode != "recipe" and (str(trainer.devices) not in ("auto", "1") or trainer.num_nodes > 1):
+            raise UserError(f"--mode {mode} runs in one process: set --trainer.devices 1, --trainer.num_nodes 1")
+        if mode == "both" and trainer.limit_val_batches == 0:
+            raise UserError("--mode both compares on held-out images: --trainer.limit_val_batches 0 leaves them out")
+        if mode == "cached" and self.config.ckpt_path is None and (self.run_dir / "cached" / "results.json").exists():
+            raise UserError(
+                f"{self.run_dir} holds a cached probe; give another --run_dir, or --ckpt_path last to redo it"
+            )
+        defaults = self.parser.get_defaults()
+        unused = {"recipe": ["cached"], "cached": ["model", "trainer"], "both": []}[mode]
+        used = {"model.encoder", "model.size", "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads"}
+        used |= {"model.allow_finetuned", "model.seed", "trainer.accelerator", "trainer.devices", "trainer.logger"}
+        given = [
+            f"{group}.{key}"
+            for group in unused
+            for key, value in self.config[group].items()
+            if f"{group}.{key}" not in used and value != defaults[group].get(key)
+        ]
+        if given and is_first_rank():
+            print(f"mode {mode}: not used: {', '.join(given)}", flush=True)
+
+    def refuse_another_start(self) -> None:
+        if self.config.mode != "cached" and not (self.run_dir / "cached").exists():
+            super().refuse_another_start()
+
+    def fit(self) -> None:
+        if self.config.mode != "recipe":
+            if self.trainer.world_size > 1:
+                raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
+            try:
+                fast = self.fit_cached()
+                for logger in self.trackers() if self.config.mode == "cached" else ():
+                    logger.complete()
+            finally:
+                if self.config.mode == "cached":
+                    self.leave()
+        if self.config.mode != "cached":
+            super().fit()
+        if self.config.mode == "both":
+            self.compare(fast)
+
+    def fit_cached(self) -> cached_probe.CachedResult:
+        settings = CachedSettings(**self.config.cached.as_dict())
+        network, device = self.model.model, self.trainer.strategy.root_device
+        self.write_config()
+        data = self.datamodule
+        recipe = cached_probe.recipe(settings, data, self.model.said)
+        print(recipe, flush=True)
+        found = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
+        seconds = round(found.encoding + found.training, 3)
+        folder = self.run_dir / "cached"
+        paths = found.report.write(folder, seconds=seconds, feature=found.chosen.feature, rate=found.chosen.rate)
+        (folder / "table.txt").write_text(f"{recipe}\n\n{found.table()}\n")
+        self.picture(found.report, folder, "cached/confusion")
+        print(f"{found.table()}\nwrote {paths[0]}")
+        print(
+            f"linear probe (cached features) top-1 {found.report.acc1:.2f} %: {found.chosen.feature}, rate "
+            f"{found.chosen.rate:g}; {found.encoding:.1f} s to encode, {found.training:.1f} s for all heads",
+            flush=True,
+        )
+        return found
+
+    def compare(self, fast: cached_probe.CachedResult) -> None:
+        recipe, seconds = self.model.report, fast.encoding + fast.training
+        difference = fast.report.acc1 - recipe.acc1
+        print(
+            f"mode      top-1  seconds, encoding included\n"
+            f"recipe   {recipe.acc1:>6.2f}  {self.model.seconds:.1f} ({self.model.pool})\n"
+            f"cached   {fast.report.acc1:>6.2f}  {seconds:.1f} ({fast.chosen.feature})\n"
+            f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
+            flush=True,
+        )
+
+
+def pretrain_command(args: Sequence[str]) -> None:
+    PretrainCLI(args).fit()
+
+
+def linprobe_command(args: Sequence[str]) -> None:
+    LinearProbeCLI(args).fit()
+
+
+def finetune_command(args: Sequence[str]) -> None:
+    FinetuneCLI(args).fit()

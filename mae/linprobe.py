@@ -1,0 +1,109 @@
+"""The linear probe (arXiv:2111.06377, Sec. 4.1, A.1)."""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mae.classify import MIN_REACH, Classify
+from mae.data.datasets import Batch
+from mae.errors import UserError
+from mae.models.mae import Pair
+from mae.models.vit import Head, Pool, frozen_features
+from mae.training.optim import lars
+from mae.training.recipe_audit import Claims
+
+
+class LinearProbe(Classify):
+    """Linear probe (Table 10): BatchNorm without affine and a linear layer on frozen features, trained with LARS.
+
+    Args:
+        encoder: What to probe: a run folder or file, official, timm's, Hugging Face's; `scratch`: random weights.
+        pool: Feature: the class token after the encoder's final norm (as published), or the mean of patch tokens.
+        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
+        momentum: Of LARS.
+        trust_coefficient: Of LARS.
+        warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.
+        min_lr: Learning rate at the end of the cosine.
+        size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
+        patch_size: Pixels, a side or [height, width]; as size.
+        embed_dim: Encoder width, where it is not the size's own.
+        depth: Encoder blocks, where not the size's own.
+        num_heads: Encoder attention heads, where not the size's own.
+        allow_finetuned: Probe the encoder of a classifier, too.
+        image_size: Of the data; set by it.
+        in_chans: Of the data; set by it.
+        classes: Of the data; set by it.
+        seed: Follows seed_everything.
+    """
+
+    head: Head = "batchnorm"
+    own_settings = ("encoder", "pool", "momentum", "trust_coefficient")
+
+    def __init__(
+        self,
+        encoder: str,
+        pool: Pool = "class",
+        base_lr: float = 0.1,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+        warmup_epochs: float = 10,
+        min_lr: float = 0.0,
+        size: str | None = None,
+        patch_size: int | Pair | None = None,
+        embed_dim: int | None = None,
+        depth: int | None = None,
+        num_heads: int | None = None,
+        allow_finetuned: bool = False,
+        image_size: int | Pair = 224,
+        in_chans: int = 3,
+        classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
+        seed: int = 0,
+    ):
+        super().__init__(base_lr, 0.0, warmup_epochs, min_lr, seed)
+        if not 0 <= momentum < 1 or trust_coefficient <= 0:
+            raise UserError(
+                f"--model.momentum {momentum}, trust_coefficient {trust_coefficient}: wanted are 0 <= momentum < 1 "
+                "and a coefficient above 0"
+            )
+        self.momentum, self.trust_coefficient = momentum, trust_coefficient
+        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned)
+        self.model.requires_grad_(False)
+        self.model.head.requires_grad_(True)
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:
+            raise UserError("--trainer.strategy fsdp2: the probe trains one linear layer, which is small; use ddp")
+
+    def train(self, mode: bool = True) -> "LinearProbe":
+        super().train(mode)
+        self.model.eval()
+        self.model.head.train(mode)
+        return self
+
+    def on_fit_start(self) -> None:
+        if self.trainer.datamodule.batch_size < 2:  # type: ignore[attr-defined]
+            raise UserError("--data.batch_size_per_device 1: BatchNorm needs at least 2 images")
+        super().on_fit_start()
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        logits = self.model.head(frozen_features(self.model, batch.images))
+        return self.mean_loss(F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch)
+
+    def make_optimizer(self, lr: float) -> Optimizer:
+        return lars(self.model.head, lr, self.momentum, self.trust_coefficient)
+
+    def claims(self) -> Claims:
+        return Claims(trust_ratio=True)
+
+    def recipe_notes(self) -> dict[str, str]:
+        # LARS moves the weight by a share of its norm: lr x trust coefficient a step, times 1 / (1 - momentum). A run
+        # on few images takes too few such steps to get anywhere at the rate that ImageNet wants (there, about 220).
+        shares = sum(self.schedule.lr_at(step, self.peak_lr) for step in range(self.total_steps))
+        reach = shares * self.trust_coefficient / (1 - self.momentum)
+        text = f"the weight can move by {reach:.3g} times its norm in all"
+        if reach < MIN_REACH:
+            text += (
+                f", which is little: a larger --model.base_lr suits so few images (x {MIN_REACH / reach:.0f} or more)"
+            )
+        return super().recipe_notes() | {"LARS": text}

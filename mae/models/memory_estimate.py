@@ -1,0 +1,333 @@
+"""Memory: what a training step takes at most, from the shapes of a network, before anything is run.
+
+A step's memory has a part that goes by the network (weights, gradients, optimiser) and one that goes by the batch: what
+each layer keeps from its forward to its backward pass, and what the backward pass of one layer needs for itself. Layers
+are walked from the last to the first, as the backward pass does: what is kept shrinks, gradients grow, and the peak is
+the largest sum on the way, or at the loss, or before the first layer that is trained.
+
+Shapes: an image has N tokens of width D at a block's input, M of them at its output; F is the MLP's width, H the heads.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from mae.errors import UserError
+from mae.models.blocks import Block, CheckpointedBlock, faster_kernel
+from mae.models.mae import MaskedAutoencoder
+from mae.runtime.memory import GIB
+
+FLOAT = 4  # bytes
+
+PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+# Left free of a device's memory: a share of it, and what has nothing to do with its size.
+SHARE = {"cuda": 0.1, "cpu": 0.3}
+
+FIXED = {"cuda": GIB, "cpu": GIB}
+
+MEANT_FOR = {
+    "cuda": "10 % for errors of the prediction and gaps in the allocator's memory, 1 GiB for CUDA and its libraries",
+    "cpu": "30 % for holes in the C library's heap, 1 GiB for Python and its libraries",
+}
+
+MOST = 2**20  # images a device that are thought of at all
+
+
+class Footprint(NamedTuple):
+    """Bytes a device, at the moment when they are most."""
+
+    weights: int  # with buffers and, where there is one, their moving average
+    gradients: int
+    optimiser: int
+    communication: int  # gradients in the buckets by which devices exchange them, instead of elsewhere
+    images: int
+    activations: int  # kept for the backward pass, weights cast to half precision among them
+    transient: int  # of the layer that is computed at that moment
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+class Layer(NamedTuple):
+    """Bytes; those of the batch an image."""
+
+    kept: int  # from its forward to its backward pass
+    extra: int  # in its backward pass at most, beyond what it and the layers before it keep
+    passing: int  # in its forward pass at most, where nothing is kept
+    cast: int  # of weights in half precision, whatever the batch
+    gradients: int  # of weights, whatever the batch
+
+    @property
+    def frozen(self) -> bool:
+        """The backward pass ends before it."""
+        return not self.kept and not self.gradients
+
+
+class Numbers(NamedTuple):
+    """How numbers are held."""
+
+    half: int  # bytes in and out of matrix products; the residual stream and norms are float32
+    dtype: torch.dtype  # of matrix products
+    compiled: bool
+    device: torch.device
+
+    @property
+    def mixed(self) -> bool:
+        return self.half != FLOAT
+
+    def cast(self, *modules: nn.Module) -> int:
+        weights = [p.numel() for m in modules for p in m.parameters() if p.ndim > 1]
+        return self.half * sum(weights) if self.mixed else 0
+
+
+def numbers(precision: str | int, compiled: bool, device: str) -> Numbers:
+    name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(str(precision), str(precision))
+    if name not in PRECISIONS:
+        raise UserError(f"--precision {precision}: memory is known for {', '.join(PRECISIONS)}")
+    return Numbers(PRECISIONS[name].itemsize, PRECISIONS[name], compiled, torch.device(device))
+
+
+def predicted_peak(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    mask_ratio: float | None,
+    batch: int,
+    precision: str | int = "32-true",
+    compiled: bool = False,
+    device: str = "cuda",
+    *,
+    accumulated: bool = False,
+    devices: int = 1,
+    averaged: bool = False,
+) -> Footprint:
+    """The most memory that a training step takes, at its moment.
+
+    Gradients of the step before are there until the backward pass begins: Lightning drops them only then.
+
+    Args:
+        network: A MaskedAutoencoder or a classifier of this package, on any device, torch's meta device included.
+        image_shape: (C, H, W).
+        mask_ratio: Fraction of patches to hide; None: a classifier.
+        batch: Images a device takes at once.
+        precision: As Lightning names it: 32-true, bf16-mixed or 16-mixed.
+        compiled: The blocks are.
+        device: "cuda" or "cpu": attention has other kernels there.
+        accumulated: Gradients are summed over several such batches.
+        devices: Each has the weights; from two on their gradients are exchanged.
+        averaged: A moving average of the weights is kept.
+    """
+    how = numbers(precision, compiled, device)
+    layers = list(layers_of(network, mask_ratio, how))
+    parameters = list(network.parameters())
+    weights = sum(t.numel() * t.element_size() for t in [*parameters, *network.buffers()]) * (2 if averaged else 1)
+    trained = sum(layer.gradients for layer in layers)
+    states = 1 if isinstance(getattr(network, "head", None), nn.Sequential) else 2  # LARS: momentum; AdamW: two moments
+    always = Footprint(
+        weights, 0, states * trained, trained if devices > 1 else 0, FLOAT * math.prod(image_shape) * batch, 0, 0
+    )
+    buckets = devices > 1  # which are there all the time, and gradients are views of them
+
+    def moment(activations: int, transient: int, gradients: int) -> None:
+        own = 0 if buckets else gradients
+        moments.append(always._replace(activations=activations, transient=transient, gradients=own))
+
+    moments: list[Footprint] = []
+    moment(0, 0, trained)  # the optimiser's step
+
+    kept = 0
+    for layer in layers:
+        if layer.frozen:
+            moment(kept, batch * layer.passing + layer.cast, trained)
+        else:
+            kept += batch * layer.kept + layer.cast
+    moment(kept, batch * loss_bytes(network, mask_ratio, how), trained)
+    gradients = trained if accumulated else 0
+    for layer in reversed(layers):
+        if not layer.frozen:
+            gradients += 0 if accumulated else layer.gradients
+            moment(kept, batch * layer.extra + layer.gradients * buckets, gradients)
+            kept -= batch * layer.kept + layer.cast
+    return max(moments, key=lambda footprint: footprint.total)
+
+
+def largest_batch(
+    network: nn.Module,
+    image_shape: tuple[int, int, int],
+    mask_ratio: float | None,
+    memory_bytes: int,
+    precision: str | int,
+    compiled: bool,
+    device: str = "cuda",
+    **more: Any,
+) -> int:
+    """Images a device whose predicted peak leaves the reserve of its memory free; 0 where not even one does.
+
+    Args:
+        memory_bytes: All that the device has.
+        more: As in `predicted_peak`, as all else.
+    """
+    room = usable(memory_bytes, device)
+
+    def fits(batch: int) -> bool:
+        return (
+            predicted_peak(network, image_shape, mask_ratio, batch, precision, compiled, device, **more).total <= room
+        )
+
+    low, high = 0, 1
+    while high <= MOST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def reserve(memory_bytes: int, device: str) -> int:
+    return int(memory_bytes * SHARE[device]) + FIXED[device]
+
+
+def usable(memory_bytes: int, device: str) -> int:
+    """Of a device's memory, without the reserve; below 0 where that is all."""
+    return memory_bytes - reserve(memory_bytes, device)
+
+
+# ---- layers, in the order of the forward pass ------------------------------------------------------------------------
+
+
+def layers_of(network: nn.Module, mask_ratio: float | None, how: Numbers) -> Iterator[Layer]:
+    if isinstance(network, MaskedAutoencoder):
+        assert mask_ratio is not None
+        return autoencoder_layers(network, mask_ratio, how)
+    if isinstance(network, VisionTransformer):
+        return classifier_layers(network, how)
+    raise TypeError(f"{type(network).__name__}: wanted is a MaskedAutoencoder or a VisionTransformer")
+
+
+def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numbers) -> Iterator[Layer]:
+    encoder, patches, patch = network.encoder, network.num_patches, network.decoder_pred.out_features
+    seen = int(patches * (1 - mask_ratio))
+    hidden, dim = patches - seen, encoder.embed_dim
+    # The convolution's weight is permuted for the linear layer, which is a copy.
+    yield Layer(
+        kept=seen * patch * how.half,
+        extra=seen * dim * (FLOAT + how.half),
+        passing=0,
+        cast=dim * patch * FLOAT + how.cast(encoder.patch_embed),
+        gradients=trained_bytes(encoder.patch_embed) + dim * FLOAT,
+    )
+    for block in encoder.blocks:
+        yield block_layer(block, 1 + seen, 0, how, True)
+    yield norm_layer(encoder.norm, 1 + seen)
+    embedding = linear_layer(network.decoder_embed, 1 + seen, how)
+    yield embedding._replace(gradients=embedding.gradients + FLOAT * network.mask_token.numel())
+    *blocks, last = network.decoder_blocks
+    for block in blocks:
+        yield block_layer(block, 1 + patches, 0, how, True)
+    yield block_layer(last, 1 + patches, 1 + seen, how, True)
+    yield norm_layer(network.decoder_norm, hidden)
+    yield linear_layer(network.decoder_pred, hidden, how)
+    # The difference from the target; its square's derivative is a product of two tensors of that size.
+    yield Layer(hidden * patch * FLOAT, 2 * hidden * patch * FLOAT, 0, 0, 0)
+
+
+def classifier_layers(network: VisionTransformer, how: Numbers) -> Iterator[Layer]:
+    embed: Any = network.patch_embed
+    tokens, dim, proj = 1 + embed.num_patches, network.embed_dim, embed.proj
+    height, width = proj.kernel_size
+    trained = proj.weight.requires_grad
+    yield Layer(
+        # Images in float32 are there anyway.
+        kept=(tokens - 1) * proj.in_channels * height * width * how.half * (trained and how.mixed),
+        extra=2 * tokens * dim * FLOAT,
+        passing=2 * tokens * dim * FLOAT,
+        cast=how.cast(network.patch_embed),
+        gradients=trained_bytes(network.patch_embed)
+        + sum(FLOAT * p.numel() for p in network.parameters(recurse=False) if p.requires_grad),
+    )
+    below = trained
+    for block in network.blocks:
+        yield block_layer(block, tokens, 0, how, below)
+        below = below or any(p.requires_grad for p in block.parameters())
+    norm: Any = network.norm  # nn.Identity by mean pooling, whose norm, of one token, comes after it
+    if isinstance(norm, nn.LayerNorm) and (below or norm.weight.requires_grad):
+        layer = norm_layer(norm, tokens)
+        # The head keeps a view of its output, and so all tokens; or else a copy in half precision.
+        yield layer._replace(kept=layer.kept + tokens * dim * FLOAT * (not how.mixed))
+    yield Layer(
+        2 * dim * FLOAT,
+        2 * dim * FLOAT,
+        tokens * dim * FLOAT,
+        how.cast(network.head),
+        trained_bytes(network.fc_norm, network.head),
+    )
+
+
+def norm_layer(norm: Any, tokens: int) -> Layer:
+    """Its output, where a matrix product keeps it, is the next layer's to count."""
+    dim = norm.normalized_shape[0]
+    return Layer(tokens * (dim + 2) * FLOAT, 2 * tokens * dim * FLOAT, 0, 0, trained_bytes(norm))
+
+
+def linear_layer(linear: nn.Linear, tokens: int, how: Numbers) -> Layer:
+    grad = linear.out_features * (how.half + (FLOAT if how.mixed else 0))
+    extra = tokens * (grad + linear.in_features * how.half)
+    return Layer(tokens * linear.in_features * how.half, extra, 0, how.cast(linear), trained_bytes(linear))
+
+
+def block_layer(block: Any, n: int, first: int, how: Numbers, below: bool) -> Layer:
+    """What a block keeps of n tokens, of which it gives back those from `first` on.
+
+    Args:
+        below: Layers before it are trained: its input has a gradient.
+    """
+    m, d, f, h = n - first, block.norm1.normalized_shape[0], block.mlp.fc1.out_features, block.attn.num_heads
+    half, gradients = how.half, trained_bytes(block)
+    kernel = Block.kernel or faster_kernel(how.device, how.dtype, n)
+    plain = kernel == "plain"
+
+    inputs = n * (d + 2) * FLOAT  # of the norm, which are the residual, with mean and deviation
+    normed = (n + (m if first else 0)) * d * half  # into qkv: of all tokens, and of those that ask
+    qkv, out = (m + 2 * n) * d * half, m * d * half
+    weights = h * m * n * half if plain else h * m * FLOAT  # of attention, or the logarithms of their sums
+    attention = inputs + normed + qkv + weights + out
+    residual = m * (d * (half if how.compiled else FLOAT) + 2 * FLOAT)
+    mlp = residual + m * (d + 2 * f) * half  # with the inputs of fc1, of GELU and of fc2
+    kept = attention + mlp
+
+    grad = m * d * FLOAT  # of the block's output: it stays for the residual
+    in_mlp = grad + m * (f + (d if how.mixed else 0)) * half  # fc2 gives GELU's gradient, all else still being kept
+    in_attention = grad + out + (2 * weights + qkv if plain else 2 * qkv) - mlp
+    extra = max(in_mlp, in_attention)
+    passing = n * d * FLOAT + m * (d * (FLOAT + FLOAT + (half if how.mixed else 0)) + 2 * f * half)
+    cast = how.cast(block)
+    if not below and not gradients:
+        return Layer(0, 0, passing, cast, 0)
+    if not below and not any(p.requires_grad for part in (block.norm1, block.attn) for p in part.parameters()):
+        kept = mlp  # half a block is trained
+    if isinstance(block, CheckpointedBlock):
+        again = n * d * FLOAT
+        kept, extra = again, kept - again + extra
+    return Layer(kept, extra, passing, cast, gradients)
+
+
+def loss_bytes(network: nn.Module, mask_ratio: float | None, how: Numbers) -> int:
+    """Bytes an image at the end of the forward pass, beyond what is kept: of pre-training's loss."""
+    if not isinstance(network, MaskedAutoencoder):
+        return 0
+    assert mask_ratio is not None
+    patch = network.decoder_pred.out_features
+    hidden = network.num_patches - int(network.num_patches * (1 - mask_ratio))
+    patches, target, square = network.num_patches * patch * FLOAT, hidden * patch * FLOAT, hidden * patch * FLOAT
+    pred = hidden * patch * how.half
+    latent = (1 + network.num_patches - hidden) * network.encoder.embed_dim * FLOAT if how.mixed else 0
+    return patches + target + pred + square + latent
+
+
+def trained_bytes(*modules: nn.Module) -> int:
+    return sum(FLOAT * p.numel() for module in modules for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,193 @@
+"""A run's checkpoints as files: written in the background, complete or not there, checked before they are used.
+
+A checkpoint is one file as torch writes it, a zip archive of tensors and plain types, with the SHA-256 of all its bytes
+in the archive's comment: torch reads it as any other, and a torn or flipped one is told from a good one.
+"""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mae.errors import UserError
+from mae.runtime.storage import sync
+
+FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
+
+LAST = "last.ckpt"  # a link to the newest
+
+NEWEST = ".newest"  # in the run folder: the newest checkpoint's name, to know of those that are gone
+
+PARTIAL = ".partial"
+
+SUPERSEDED = ".superseded"
+
+STEP_FILE = re.compile(r"step_(\d+)\.ckpt")
+
+RETRY_SECONDS = 60.0  # failures that follow each other faster have one cause
+
+COMMENT = b"mae sha256 "
+
+SEALED = len(COMMENT) + 64  # bytes of a comment
+
+CHUNK = 1 << 22
+
+
+def folder_of(run_dir: str | Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return Path(run_dir) / "checkpoints"
+
+
+def last_checkpoint(run_dir: str | Path) -> Path:
+    """The newest checkpoint of a run, by the name that stays."""
+    return folder_of(run_dir) / LAST
+
+
+def step_file(run_dir: str | Path, step: int) -> Path:
+    return folder_of(run_dir) / f"step_{step:07d}.ckpt"
+
+
+def saved(run_dir: str | Path) -> list[Path]:
+    """All checkpoints of a run, the newest first; whole or not."""
+    folder = folder_of(run_dir)
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    except OSError as error:  # not to be taken for a run without checkpoints
+        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
+    found = sorted((folder / name for name in names if STEP_FILE.fullmatch(name)), key=step_of, reverse=True)
+    last = folder / LAST
+    return found if last.is_symlink() or not last.exists() else [*found, last]  # a copy whose link became a file
+
+
+def ever_saved(run_dir: str | Path) -> str | None:
+    """The name of the newest checkpoint that there has been."""
+    path = Path(run_dir) / NEWEST
+    return path.read_text() if path.exists() else None
+
+
+def step_of(path: Path) -> int:
+    match = STEP_FILE.fullmatch(path.name)
+    assert match
+    return int(match[1])
+
+
+def seal_of(file: IO[bytes], size: int) -> bytes | None:
+    file.seek(max(0, size - SEALED))
+    comment = file.read()
+    return comment if len(comment) == SEALED and comment.startswith(COMMENT) else None
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether a file ends with a checksum of ours; weights from elsewhere do not."""
+    with path.open("rb") as file:
+        return seal_of(file, path.stat().st_size) is not None
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; None if they are those that were written."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            if (comment := seal_of(file, size)) is None:
+                return "it is torn: its checksum is missing"
+            file.seek(0)
+            digest, left = hashlib.sha256(), size - SEALED - 2
+            while left > 0 and (chunk := file.read(min(CHUNK, left))):
+                digest.update(chunk)
+                left -= len(chunk)
+            length = file.read(2)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"
+    digest.update(b"\0\0")  # the comment's length, as it was when the sum was taken
+    same = length == SEALED.to_bytes(2, "little") and digest.hexdigest().encode() == comment[len(COMMENT) :]
+    return None if same else "its checksum differs"
+
+
+def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint of a run, None if it has none yet; and what is wrong with newer ones.
+
+    Raises:
+        UserError: There are checkpoints, but every one is damaged. Starting over would lose the run without a word.
+    """
+    complaints: list[str] = []
+    for path in (paths := saved(run_dir)):
+        if (wrong := damage(path)) is None:
+            return path, complaints
+        complaints.append(f"{path} is damaged: {wrong}")
+    if paths:
+        raise UserError(f"{'; '.join(complaints)}; there is no other checkpoint: another --run_dir starts anew")
+    return None, complaints
+
+
+class Sealing:
+    """A file that sums up what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def seal(self) -> None:
+        """The archive ends with the length of its comment, 0 so far, and the comment."""
+        self.file.seek(-2, os.SEEK_END)
+        comment = COMMENT + self.digest.hexdigest().encode()
+        self.file.write(len(comment).to_bytes(2, "little") + comment)
+
+
+def write(checkpoint: dict[str, Any], path: Path) -> None:
+    """To a temporary name, to the disk, and only then under its own name.
+
+    Raises:
+        OSError: The disk is full or cannot be written to; nothing of this checkpoint is left then.
+    """
+    unfinished = path.with_name(path.name + PARTIAL)
+    try:
+        with unfinished.open("w+b") as file:
+            sealing = Sealing(file)
+            try:
+                torch.save(checkpoint, sealing)  # type: ignore[arg-type]  # it asks for no more than this
+            except RuntimeError as error:  # torch's writer hides what the file has raised
+                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+            sealing.seal()
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        sync(path.parent)  # a rename outlives a crash of the machine once its folder is on the disk
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+
+
+def point_last_at(path: Path) -> None:
+    link = path.with_name(LAST + PARTIAL)
+    link.unlink(missing_ok=True)
+    link.symlink_to(path.name)
+    link.replace(path.with_name(LAST))
+
+
+def supersede(run_dir: str | Path, step: int) -> list[Path]:
+    """Put aside the checkpoints of later steps than a run goes on from, so that they are not taken for its own."""
+    found = [path for path in saved(run_dir) if path.name != LAST and step_of(path) > step]
+    for path in found:
+        path.rename(path.with_name(path.name + SUPERSEDED))
+    if left := [path for path in saved(run_dir) if path.name != LAST]:
+        point_last_at(left[0])
+    return found
+
+
+def clear_unfinished(run_dir: str | Path) -> list[Path]:
+    """Remove what a killed run was writing; to be called by the only process of the run that writes."""
+    found = sorted(folder_of(run_dir).glob(f"*{PARTIAL}"))
+    for path in found:
+        path.unlink()
+    return found

@@ -1,0 +1,150 @@
+"""Where bytes lie: a path on this machine, or an address that fsspec knows (s3://, http://, ...)."""
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientTimeout
+from fsspec.core import url_to_fs
+
+from mae.errors import UserError
+
+ATTEMPTS = 3  # at remote bytes, a second apart and more: a network stumbles, and a run lasts for days
+
+_HTTP = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=10, sock_read=30)}}  # seconds without an answer
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "http": _HTTP,
+    "https": _HTTP,
+    "s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 30}},
+}
+
+Range = tuple[str, int, int]  # name of a file in the folder, first byte, number of bytes
+
+
+class Place:
+    """A folder or a file, local or remote. Remote folders are not listed: what is in them, an index must say.
+
+    A store's own settings (endpoint, credentials) come from its environment variables: for S3 those of botocore, such
+    as AWS_ENDPOINT_URL, or fsspec's, FSSPEC_S3_ENDPOINT_URL.
+    """
+
+    def __init__(self, where: str | Path) -> None:
+        self.where = str(where).removeprefix("file://")
+        self.remote = "://" in self.where
+        if not self.remote:
+            self.where = os.path.expanduser(self.where)
+        self._opened: tuple[int, Any, str] = (0, None, "")
+
+    def __str__(self) -> str:
+        return self.where
+
+    def __truediv__(self, name: str) -> "Place":
+        return Place(f"{self.where.rstrip('/')}/{name}" if self.remote else Path(self.where) / name)
+
+    @property
+    def path(self) -> Path:
+        """Of a local place.
+
+        Raises:
+            UserError: It is remote.
+        """
+        if self.remote:
+            raise UserError(f"{self.where} is not on this machine: only shards can be read from afar (`mae pack`)")
+        return Path(self.where)
+
+    @property
+    def name(self) -> str:
+        return self.where.rstrip("/").rsplit("/", 1)[-1]
+
+    def exists(self) -> bool:
+        if not self.remote:
+            return os.path.exists(self.where)
+        fs, path = self._fs()
+        for attempt in range(ATTEMPTS):
+            try:
+                # Not fs.exists: over HTTP that takes any trouble for a no, and held-out images would go unnoticed.
+                fs.cat_file(path, start=0, end=1)
+                return True
+            except FileNotFoundError:
+                return False
+            except Exception as error:  # of the store's own types
+                trouble = str(error) or type(error).__name__
+                time.sleep(attempt)
+        raise UserError(f"{self.where} cannot be reached: {trouble}")
+
+    def read(self) -> bytes:
+        """The whole file.
+
+        Raises:
+            OSError: And for remote places errors of the store's own types.
+        """
+        if not self.remote:
+            return Path(self.where).read_bytes()
+        fs, path = self._fs()
+        data: bytes = fs.cat_file(path)
+        return data
+
+    def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
+        """Parts of files in this folder; from afar all at once. What came short or failed is an exception."""
+        if not self.remote:
+            return [self._read_local(*one) for one in ranges]
+        fs, path = self._fs()
+        found: list[Any] = [b""] * len(ranges)
+        missing = [i for i, (_, _, size) in enumerate(ranges) if size]  # no bytes are no range to ask for
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(attempt)
+            asked = [ranges[i] for i in missing]
+            try:
+                answers: Sequence[Any] = fs.cat_ranges(
+                    [f"{path}/{name}" for name, _, _ in asked],
+                    [start for _, start, _ in asked],
+                    [start + size for _, start, size in asked],
+                    on_error="return",
+                )
+            except Exception as error:  # of the store's own types
+                answers = [error] * len(asked)
+            for i, answer in zip(missing, answers, strict=True):
+                found[i] = checked(answer, ranges[i][2])
+            missing = [i for i in missing if isinstance(found[i], Exception)]
+            if not missing:
+                break
+        return found
+
+    def _read_local(self, name: str, start: int, size: int) -> bytes | Exception:
+        try:
+            with open(f"{self.where}/{name}" if name else self.where, "rb", buffering=0) as file:
+                return checked(os.pread(file.fileno(), size, start), size)
+        except OSError as error:
+            return error
+
+    def _fs(self) -> tuple[Any, str]:
+        # Once a process: connections and threads of a store do not survive the fork of a loader process.
+        if self._opened[0] != os.getpid():
+            try:
+                protocol = self.where.split("://")[0].split("::")[-1]
+                options = {protocol: OPTIONS[protocol]} if protocol in OPTIONS else {}
+                self._opened = (os.getpid(), *url_to_fs(self.where, **options))
+            except (ImportError, ValueError) as error:
+                raise UserError(f"{self.where}: {error}") from None
+        return self._opened[1:]
+
+
+def checked(answer: Any, size: int) -> bytes | Exception:
+    if isinstance(answer, Exception):
+        return answer
+    if len(answer) != size:  # a file cut short, or a server that does not know ranges and sends all
+        return OSError(f"{len(answer)} bytes came instead of {size}")
+    return bytes(answer)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -1,0 +1,193 @@
+"""What stands beside exported weights: configurations for timm and transformers, and a model card for people."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from mae.models.mae import SIZES, Size
+from mae.weights.weights import Weights
+
+UNKNOWN_LICENCE = "not told; it is for whoever trained these weights to say"
+
+
+def size_name(config: dict[str, Any]) -> str | None:
+    """Of a usual size, or None."""
+    own = Size(config["embed_dim"], config["depth"], config["num_heads"])
+    return next((name for name, size in SIZES.items() if size == own), None)
+
+
+def counted(count: int, what: str) -> str:
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def architecture(weights: Weights) -> str:
+    """In words: ViT-B/16, 224x224."""
+    config, name = weights.config, size_name(weights.config)
+    (height, width), (ph, pw) = config["image_size"], config["patch_size"]
+    patch = f"{ph}" if ph == pw else f"{ph}x{pw}"
+    channels = "" if config["in_chans"] == 3 else f", {counted(config['in_chans'], 'channel')}"
+    own = f"ViT {config['embed_dim']} wide, {config['depth']} blocks, {config['num_heads']} heads, patch {patch}"
+    return (f"ViT-{name}/{patch}" if name else own) + f", {height}x{width} pixels{channels}"
+
+
+def parameters(weights: Weights) -> int:
+    return sum(value.numel() for value in weights.state.values())
+
+
+def timm_config(weights: Weights) -> dict[str, Any]:
+    """As timm reads it from `config.json`: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    config, about = weights.config, weights.classifier
+    classes = len(about["classes"]) if about else 0
+    pool = "avg" if about and about["pool"] == "mean" else "token"
+    return {
+        "architecture": "vit_base_patch16_224",  # of which model_args change whatever is other
+        "num_classes": classes,
+        "num_features": config["embed_dim"],
+        "global_pool": pool,
+        "model_args": timm_arguments(weights),
+        "pretrained_cfg": {
+            "tag": "mae",
+            "custom_load": False,
+            "input_size": [config["in_chans"], *config["image_size"]],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": about["crop_pct"] if about else 0.875,
+            "crop_mode": "center",
+            "mean": list(weights.description["mean"]),
+            "std": list(weights.description["std"]),
+            "num_classes": classes,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+            **({"license": weights.description["licence"]} if "licence" in weights.description else {}),
+            **({"label_names": about["classes"]} if about else {}),
+        },
+    }
+
+
+def timm_arguments(weights: Weights) -> dict[str, Any]:
+    """Of timm's VisionTransformer."""
+    config, about = weights.config, weights.classifier
+    arguments = {key: config[key] for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    arguments |= {"img_size": list(config["image_size"]), "patch_size": list(config["patch_size"])}
+    mean = about is not None and about["pool"] == "mean"
+    arguments |= {"num_classes": len(about["classes"]) if about else 0, "global_pool": "avg" if mean else "token"}
+    return arguments | {"fc_norm": mean and about is not None and about["head"] == "linear"}
+
+
+def hf_config(weights: Weights) -> dict[str, Any]:
+    """As transformers reads it from `config.json`."""
+    config, about = weights.config, weights.classifier
+    kind = ("ViTForImageClassification" if about else "ViTModel", "vit")
+    found: dict[str, Any] = {
+        "hidden_size": config["embed_dim"],
+        "num_hidden_layers": config["depth"],
+        "num_attention_heads": config["num_heads"],
+        "intermediate_size": int(config["embed_dim"] * config["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_norm_eps": 1e-6,  # transformers' own default is another
+        "image_size": config["image_size"][0],
+        "patch_size": config["patch_size"][0],
+        "num_channels": config["in_chans"],
+        "qkv_bias": True,
+        "dtype": "float32",
+    }
+    if weights.has_decoder:
+        kind = ("ViTMAEForPreTraining", "vit_mae")
+        found |= {
+            "decoder_hidden_size": config["decoder_embed_dim"],
+            "decoder_num_hidden_layers": config["decoder_depth"],
+            "decoder_num_attention_heads": config["decoder_num_heads"],
+            "decoder_intermediate_size": int(config["decoder_embed_dim"] * config["mlp_ratio"]),
+            "mask_ratio": weights.description["mask_ratio"],
+            "norm_pix_loss": config["norm_pix_loss"],
+        }
+    if about:
+        found["id2label"] = {str(i): name for i, name in enumerate(about["classes"])}
+        found["label2id"] = {name: i for i, name in enumerate(about["classes"])}
+    return {"architectures": [kind[0]], "model_type": kind[1], **found}
+
+
+def hf_processor(weights: Weights) -> dict[str, Any]:
+    """As transformers reads it from `preprocessor_config.json`."""
+    height, width = weights.config["image_size"]
+    return {
+        "image_processor_type": "ViTImageProcessor",
+        "do_resize": True,
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(weights.description["mean"]),
+        "image_std": list(weights.description["std"]),
+    }
+
+
+USE = {
+    "mae": 'import mae\n\nmodel = mae.{load}("{name}")',
+    "official": 'import mae\n\nmodel = mae.{load}("{name}")  # the official scripts: --resume or --finetune {name}',
+    "timm": "import timm\n\n{timm}\nfeatures = model.forward_features(images)  # (B, 1 + patches, width), unmasked",
+    "hf": 'from transformers import {hf}\n\nmodel = {hf}.from_pretrained("{name}"{hf_more})',
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")  # of numpy arrays\n'
+    "outputs = session.run(None, {{{feed}}})",
+    "export": 'import torch\n\nmodel = torch.export.load("{name}").module()',
+}
+
+
+def card(weights: Weights, format: str, name: str, folder: bool, checks: list[str], lost: list[str]) -> str:
+    """A model card in Markdown, with the head that hubs read."""
+    about, description = weights.classifier, weights.description
+    licence = description.get("licence", UNKNOWN_LICENCE)
+    load = "load" if weights.has_decoder else "load_encoder"
+    if about:
+        load = "classifier.load_classifier"
+    local = f'model = timm.create_model("local-dir:{name}", pretrained=True)'
+    if not folder:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(weights).items())
+        local = f'model = timm.create_model("vit_base_patch16_224", checkpoint_path="{name}", {arguments})'
+    hf = hf_config(weights)["architectures"][0]
+    use = USE[format].format(
+        load=load,
+        name=name,
+        timm=local,
+        hf=hf,
+        hf_more=", add_pooling_layer=False" if hf == "ViTModel" else "",  # it would be random
+        feed=", ".join(f'"{what}": {what}' for what in description.get("takes", [])),
+    )
+    head = {"library_name": {"timm": "timm", "hf": "transformers"}.get(format, "vit-mae-lightning")}
+    head |= {"pipeline_tag": "image-classification" if about else "image-feature-extraction"}
+    if re.fullmatch(r"[\w.-]+|CC BY-NC 4\.0", licence):
+        head["license"] = licence.lower().replace(" ", "-")
+    rows = {
+        "architecture": architecture(weights),
+        "holds": {"classifier": "a classifier", "autoencoder": "encoder and decoder"}.get(weights.holds, "an encoder"),
+        "parameters": f"{parameters(weights):,}",
+        "images": f"mean {rounded(description['mean'])}, std {rounded(description['std'])} of channels in [0, 1]",
+    }
+    if weights.has_decoder:
+        target = "pixels normalised within each patch" if weights.config["norm_pix_loss"] else "plain pixels"
+        rows["the decoder predicts"] = f"{target}, {description['mask_ratio']:g} of the patches hidden"
+    if about:
+        rows["classes"] = f"{len(about['classes'])}, from the {about['pool']} of tokens" if about else ""
+    rows |= {key: str(description[key]) for key in ("step", "images_seen") if key in description}
+    rows |= {"converted from": f"{weights.source.name} ({weights.format} format)", "licence": licence}
+    lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "tags: [mae, vit]", "---", ""]
+    lines += [f"# {architecture(weights)} by masked autoencoding", "", "```python", use, "```", ""]
+    lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
+    for title, items in (("Checked", checks), ("Left out", lost), ("Taken to be so", list(weights.notes))):
+        if items:
+            lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
+    lines += ["He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.", ""]
+    return "\n".join(lines)
+
+
+def rounded(values: list[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,339 @@
+"""Networks as graphs that run without this package: ONNX files, torch.export programs, int8 weights.
+
+Shapes: B images of C channels and H x W pixels; N patches an image, of P values each; D encoder width. B is free in
+every graph; H and W are those of the network, or, where asked for, free in multiples of the patch.
+"""
+
+import json
+import tempfile
+import warnings
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.export import Dim
+
+from mae.errors import UserError
+from mae.models.mae import MaskedAutoencoder, Pair, patchify, random_masking, take
+
+BATCHES = (1, 2, 5)  # what checks compare
+
+SMALLEST = 2  # patches a side, where sizes are free: torch.export takes lengths of 1 for constants
+
+
+class Graph(nn.Module):
+    """What a graph computes: `forward` takes tensors named by `takes` and returns those named by `gives`.
+
+    The network inside is put into eval mode.
+
+    Attributes:
+        free_size: H and W are free: multiples of the patch, at least two patches a side.
+        encoder: What images go through; its grid and patch are the graph's.
+    """
+
+    takes: tuple[str, ...] = ("images",)
+    gives: tuple[str, ...]
+    free_size = False
+    encoder: VisionTransformer
+
+    @property
+    def grid(self) -> Pair:
+        rows, columns = self.encoder.patch_embed.grid_size
+        return rows, columns
+
+    @property
+    def patch_size(self) -> Pair:
+        height, width = self.encoder.patch_embed.patch_size
+        return height, width
+
+    def example(self, batch: int, grid: Pair | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+        """Random inputs, for images of so many patches; None: the network's own number."""
+        (rows, columns), (height, width) = grid or self.grid, self.patch_size
+        draw = torch.Generator().manual_seed(seed)
+        channels = self.encoder.patch_embed.proj.in_channels
+        return (torch.randn(batch, channels, rows * height, columns * width, generator=draw),)
+
+    def shapes(self) -> tuple[dict[int, Any], ...]:
+        """Which lengths of each input are free, as torch.export wants it."""
+        images: dict[int, Any] = {0: Dim("batch")}
+        if self.free_size:
+            height, width = self.patch_size
+            images |= {2: height * Dim("rows", min=SMALLEST), 3: width * Dim("columns", min=SMALLEST)}
+        return (images,)
+
+    def grids(self) -> list[Pair]:
+        """What sizes of images, in patches, checks compare: where they are free smaller, larger, not square."""
+        rows, columns = self.grid
+        if not self.free_size:
+            return [self.grid]
+        return [self.grid, (SMALLEST, columns + 3), (rows + 2, max(SMALLEST, columns // 2))]
+
+
+class Encoder(Graph):
+    """(B, C, H, W) float, normalised -> tokens (B, 1 + N, D) after the final norm, class token first; never masked.
+
+    Args:
+        free_size: Positions are resampled in the graph, as in fine-tuning at another size: bicubic, without
+            align_corners and antialiasing, the class token's row kept.
+    """
+
+    gives = ("tokens",)
+
+    def __init__(self, encoder: VisionTransformer, free_size: bool = False) -> None:
+        super().__init__()
+        self.encoder, self.free_size = encoder, free_size
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        encoder = self.encoder
+        if not self.free_size:
+            fixed: Tensor = encoder.forward_features(images)
+            return fixed
+        assert encoder.pos_embed is not None  # timm has encoders without them
+        assert encoder.cls_token is not None
+        x = encoder.patch_embed.proj(images)  # (B, D, rows, columns)
+        positions = encoder.pos_embed
+        table = positions[:, 1:].transpose(1, 2).unflatten(2, self.grid)
+        table = F.interpolate(table, size=x.shape[2:], mode="bicubic", align_corners=False)
+        x = (x + table).flatten(2).transpose(1, 2)
+        cls = (encoder.cls_token + positions[:, :1]).expand(x.shape[0], -1, -1)
+        tokens: Tensor = encoder.norm(encoder.blocks(torch.cat([cls, x], dim=1)))
+        return tokens
+
+
+class Reconstruction(Graph):
+    """Images (B, C, H, W) and scores (B, N) -> pred (B, N, P) of every patch and mask (B, N), as `predict` gives them.
+
+    The mask comes from outside: the int(N * (1 - mask_ratio)) lowest scores stay visible, and mask is True elsewhere.
+    Any mask that hides so many patches can so be given, as scores 0 and 1. To rounding, not to the bit, `predict`:
+    decoder tokens go back to raster order before the decoder, which is one gather in the graph instead of three.
+
+    Raises:
+        ValueError: The ratio would leave no patch visible or none hidden.
+    """
+
+    takes = ("images", "noise")
+    gives = ("pred", "mask")
+
+    def __init__(self, model: MaskedAutoencoder, mask_ratio: float = 0.75) -> None:
+        super().__init__()
+        self.model, self.mask_ratio = model, mask_ratio
+        random_masking(torch.zeros(1, model.num_patches), mask_ratio)
+        self.eval()
+
+    @property
+    def encoder(self) -> VisionTransformer:  # type: ignore[override]
+        return self.model.encoder
+
+    def example(self, batch: int, grid: Pair | None = None, seed: int = 0) -> tuple[Tensor, ...]:
+        draw = torch.Generator().manual_seed(seed + 1)
+        return *super().example(batch, grid, seed), torch.rand(batch, self.model.num_patches, generator=draw)
+
+    def shapes(self) -> tuple[dict[int, Any], ...]:
+        (images,) = super().shapes()
+        return images, {0: images[0]}
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        # Nothing here may ask for len() of a tensor: that is a constant to torch.export.
+        model = self.model
+        keep, hide, mask = masking = random_masking(noise, self.mask_ratio)
+        latent = model.encode_visible(take(patchify(images, model.patch_size), keep), keep)  # (B, 1 + K, D)
+        x = model.decoder_embed(latent)
+        hidden = model.mask_token.expand(x.shape[0], hide.shape[1], -1)
+        patches = take(torch.cat([x[:, 1:], hidden], dim=1), masking.ids_restore)
+        x = torch.cat([x[:, :1], patches], dim=1) + model.decoder_pos_embed  # (B, 1 + N, E)
+        for block in model.decoder_blocks:
+            x = block(x)
+        return model.decoder_pred(model.decoder_norm(x[:, 1:])), mask
+
+
+class Logits(Graph):
+    """(B, C, H, W) float, normalised -> logits (B, classes) of a timm VisionTransformer with a head."""
+
+    gives = ("logits",)
+
+    def __init__(self, network: VisionTransformer) -> None:
+        super().__init__()
+        self.encoder = network
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.encoder(images)
+        return logits
+
+
+def needed(package: str) -> Any:
+    """A package of the extra "onnx".
+
+    Raises:
+        UserError: It is not installed.
+    """
+    try:
+        return import_module(package)
+    except ImportError:
+        name = package.split(".")[0]
+        raise UserError(f'ONNX files need the package {name}: pip install "vit-mae-lightning[onnx]"') from None
+
+
+def program(graph: Graph) -> torch.export.ExportedProgram:
+    """The graph, traced by torch.export."""
+    # Two images: a batch of one would be taken for a constant.
+    with torch.no_grad():
+        made = torch.export.export(graph, graph.example(2), dynamic_shapes=graph.shapes())
+    for module in made.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody else's business
+    return made
+
+
+def to_onnx(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]:
+    """Write an ONNX file; returns what was written.
+
+    One file up to 1.5 GiB of weights. Above, as protobuf ends at 2 GB, the weights lie beside it in NAME.data, which
+    the graph asks for by that name: to be safe from half-written files, write into another folder, not under another
+    name.
+
+    Args:
+        description: Of the weights; stands as JSON in the file's metadata, under the key "mae".
+
+    Raises:
+        UserError: The packages that ONNX needs are missing.
+    """
+    for package in ("onnx", "onnxscript"):
+        needed(package)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used")  # a second time: it is one length
+        made = torch.onnx.export(
+            program(graph),
+            dynamo=True,
+            input_names=list(graph.takes),
+            output_names=list(graph.gives),
+            dynamic_shapes=graph.shapes(),  # of a program that has them these are names alone
+            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+            verbose=False,
+        )
+    assert made is not None
+    for node in made.model.graph:
+        node.metadata_props.clear()  # names of classes: of use to those who debug the exporter
+    made.model.metadata_props["mae"] = json.dumps(description)
+    made.save(path, external_data=False)  # it is external above torch's limit all the same
+    return [file for file in (path, beside(path)) if file.exists()]
+
+
+def beside(path: Path) -> Path:
+    """Where the weights lie that are too many for one file."""
+    return path.with_name(f"{path.name}.data")
+
+
+def stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
+    """torch's stable sort, which its exporter does not know: in TopK equal values come in the order of their indices.
+
+    Returns:
+        Sorted values and their indices.
+    """
+    op = needed("onnxscript").opset18
+    length = op.Shape(values, start=dim, end=dim + 1 or None)
+    return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
+
+
+def session(path: Path, threads: int = 1) -> Any:
+    """An onnxruntime.InferenceSession on the CPU."""
+    runtime = needed("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Between two runs its threads would otherwise go on asking for work, and take cores from whoever comes next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(running: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of a `session`."""
+    given = {one.name: value.numpy() for one, value in zip(running.get_inputs(), inputs, strict=True)}
+    return tuple(torch.from_numpy(value) for value in running.run(None, given))
+
+
+def check_onnx(path: Path, graph: Graph, batches: Sequence[int] = BATCHES) -> float:
+    """The greatest absolute difference of any output between ONNX Runtime and PyTorch, both on the CPU.
+
+    On random inputs of several batch sizes and, where they are free, several sizes of images. In masks a patch that
+    differs is a difference of 1.
+    """
+    running = session(path)
+    return max(difference(run_onnx(running, inputs), graph(*inputs)) for inputs in trials(graph, batches))
+
+
+def check_export(path: Path, graph: Graph, batches: Sequence[int] = BATCHES) -> float:
+    """As `check_onnx`, of a .pt2 file."""
+    loaded = torch.export.load(path).module()
+    return max(difference(loaded(*inputs), graph(*inputs)) for inputs in trials(graph, batches))
+
+
+def trials(graph: Graph, batches: Sequence[int]) -> list[tuple[Tensor, ...]]:
+    return [graph.example(n, grid, seed) for seed, grid in enumerate(graph.grids()) for n in batches]
+
+
+def difference(found: Any, wanted: Any) -> float:
+    """Greatest absolute difference of outputs, one tensor or several; infinite where shapes or types differ."""
+    pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (found, wanted)), strict=True)
+    worst = 0.0
+    for one, other in pairs:
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return float("inf")
+        gap = float((one.double() - other.double()).abs().max())
+        worst = max(worst, gap if gap == gap else float("inf"))  # NaN is no small difference
+    return worst
+
+
+def to_export(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]:
+    """Write a .pt2 file, for `torch.export.load`; returns what was written.
+
+    Args:
+        path: Ends in .pt2.
+        description: As in `to_onnx`; torch.export.load(path, extra_files=files) gives it, of files = {"mae": ""}.
+    """
+    torch.export.save(program(graph), path, extra_files={"mae": json.dumps(description)})
+    return [path]
+
+
+def quantize(src: Path, dst: Path) -> list[Path]:
+    """From a float32 ONNX file one whose linear layers have int8 weights; returns what was written.
+
+    Weights have a scale for each output. They use seven of their eight bits: processors without VNNI add products in
+    pairs of 16 bits, which the eighth would overflow. Activations become uint8 as they come, by a scale for the whole
+    tensor: so what is said of an image depends on the images beside it in the batch, about as much as on the rounding
+    itself. The patch embedding (a convolution), attention's own products, norms and positions stay float32: they hold
+    few weights or none.
+
+    Raises:
+        UserError: The packages that ONNX needs are missing.
+    """
+    for package in ("onnx", "onnxruntime"):
+        needed(package)
+    quantization = needed("onnxruntime.quantization")
+    shapes = needed("onnxruntime.quantization.shape_inference")
+    large = beside(src).exists()
+    with tempfile.TemporaryDirectory(dir=dst.parent) as folder:
+        # Shapes alone: there is nothing that ONNX Runtime could simplify, and its own operators bind a file to it.
+        ready = Path(folder) / "ready.onnx"
+        shapes.quant_pre_process(
+            src,
+            ready,
+            skip_symbolic_shape=True,
+            skip_optimization=True,
+            save_as_external_data=large,
+            all_tensors_to_one_file=large,
+        )
+        quantization.quantize_dynamic(
+            ready,
+            dst,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=quantization.QuantType.QInt8,
+        )
+    return [dst]

@@ -1,0 +1,182 @@
+"""Weights by our names, with what is known of them, whatever file they came from."""
+
+import hashlib
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from timm.models import adapt_input_conv
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mae.errors import UserError
+from mae.models.mae import MaskedAutoencoder, Pair, as_pair
+from mae.models.vit import Unallocated
+from mae.weights.state_dict_keys import ENCODER, State
+
+Format = Literal["mae", "official", "timm", "hf"]
+
+POSITIONS = (f"{ENCODER}pos_embed", "decoder_pos_embed")
+
+
+class Weights(NamedTuple):
+    """What SRC holds, under the names of MaskedAutoencoder; without a decoder only names that begin with `encoder.`
+
+    Of a classifier these are its timm names behind `encoder.`, head included.
+    """
+
+    source: Path
+    state: State  # floating-point numbers are float32
+    description: dict[str, Any]  # model: arguments of MaskedAutoencoder; mean, std, step, images_seen, ...
+    format: Format = "mae"
+    notes: tuple[str, ...] = ()  # what the file does not tell and was taken to be, and what of it was left out
+    problems: tuple[str, ...] = ()  # why it is no use: tensors that are missing, unknown or of another shape
+
+    @property
+    def has_decoder(self) -> bool:
+        return "mask_token" in self.state
+
+    @property
+    def holds(self) -> str:
+        return "classifier" if self.classifier else "autoencoder" if self.has_decoder else "encoder"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        config: dict[str, Any] = self.description["model"]
+        return config
+
+    @property
+    def classifier(self) -> dict[str, Any] | None:
+        """classes, pool and head of a classifier; None of a pre-trained model."""
+        return self.description.get("classifier")
+
+    @property
+    def grid(self) -> Pair:
+        """Rows and columns of patches."""
+        (height, width), (ph, pw) = as_pair(self.config["image_size"]), as_pair(self.config["patch_size"])
+        return height // ph, width // pw
+
+    @property
+    def timm_state(self) -> State:
+        """The encoder, or whole classifier, under timm's names."""
+        return {key.removeprefix(ENCODER): value for key, value in self.state.items() if key.startswith(ENCODER)}
+
+    def fingerprint(self) -> str:
+        """The same for the same weights, wherever they lie: of names, shapes and a part of every tensor."""
+        digest = hashlib.blake2b(digest_size=8)
+        for key in sorted(self.state):
+            value = self.state[key]
+            digest.update(f"{key} {tuple(value.shape)}".encode())
+            digest.update(value.flatten()[:1024].float().numpy().tobytes())
+        return f"weights {digest.hexdigest()}"
+
+    def require_decoder(self) -> None:
+        if not self.has_decoder:
+            kind = "a classifier" if self.classifier else "an encoder"
+            raise UserError(
+                f"{self.source} holds {kind} without decoder; a pre-training's model.safetensors or .ckpt has one"
+            )
+
+    def require_pretrained(self, allowed: bool, flag: str | None) -> None:
+        """A classifier's encoder has seen labels: as a starting point or for features it must be asked for.
+
+        Args:
+            flag: What allows it, if anything does.
+        """
+        if self.classifier and not allowed:
+            raise UserError(
+                f"{self.source} is a classifier of {len(self.classifier['classes'])} classes, its encoder trained with "
+                f"labels, where a pre-trained encoder is wanted" + (f"; {flag} allows it" if flag else "")
+            )
+
+    def require_classifier(self) -> dict[str, Any]:
+        if self.classifier is None:
+            raise UserError(
+                f"{self.source} has no classifier head; `mae probe` and `mae finetune` write models that have one"
+            )
+        return self.classifier
+
+    def build(self) -> MaskedAutoencoder:
+        """The network of this size, in eval mode. Its tensors are these, not copies: no memory is taken for others.
+
+        Raises:
+            UserError: There is no decoder.
+        """
+        self.require_decoder()
+        with Unallocated():
+            model = MaskedAutoencoder(**self.config)
+        model.load_state_dict(self.state, assign=True)
+        for positions in (model.pos_embed, model.decoder_pos_embed):
+            positions.requires_grad_(False)  # which assignment does not keep
+        return model.eval()
+
+    def encoder(self) -> VisionTransformer:
+        """The encoder, in eval mode and frozen; `forward_features(images)` gives (B, 1 + N, D), class token first.
+
+        A classifier by mean pooling has no final norm for its tokens: theirs is then the plain one, weight 1, bias 0.
+        """
+        state = {key: value for key, value in self.timm_state.items() if not key.startswith(("head.", "fc_norm."))}
+        if self.classifier and "norm.weight" not in state:
+            width = self.config["embed_dim"]
+            state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+        with Unallocated():
+            encoder = MaskedAutoencoder(**self.config).encoder
+        encoder.load_state_dict(state, assign=True)
+        return encoder.eval().requires_grad_(False)
+
+    def adapted(self, image_size: int | Pair | None = None, in_chans: int | None = None) -> "Weights":
+        """For images of another size or other channels.
+
+        Positions, of the decoder too, are resampled (bicubic) where the grid of patches is another. Channels go by
+        timm's rule: one is the sum of the three, several repeat them, scaled by 3 / n; means and stds alike. A decoder
+        predicts the channels that it was trained on, so it is left out where they change.
+
+        Raises:
+            UserError: The size is not divisible by the patch, or channels are made of other than three.
+        """
+        state, model, notes = dict(self.state), dict(self.config), list(self.notes)
+        about = {**self.description, "model": model}
+        if image_size is not None and (size := as_pair(image_size)) != as_pair(model["image_size"]):
+            ph, pw = as_pair(model["patch_size"])
+            if size[0] % ph or size[1] % pw or min(size) < 1:
+                raise UserError(f"image_size {size[0]}x{size[1]} is not divisible by the patch size {ph}x{pw}")
+            model["image_size"], new = list(size), (size[0] // ph, size[1] // pw)
+            if new != self.grid:
+                for key in (key for key in POSITIONS if key in state):
+                    state[key] = resample_positions(state[key], self.grid, new)
+                notes.append(
+                    f"positions resampled from {self.grid[0]}x{self.grid[1]} patches to {new[0]}x{new[1]} (bicubic)"
+                )
+        if in_chans is not None and in_chans != (before := model["in_chans"]):
+            if before != 3 or in_chans < 1:
+                raise UserError(f"in_chans {in_chans}: {self.source} takes {before}; channels are made of three alone")
+            stem = f"{ENCODER}patch_embed.proj.weight"
+            state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
+            state[stem] = adapt_input_conv(in_chans, state[stem].clone())
+            model["in_chans"] = in_chans
+            for key in ("mean", "std"):
+                if len(values := about[key]) == 3:
+                    about[key] = [sum(values) / 3] if in_chans == 1 else [values[i % 3] for i in range(in_chans)]
+            notes.append(f"patch embedding made for {in_chans} channels from 3")
+            if self.has_decoder:
+                notes.append("the decoder is left out: it predicts 3 channels")
+        return self._replace(state=state, description=about, notes=tuple(notes))
+
+
+def folded_head(state: State) -> State:
+    """A probe's BatchNorm, which has no weights of its own, as part of the linear layer after it."""
+    state = dict(state)
+    mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
+    state.pop(f"{ENCODER}head.0.num_batches_tracked", None)
+    weight, bias = (state.pop(f"{ENCODER}head.1.{key}").double() for key in ("weight", "bias"))
+    weight = weight / (var + 1e-6).sqrt()  # epsilon of the official probe, and of ours
+    return state | {f"{ENCODER}head.weight": weight.float(), f"{ENCODER}head.bias": (bias - weight @ mean).float()}
+
+
+def resample_positions(positions: Tensor, old: Pair, new: Pair) -> Tensor:
+    """(1, 1 + N, D) of one grid -> of another: bicubic, the class token's row kept.
+
+    As the reference: without align_corners, and without the antialiasing that timm has on by default.
+    """
+    return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1, antialias=False)

@@ -1,0 +1,43 @@
+"""What two run folders have in common."""
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from disks import small_disk  # noqa: F401
+from safetensors.torch import load_file
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    with (run_dir / "metrics.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    for row in found:
+        for key in ("images_per_s", "mfu", "data_wait", "peak_memory_gib"):
+            row.pop(key)
+    return found
+
+
+def require_same(run_dir: Path, whole: Path) -> None:
+    a, b = final(run_dir), final(whole)
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "mae"):
+        assert same(a[key], b[key]), key
+    assert rows(run_dir) == rows(whole)
+    for name in ("encoder.safetensors", "model.safetensors"):
+        assert same(load_file(run_dir / name), load_file(whole / name)), name
+    pictures = [sorted(path.name for path in (folder / "reconstructions").iterdir()) for folder in (run_dir, whole)]
+    assert pictures[0] == pictures[1]
+
+
+def final(run_dir: Path) -> dict[str, Any]:
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
