@@ -17,7 +17,7 @@ pretrain | probe | finetune) shift ;;
 esac
 [[ $SLURM_JOB_NAME != *.sbatch ]] || fail "the run has no name: sbatch --job-name=NAME ..."
 [[ " $*" != *" --run_dir"* && " $*" != *" --ckpt_path"* ]] ||
-    fail "--run_dir and --ckpt_path follow from the job's name: set sbatch --job-name=NAME, and RUNS=FOLDER in the environment"
+    fail "--run_dir and --ckpt_path follow from the job's name: use sbatch --job-name=NAME and the variable RUNS=FOLDER"
 cd "$SLURM_SUBMIT_DIR" || exit 2
 [ -x .venv/bin/python ] && python=.venv/bin/python || python=python
 python=${PYTHON:-$python}
@@ -52,8 +52,8 @@ srun --kill-on-bad-exit=1 --wait=0 --export=ALL --cpus-per-task="${SLURM_CPUS_PE
     "$python" -m mae.cli "$stage" "${settings[@]}"
 code=$?
 [ $code != 0 ] || exit 0 # done, or requeued by the run itself
-# srun returns the highest exit code. The first task that fails has the others killed, with 143, so the code of the first
-# one must be read from the log. 2 is a user error, 130 is Ctrl-C (scancel --signal=INT).
+# srun returns the highest exit code. When a task fails, the others are killed, with 143, so the code of the first one is
+# read from the log. 2 is a user error, 130 is Ctrl-C (scancel --signal=INT).
 for final in 2 130; do
     # Not grep -q: it stops reading at the first match, and pipefail would turn that into a failure.
     ! tail -c +$((before + 1)) "$log" | grep -E "^srun: error: .*: Exited with exit code $final\$" >/dev/null || exit $final
