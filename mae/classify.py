@@ -85,7 +85,7 @@ class Classify(Stage):
             metrics |= {f"val/{key}{suffix}": value for key, value in figures.items()}
         self.report_step = self.global_step
         if not self.trainer.sanity_checking:
-            self.log_dict(self.write(metrics), logger=False)
+            self.log_row(metrics)
 
     def recipe_notes(self) -> dict[str, str]:
         return {"start": self.said, "pool": f"{self.pool}; {len(self.classes)} classes"}

@@ -5,7 +5,8 @@ import time
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mae.errors import Stopped, TrainingFailed, UserError
+from mae.errors import Stopped, TrainingFailed
+from mae.options import check_ranges
 from mae.runtime import checkpoint_files, signals, slurm
 from mae.runtime.checkpoint_files import last_checkpoint, step_file
 from mae.runtime.rank_flags import Agreement
@@ -38,12 +39,8 @@ class Checkpoints(Checkpoint):
         every_n_minutes: float | None = 30,
         keep: int = 3,
     ):
-        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1) or keep < 1:
-            raise UserError(
-                f"--checkpoint.every_n_epochs {every_n_epochs}, every_n_steps {every_n_steps}, keep {keep}: at least 1"
-            )
-        if every_n_minutes is not None and not every_n_minutes > 0:
-            raise UserError(f"--checkpoint.every_n_minutes {every_n_minutes}: above 0, or null")
+        check_ranges("checkpoint", "[1, inf)", every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, keep=keep)
+        check_ranges("checkpoint", "(0, inf)", every_n_minutes=every_n_minutes)
         self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
         self.keep = keep
         self.saved_step = -1
@@ -120,7 +117,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Stage)
         if self.saved_step != trainer.global_step and trainer.global_step != pl_module.resumed_at:
-            pl_module.write_last_row()  # a callback has ended the run early
+            pl_module.step_metrics.write_last_row()  # a callback has ended the run early
             self.save(trainer)
         if self.lost(trainer):
             self.save(trainer)

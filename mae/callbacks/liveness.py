@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 
 from mae.runtime.run_lock import RunLock
 from mae.runtime.watchdog import Watchdog
+from mae.training.lightning_internals import child_processes
 
 
 class Alive(Callback):
@@ -33,7 +34,7 @@ class Alive(Callback):
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        children = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        children = [process.pid for process in child_processes(trainer)]
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
         relatives = [os.getppid()] if started_by_rank_0 else children

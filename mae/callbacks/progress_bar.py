@@ -56,10 +56,12 @@ class Progress(ProgressBar):
                 print(f"step {step}/{self.total} | {figures} | {tqdm.format_interval(left)} left", flush=True)
 
     def figures(self, module: Stage) -> str:
-        seen = module.metrics
-        names = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
-        names["images_per_s"] = "{:.0f} images/s"
-        return " | ".join([t.format(seen[k]) for k, t in names.items() if k in seen] + [f"lr {module.lr:.2e}"])
+        latest, lr = module.step_metrics.latest, module.step_metrics.lr
+        formats = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
+        formats["images_per_s"] = "{:.0f} images/s"
+        return " | ".join(
+            [text.format(latest[key]) for key, text in formats.items() if key in latest] + [f"lr {lr:.2e}"]
+        )
 
     def close(self) -> None:
         if self.bar is not None:

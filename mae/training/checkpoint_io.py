@@ -52,17 +52,20 @@ class HostCopy:
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the disk: training waits for a copy in memory, a thread of its own writes.
+    """Writes and reads the checkpoints of a Trainer: training waits for a copy in memory, a thread writes it to disk.
 
     Args:
         keep: So many checkpoints stay; older ones are removed once a newer one is complete.
 
-    `alongside` puts on the disk what must be there before a checkpoint is: what has happened up to its step.
+    Attributes:
+        alongside: Each puts something on the disk that must be there before a checkpoint is.
+        preloaded: A file and its content, where it has been read already: `load_checkpoint` hands that out, once.
     """
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.alongside: list[Callable[[], None]] = []
+        self.preloaded: tuple[Path, dict[str, Any]] | None = None
         self.host = HostCopy()
         self.thread: threading.Thread | None = None
         self.failed: tuple[Path, Exception] | None = None  # the last write, where it did not succeed
@@ -115,7 +118,10 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain types, on the CPU, read from the file as they are needed."""
+        """Tensors and plain types, on the CPU, mapped from the file."""
+        if self.preloaded is not None and self.preloaded[0] == Path(path):
+            content, self.preloaded = self.preloaded[1], None
+            return content
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return checkpoint
 

@@ -20,6 +20,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from mae.training.lightning_internals import set_parallel_sizes
+
 # Ways into a network besides its forward.
 ENTRANCES = ("encode", "predict")
 
@@ -36,7 +38,7 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        set_parallel_sizes(self, data=self.num_nodes * self.num_processes, tensor=1)
         super().setup_environment()
 
     # Checkpoints take the way of all other strategies, through the plugin that reads and writes files. Lightning's own

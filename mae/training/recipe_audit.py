@@ -15,8 +15,8 @@ from mae.errors import UserError
 from mae.training.optim import WarmupCosine
 
 
-class Claims(NamedTuple):
-    """What the settings promise."""
+class ExpectedGroups(NamedTuple):
+    """What the settings promise of the parameter groups and of the blocks."""
 
     weight_decay: float = 0.0  # some parameters have it
     layer_decay: float = 1.0  # below 1: learning rates fall from head to stem
@@ -95,7 +95,7 @@ def drop_path_line(network: nn.Module) -> str:
     return "drop path by block: " + " ".join(f"{rate:.3g}" for rate in drop_paths(network))
 
 
-def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, claims: Claims) -> None:
+def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, expected: ExpectedGroups) -> None:
     """Refuse a run in which a setting would do nothing.
 
     Raises:
@@ -112,17 +112,17 @@ def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, clai
         raise UserError(f"{wrong[0]} is in a group of the optimiser, but is frozen")
 
     found = groups(network, optimizer, schedule)
-    if claims.weight_decay and {g.weight_decay for g in found} != {0.0, claims.weight_decay}:
+    if expected.weight_decay and {g.weight_decay for g in found} != {0.0, expected.weight_decay}:
         raise UserError(
-            f"--model.weight_decay {claims.weight_decay} has no effect: the groups have "
+            f"--model.weight_decay {expected.weight_decay} has no effect: the groups have "
             f"{sorted({g.weight_decay for g in found})}; set it to 0"
         )
-    if not claims.weight_decay and any(g.weight_decay for g in found):
+    if not expected.weight_decay and any(g.weight_decay for g in found):
         raise UserError("a group of the optimiser decays its weights, but --model.weight_decay is 0")
     scales = {g.scale for g in found}
-    if (claims.layer_decay < 1) != (min(scales) < 1):
+    if (expected.layer_decay < 1) != (min(scales) < 1):
         raise UserError(
-            f"--model.layer_decay {claims.layer_decay} has no effect: every group that is trained has the scale "
+            f"--model.layer_decay {expected.layer_decay} has no effect: every group that is trained has the scale "
             f"{max(scales):g}; set it to 1"
         )
     # The scale must reach the rate: a group that carries one which the schedule does not read is the classic mistake.
@@ -131,13 +131,14 @@ def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, clai
         if abs(g.peak - top * g.scale) > 1e-9 * top:
             raise UserError(f"the layer scale {g.scale:g} of {g.names[0]} is not in its learning rate {g.peak:g}")
     rates = drop_paths(network)
-    if abs(max(rates, default=0.0) - claims.drop_path) > 1e-6:  # timm's rates are float32
+    if abs(max(rates, default=0.0) - expected.drop_path) > 1e-6:  # timm's rates are float32
         raise UserError(
-            f"--model.drop_path {claims.drop_path} has no effect: the blocks that are trained have {rates}; set it to 0"
+            f"--model.drop_path {expected.drop_path} has no effect: the blocks that are trained have {rates}; "
+            "set it to 0"
         )
     for group in optimizer.param_groups:
         matrices = {p.ndim > 1 for p in group["params"]}
-        if claims.trust_ratio and matrices != {bool(group.get("always_adapt"))}:
+        if expected.trust_ratio and matrices != {bool(group.get("always_adapt"))}:
             raise UserError("LARS would not scale the weight, or would scale the bias, by its trust ratio")
 
 
