@@ -14,11 +14,11 @@ from mae.training.lightning_internals import child_processes
 
 
 class Alive(Callback):
-    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch.
+    """Holds this rank's place in the lock of the run folder, and reports every batch to the watchdog.
 
     Args:
         lock: Of the run folder.
-        minutes: Without a batch, before the watchdog ends the process; None: it never does.
+        minutes: How long the watchdog waits for a batch before it ends the process; None: no watchdog.
     """
 
     def __init__(self, lock: RunLock, minutes: float | None) -> None:
@@ -30,7 +30,7 @@ class Alive(Callback):
             self.lock.share(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not before: loading all images into a device's memory takes its time, and rendezvous have limits."""
+        """Start the watchdog; not earlier, because loading all images into a device's memory may take minutes."""
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
@@ -54,7 +54,7 @@ class Alive(Callback):
         self.beat(f"step {trainer.global_step}, in training")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, looking at held-out images")
+        self.beat(f"step {trainer.global_step}, in validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
         self.beat(f"step {trainer.global_step}, between epochs")

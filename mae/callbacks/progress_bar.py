@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""The progress bar, or a line now and then where there is no terminal."""
 
 import sys
 import time
@@ -12,9 +12,12 @@ from mae.training.module import Stage
 
 
 class Progress(ProgressBar):
-    """A bar over the whole run: loss, images/s, learning rate, time left; in a log file, a line now and then."""
+    """Shows the progress of the whole run with loss, images/s, learning rate and time left.
 
-    LINE_SECONDS = 10.0  # at most one line in this time
+    On a terminal this is a bar; in a log file a line, at most one every `LINE_SECONDS`.
+    """
+
+    LINE_SECONDS = 10.0
 
     def __init__(self) -> None:
         super().__init__()

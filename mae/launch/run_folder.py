@@ -73,7 +73,7 @@ class RunFolder(Callback):
             try:
                 self.write_config()
                 self.clear_leftovers(stage.total_steps)
-                self.metrics.begin()
+                self.metrics.cut_back()
             except OSError as error:
                 problem = f"--run_dir {self.resume.run_dir} cannot be written: {error.filename}: {error.strerror}"
         if problem := trainer.strategy.broadcast(problem):
