@@ -127,7 +127,7 @@ def whole(network: nn.Module) -> Iterator[None]:
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The state_dict with whole tensors; all processes call it together.
 
-    For a sharded network the first process gets them on the CPU, and the others get an empty dictionary.
+    For a sharded network the first process gets them on the CPU, and the others get none of the sharded ones.
     """
     return {key: value for key, value in gathered(module.state_dict()).items() if value is not None}
 

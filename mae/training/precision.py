@@ -69,8 +69,8 @@ def check_precision(setting: str | int | None, device: str) -> str:
     if precision.startswith("bf16"):
         if device == "cuda" and not cuda_has_bfloat16():
             raise UserError(
-                f"--trainer.precision {setting}: {torch.cuda.get_device_name()} has no bfloat16; use --trainer.precision "
-                "16-mixed or 32-true"
+                f"--trainer.precision {setting}: {torch.cuda.get_device_name()} has no bfloat16; use "
+                "--trainer.precision 16-mixed or 32-true"
             )
         if device == "cpu" and not cpu_has_bfloat16():
             return (
