@@ -110,9 +110,9 @@ class Finetune(Classify):
         self.mixup, self.cutmix, self.mix_prob, self.switch_prob = mixup, cutmix, mix_prob, switch_prob
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
         self.check_settings()
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         self.make_network(
-            *(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned),
+            *(encoder, pool, classes, image_size, in_chans, size, overrides, allow_finetuned),
             drop_path=drop_path,
             activation_checkpointing=activation_checkpointing,
         )
@@ -181,8 +181,8 @@ class Finetune(Classify):
         return 1.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # A function of (seed, step, micro-batch, rank): a resumed run drops and mixes the same, and ranks, which share
-        # a seed under Lightning, drop and mix differently.
+        # A function of (seed, step, micro-batch, rank): a resumed run draws the same, and ranks, which share a seed
+        # under Lightning, draw differently.
         accumulate = self.trainer.accumulate_grad_batches
         number = batch_idx % accumulate * self.trainer.world_size + self.global_rank
         torch.manual_seed(hashed(self.seed, self.global_step, number, "drop"))

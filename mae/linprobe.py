@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mae.classify import MIN_REACH, Classify
+from mae.classify import Classify
 from mae.data.datasets import Batch
 from mae.errors import UserError
 from mae.models.mae import Pair
@@ -12,6 +12,9 @@ from mae.models.vit import Head, Pool, frozen_features
 from mae.options import check_ranges
 from mae.training.optim import lars
 from mae.training.recipe_audit import ExpectedGroups
+
+# How far the weight of the linear layer should be able to move, in multiples of its norm; below it the recipe warns.
+MIN_REACH = 20
 
 
 class LinearProbe(Classify):
@@ -64,8 +67,8 @@ class LinearProbe(Classify):
         check_ranges("model", "[0, 1)", momentum=momentum)
         check_ranges("model", "(0, inf)", trust_coefficient=trust_coefficient)
         self.momentum, self.trust_coefficient = momentum, trust_coefficient
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned)
+        overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.make_network(encoder, pool, classes, image_size, in_chans, size, overrides, allow_finetuned)
         self.model.requires_grad_(False)
         self.model.head.requires_grad_(True)
 
@@ -95,8 +98,8 @@ class LinearProbe(Classify):
         return ExpectedGroups(trust_ratio=True)
 
     def recipe_notes(self) -> dict[str, str]:
-        # LARS moves the weight by a share of its norm: lr x trust coefficient a step, times 1 / (1 - momentum). A run
-        # on few images takes too few such steps to get anywhere at the rate that ImageNet wants (there, about 220).
+        # In each step LARS moves the weight by a share of its norm, lr x trust coefficient / (1 - momentum). A run on
+        # few images has too few steps to get far at the rate of the ImageNet recipe, where the shares add up to 220.
         shares = sum(self.schedule.lr_at(step, self.peak_lr) for step in range(self.total_steps))
         reach = shares * self.trust_coefficient / (1 - self.momentum)
         text = f"the weight can move by {reach:.3g} times its norm in all"

@@ -116,19 +116,19 @@ class StageCLI(LightningCLI):
             "--allow_changes",
             type=bool,
             default=False,
-            help="Go on with settings that differ from those of the run in run_dir; they are said at the start.",
+            help="Go on with settings that differ from those of the run in run_dir; each is printed at the start.",
         )
         parser.add_argument(
             "--watchdog_minutes",
             type=float | None,
             default=30,
-            help="A process without a batch for so long says where it stands, and ends; null: never.",
+            help="End a process that has had no batch for so long, with a report of where it hangs; null: never.",
         )
         parser.add_argument(
             "--float32_matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="Of products of float32 matrices: highest; high, by TF32 on NVIDIA GPUs; medium, by bfloat16.",
+            help="Precision of float32 matrix products: highest; high (TF32 on NVIDIA GPUs); medium (bfloat16).",
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")

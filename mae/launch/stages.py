@@ -179,7 +179,7 @@ class LinearProbeCLI(ClassifyCLI):
         network, device = self.model.model, self.trainer.strategy.root_device
         self.write_config()
         data = self.datamodule
-        recipe = cached_probe.recipe(settings, data, self.model.said)
+        recipe = cached_probe.recipe(settings, data, self.model.start_note)
         print(recipe, flush=True)
         result = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
         seconds = round(result.encoding + result.training, 3)

@@ -1,7 +1,7 @@
-"""A run's checkpoints as files: written in the background, complete or not there, checked before they are used.
+"""A run's checkpoints as files: each is complete or does not exist, and is verified before it is used.
 
 A checkpoint is one file as torch writes it, a zip archive of tensors and plain types, with the SHA-256 of all its bytes
-in the archive's comment: torch reads it as any other, and a torn or flipped one is told from a good one.
+in the comment of the archive: torch reads it like any other, and a truncated or altered file is recognised.
 """
 
 import hashlib
