@@ -13,13 +13,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from mae.errors import UserError
-from mae.runtime.checkpoint_files import (
-    NEWEST,
-    RETRY_SECONDS,
-    point_last_at,
-    saved,
-    write,
-)
+from mae.runtime import checkpoint_files
+from mae.runtime.checkpoint_files import NEWEST, point_last_at, saved
 
 WRITER_NICE = 17  # not the lowest, by which a busy machine would hardly ever write
 
@@ -69,8 +64,8 @@ class CheckpointFiles(CheckpointIO):
         self.host = HostCopy()
         self.thread: threading.Thread | None = None
         self.failed: tuple[Path, Exception] | None = None  # the last write, where it did not succeed
-        self.failures = 0  # in a row, RETRY_SECONDS or more between them
-        self.failed_at = -RETRY_SECONDS
+        self.failures = 0  # in a row, checkpoint_files.RETRY_SECONDS or more between them
+        self.failed_at = -checkpoint_files.RETRY_SECONDS
         self.seconds: list[float] = []  # that each write took
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -89,13 +84,13 @@ class CheckpointFiles(CheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             for beside in self.alongside:
                 beside()
-            write(checkpoint, path)
+            checkpoint_files.write(checkpoint, path)
         except Exception as error:  # whatever it is, the run must know that it is not saved
             self.failed = path, error
-            if time.monotonic() - self.failed_at >= RETRY_SECONDS:
+            if time.monotonic() - self.failed_at >= checkpoint_files.RETRY_SECONDS:
                 self.failures, self.failed_at = self.failures + 1, time.monotonic()
             return
-        self.failed, self.failures, self.failed_at = None, 0, -RETRY_SECONDS
+        self.failed, self.failures, self.failed_at = None, 0, -checkpoint_files.RETRY_SECONDS
         self.seconds.append(time.monotonic() - start)
         try:
             point_last_at(path)
