@@ -64,7 +64,7 @@ class CheckpointFiles(CheckpointIO):
         self.host = HostCopy()
         self.thread: threading.Thread | None = None
         self.failed: tuple[Path, Exception] | None = None  # the last write, where it did not succeed
-        self.failures = 0  # in a row, checkpoint_files.RETRY_SECONDS or more between them
+        self.failures = 0  # in a row, RETRY_SECONDS or more between them
         self.failed_at = -checkpoint_files.RETRY_SECONDS
         self.seconds: list[float] = []  # that each write took
 
