@@ -18,8 +18,6 @@ from mae.training.module import Stage
 from mae.weights import load
 from mae.weights.classifier import encoder_config, load_pretrained
 
-MIN_REACH = 20  # of the linear probe's weight, in norms; below it the recipe warns
-
 SCRATCH = "scratch"  # instead of SRC: random weights
 
 
@@ -28,7 +26,7 @@ class Classify(Stage):
 
     model: VisionTransformer
     head: Head
-    elastic = False  # BatchNorm, mixing and drop path go by micro-batch and rank
+    elastic = False  # BatchNorm, mixing and drop path act on the images of one micro-batch on one rank
 
     def make_network(
         self,
@@ -38,7 +36,7 @@ class Classify(Stage):
         image_size: int | Pair,
         in_chans: int,
         size: str | None,
-        own: dict[str, Any],
+        overrides: dict[str, Any],
         allow_finetuned: bool,
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
@@ -50,15 +48,15 @@ class Classify(Stage):
             weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")
         self.encoder = SCRATCH if weights is None else weights.fingerprint()
         self.pool, self.classes = pool, list(classes)
-        self.config = encoder_config(weights, image_size, in_chans, size, own)
+        self.config = encoder_config(weights, image_size, in_chans, size, overrides)
         self.model = build(self.config, len(classes), pool, self.head, drop_path, activation_checkpointing)
-        self.said = "random weights" if weights is None else load_pretrained(self.model, weights)
+        self.start_note = "random weights" if weights is None else load_pretrained(self.model, weights)
         self.scores = nn.ModuleDict({"model": Scores(len(classes))})
-        self.report: Report | None = None  # of the last look at the held-out images
+        self.report: Report | None = None  # of the last validation
         self.report_step = -1
 
     def averaged(self) -> nn.Module | None:
-        """A moving average of the network, where there is one: it is evaluated beside the network."""
+        """The moving average of the network, where there is one: it is evaluated beside the network."""
         return None
 
     def on_validation_epoch_start(self) -> None:
@@ -79,16 +77,16 @@ class Classify(Stage):
         for name, scores in self.scores.items():
             assert isinstance(scores, Scores)
             suffix = "_ema" if name == "average" else ""
-            # With an average that is the model which is kept, so its report is, too.
+            # Where there is an average, its scores come last: it is the model that is kept, and so is its report.
             self.report = scores.report(self.classes)
-            figures = {"acc1": self.report.acc1, "acc5": self.report.acc5, "loss": self.report.loss}
-            metrics |= {f"val/{key}{suffix}": value for key, value in figures.items()}
+            values = {"acc1": self.report.acc1, "acc5": self.report.acc5, "loss": self.report.loss}
+            metrics |= {f"val/{key}{suffix}": value for key, value in values.items()}
         self.report_step = self.global_step
         if not self.trainer.sanity_checking:
-            self.log_dict(self.write(metrics), logger=False)
+            self.log_row(metrics)
 
     def recipe_notes(self) -> dict[str, str]:
-        return {"start": self.said, "pool": f"{self.pool}; {len(self.classes)} classes"}
+        return {"start": self.start_note, "pool": f"{self.pool}; {len(self.classes)} classes"}
 
     def architecture(self) -> dict[str, Any]:
         return {**self.config, "pool": self.pool, "classes": self.classes}
@@ -105,7 +103,7 @@ class Classify(Stage):
         return {"model": self.config, "classifier": about}
 
     def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
-        # BatchNorm, mixing and drop path go by micro-batch and rank: other than in pre-training the split counts.
+        # Unlike in pre-training, results depend on how a step is divided: see `elastic`.
         split = {
             "number of devices": trainer.world_size,
             "data.batch_size_per_device": data.batch_size,
@@ -118,6 +116,6 @@ class Classify(Stage):
         return 1.0
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What is kept at the end, on the first process; all call it together."""
+        """The weights that are kept at the end, on the first process; all processes call it together."""
         average = self.averaged()
         return full_state(self.model if average is None else average)

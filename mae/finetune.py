@@ -17,8 +17,9 @@ from mae.evaluation.metrics import Scores
 from mae.models.compilation import Choice
 from mae.models.mae import Pair
 from mae.models.vit import Head, Pool, add_lora, train_last
+from mae.options import check_ranges
 from mae.training.optim import adamw_by_layer
-from mae.training.recipe_audit import Claims
+from mae.training.recipe_audit import ExpectedGroups
 
 
 class Finetune(Classify):
@@ -31,7 +32,7 @@ class Finetune(Classify):
             weights.
         pool: "mean": of the patch tokens, then a norm (fc_norm); "class": the class token.
         blocks: Train only so many of the last blocks, the norm after them and the head; 0.5: the last block's MLP.
-            Default: everything. (0 is a linear classifier; mae probe has the paper's recipe for that.)
+            Default: everything. (0 is a linear classifier; mae linprobe has the paper's recipe for that.)
         lora_rank: Train low-rank updates of attention weights of this rank (LoRA, needs the package peft), norm and
             head, instead of the encoder's own weights.
         lora_alpha: The updates are scaled by lora_alpha / lora_rank.
@@ -48,15 +49,15 @@ class Finetune(Classify):
         switch_prob: Probability of cutmix where both are on.
         label_smoothing: Weight of the uniform distribution in the targets.
         ema_decay: Keep a moving average of the weights, evaluate it beside them, and export it; null: none.
-        activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
+        activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them:
             less memory, more time, the same bits.
-        compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
-            is there. The same results, to rounding.
+        compile: Compile the blocks by torch.compile: true, false, or auto (where the run is long enough to save time by
+            it and there is a compiler). The results are the same up to rounding.
         size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
         patch_size: Pixels, a side or [height, width]; as size.
-        embed_dim: Encoder width, where it is not the size's own.
-        depth: Encoder blocks, where not the size's own.
-        num_heads: Encoder attention heads, where not the size's own.
+        embed_dim: Encoder width, where it differs from that of `size`.
+        depth: Encoder blocks, where they differ from those of `size`.
+        num_heads: Encoder attention heads, where they differ from those of `size`.
         allow_finetuned: Start from the encoder of a classifier, too.
         image_size: Of the data; set by it. Positions are resampled from the size of pre-training.
         in_chans: Of the data; set by it.
@@ -65,7 +66,7 @@ class Finetune(Classify):
     """
 
     head: Head = "linear"
-    own_settings = (
+    recipe_keys = (
         *("encoder", "pool", "blocks", "lora_rank", "lora_alpha", "layer_decay", "betas", "drop_path", "mixup"),
         *("cutmix", "mix_prob", "switch_prob", "label_smoothing", "ema_decay"),
     )
@@ -104,36 +105,14 @@ class Finetune(Classify):
         seed: int = 0,
     ):
         super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile)
-        shares = {"drop_path": drop_path, "mix_prob": mix_prob, "switch_prob": switch_prob}
-        shares |= {"label_smoothing": label_smoothing, "layer_decay": layer_decay}
-        shares |= {} if ema_decay is None else {"ema_decay": ema_decay}
-        for key, value in shares.items():
-            if not 0 <= value <= 1 or (key in ("drop_path", "label_smoothing", "ema_decay") and value == 1):
-                raise UserError(f"--model.{key} {value}: wanted is 0 to 1" + (", 1 left out" if value == 1 else ""))
-        if layer_decay == 0:
-            raise UserError("--model.layer_decay 0 would train the top layer alone: --model.blocks 0 does that")
-        for key, value, default, partner, wanted in (
-            ("mix_prob", mix_prob, 1, mixup or cutmix, "mixup or cutmix above 0"),
-            ("switch_prob", switch_prob, 0.5, mixup and cutmix, "both mixup and cutmix above 0"),
-            ("lora_alpha", lora_alpha, 16, lora_rank, "lora_rank"),
-        ):
-            if value != default and not partner:
-                raise UserError(f"--model.{key} {value} has no effect without {wanted}")
-        if min(mixup, cutmix) < 0:
-            raise UserError(f"--model.mixup {mixup}, cutmix {cutmix}: 0 or more")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"--model.betas {list(betas)}: wanted is 0 <= beta < 1")
-        if lora_rank is not None and (blocks is not None or lora_rank < 1 or lora_alpha <= 0):
-            raise UserError(
-                f"--model.lora_rank {lora_rank}, lora_alpha {lora_alpha}: at least 1 and above 0, and not with blocks"
-            )
         self.blocks, self.lora_rank, self.lora_alpha = blocks, lora_rank, lora_alpha
         self.layer_decay, self.betas, self.drop_path = layer_decay, betas, drop_path
         self.mixup, self.cutmix, self.mix_prob, self.switch_prob = mixup, cutmix, mix_prob, switch_prob
         self.label_smoothing, self.ema_decay = label_smoothing, ema_decay
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.check_settings()
+        overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
         self.make_network(
-            *(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned),
+            *(encoder, pool, classes, image_size, in_chans, size, overrides, allow_finetuned),
             drop_path=drop_path,
             activation_checkpointing=activation_checkpointing,
         )
@@ -141,21 +120,51 @@ class Finetune(Classify):
             train_last(self.model, blocks)
         if lora_rank is not None:
             add_lora(self.model, lora_rank, lora_alpha)
-        self.mixing: Mixup | None = None
-        if (mixup or cutmix) and mix_prob:
-            self.mixing = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mix_prob,
-                switch_prob=switch_prob,
-                mode="batch",
-                label_smoothing=label_smoothing,
-                num_classes=len(classes),
-            )
+        self.mixing = self.make_mixing(len(classes))
         self.ema: ModelEmaV3 | None = None
         if ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=ema_decay).requires_grad_(False)  # DDP waits for what requires them
             self.scores["average"] = Scores(len(classes))
+
+    def check_settings(self) -> None:
+        """
+        Raises:
+            UserError: A setting is out of its range, or has no effect beside the others.
+        """
+        check_ranges("model", "[0, 1]", mix_prob=self.mix_prob, switch_prob=self.switch_prob)
+        check_ranges("model", "[0, 1]", layer_decay=self.layer_decay)
+        check_ranges("model", "[0, 1)", drop_path=self.drop_path, label_smoothing=self.label_smoothing)
+        check_ranges("model", "[0, 1)", ema_decay=self.ema_decay, betas=list(self.betas))
+        check_ranges("model", "[0, inf)", mixup=self.mixup, cutmix=self.cutmix)
+        check_ranges("model", "[1, inf)", lora_rank=self.lora_rank)
+        if self.layer_decay == 0:
+            raise UserError("--model.layer_decay 0 would train the top layer alone: --model.blocks 0 does that")
+        for key, default, partner, wanted in (
+            ("mix_prob", 1, self.mixup or self.cutmix, "mixup or cutmix above 0"),
+            ("switch_prob", 0.5, self.mixup and self.cutmix, "both mixup and cutmix above 0"),
+            ("lora_alpha", 16, self.lora_rank, "lora_rank"),
+        ):
+            if getattr(self, key) != default and not partner:
+                raise UserError(f"--model.{key} {getattr(self, key)} has no effect without {wanted}")
+        if self.lora_rank is not None:
+            check_ranges("model", "(0, inf)", lora_alpha=self.lora_alpha)
+            if self.blocks is not None:
+                raise UserError(
+                    f"--model.lora_rank {self.lora_rank} and --model.blocks {self.blocks} exclude each other: give one"
+                )
+
+    def make_mixing(self, classes: int) -> Mixup | None:
+        if not (self.mixup or self.cutmix) or not self.mix_prob:
+            return None
+        return Mixup(
+            mixup_alpha=self.mixup,
+            cutmix_alpha=self.cutmix,
+            prob=self.mix_prob,
+            switch_prob=self.switch_prob,
+            mode="batch",
+            label_smoothing=self.label_smoothing,
+            num_classes=classes,
+        )
 
     def configure_model(self) -> None:
         if self.device_mesh is not None and self.ema is not None:
@@ -172,8 +181,8 @@ class Finetune(Classify):
         return 1.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # A function of (seed, step, micro-batch, rank): a resumed run drops and mixes the same, and ranks, which share
-        # a seed under Lightning, drop and mix differently.
+        # A function of (seed, step, micro-batch, rank): a resumed run draws the same, and ranks, which share a seed
+        # under Lightning, draw differently.
         accumulate = self.trainer.accumulate_grad_batches
         number = batch_idx % accumulate * self.trainer.world_size + self.global_rank
         torch.manual_seed(hashed(self.seed, self.global_step, number, "drop"))
@@ -194,8 +203,8 @@ class Finetune(Classify):
     def make_optimizer(self, lr: float) -> Optimizer:
         return adamw_by_layer(self.model, lr, self.weight_decay, self.betas, self.layer_decay, self.fused)
 
-    def claims(self) -> Claims:
-        return Claims(self.weight_decay, self.layer_decay, self.drop_path)
+    def expected_groups(self) -> ExpectedGroups:
+        return ExpectedGroups(self.weight_decay, self.layer_decay, self.drop_path)
 
     def on_fit_start(self) -> None:
         batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]

@@ -4,13 +4,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from mae.classify import MIN_REACH, Classify
+from mae.classify import Classify
 from mae.data.datasets import Batch
 from mae.errors import UserError
 from mae.models.mae import Pair
 from mae.models.vit import Head, Pool, frozen_features
+from mae.options import check_ranges
 from mae.training.optim import lars
-from mae.training.recipe_audit import Claims
+from mae.training.recipe_audit import ExpectedGroups
+
+# How far the weight of the linear layer should be able to move, in multiples of its norm; below it the recipe warns.
+MIN_REACH = 20
 
 
 class LinearProbe(Classify):
@@ -26,9 +30,9 @@ class LinearProbe(Classify):
         min_lr: Learning rate at the end of the cosine.
         size: Encoder, as in pre-training; only needed with `scratch`, else it must agree with the encoder.
         patch_size: Pixels, a side or [height, width]; as size.
-        embed_dim: Encoder width, where it is not the size's own.
-        depth: Encoder blocks, where not the size's own.
-        num_heads: Encoder attention heads, where not the size's own.
+        embed_dim: Encoder width, where it differs from that of `size`.
+        depth: Encoder blocks, where they differ from those of `size`.
+        num_heads: Encoder attention heads, where they differ from those of `size`.
         allow_finetuned: Probe the encoder of a classifier, too.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
@@ -37,7 +41,7 @@ class LinearProbe(Classify):
     """
 
     head: Head = "batchnorm"
-    own_settings = ("encoder", "pool", "momentum", "trust_coefficient")
+    recipe_keys = ("encoder", "pool", "momentum", "trust_coefficient")
 
     def __init__(
         self,
@@ -60,14 +64,11 @@ class LinearProbe(Classify):
         seed: int = 0,
     ):
         super().__init__(base_lr, 0.0, warmup_epochs, min_lr, seed)
-        if not 0 <= momentum < 1 or trust_coefficient <= 0:
-            raise UserError(
-                f"--model.momentum {momentum}, trust_coefficient {trust_coefficient}: wanted are 0 <= momentum < 1 "
-                "and a coefficient above 0"
-            )
+        check_ranges("model", "[0, 1)", momentum=momentum)
+        check_ranges("model", "(0, inf)", trust_coefficient=trust_coefficient)
         self.momentum, self.trust_coefficient = momentum, trust_coefficient
-        own = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.make_network(encoder, pool, classes, image_size, in_chans, size, own, allow_finetuned)
+        overrides = {"patch_size": patch_size, "embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.make_network(encoder, pool, classes, image_size, in_chans, size, overrides, allow_finetuned)
         self.model.requires_grad_(False)
         self.model.head.requires_grad_(True)
 
@@ -93,12 +94,12 @@ class LinearProbe(Classify):
     def make_optimizer(self, lr: float) -> Optimizer:
         return lars(self.model.head, lr, self.momentum, self.trust_coefficient)
 
-    def claims(self) -> Claims:
-        return Claims(trust_ratio=True)
+    def expected_groups(self) -> ExpectedGroups:
+        return ExpectedGroups(trust_ratio=True)
 
     def recipe_notes(self) -> dict[str, str]:
-        # LARS moves the weight by a share of its norm: lr x trust coefficient a step, times 1 / (1 - momentum). A run
-        # on few images takes too few such steps to get anywhere at the rate that ImageNet wants (there, about 220).
+        # In each step LARS moves the weight by a share of its norm, lr x trust coefficient / (1 - momentum). A run on
+        # few images has too few steps to get far at the rate of the ImageNet recipe, where the shares add up to 220.
         shares = sum(self.schedule.lr_at(step, self.peak_lr) for step in range(self.total_steps))
         reach = shares * self.trust_coefficient / (1 - self.momentum)
         text = f"the weight can move by {reach:.3g} times its norm in all"

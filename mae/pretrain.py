@@ -12,12 +12,13 @@ from mae.data.sampling import sample_noise
 from mae.errors import UserError
 from mae.models.compilation import Choice
 from mae.models.mae import SIZES, MaskedAutoencoder, Pair
-from mae.runtime.processes import gather
+from mae.options import check_ranges
+from mae.runtime.processes import all_reduce, gather
 from mae.training.module import Stage
 from mae.training.optim import adamw
-from mae.training.recipe_audit import Claims
+from mae.training.recipe_audit import ExpectedGroups
 
-HELD_OUT_SEED = 0  # masks of the held-out loss are the same in every run, so that runs can be compared
+HELD_OUT_SEED = 0  # of the masks in validation: the same in every run, so that runs can be compared
 
 
 class Pretrain(Stage):
@@ -31,18 +32,18 @@ class Pretrain(Stage):
         decoder_embed_dim: Decoder width.
         decoder_depth: Decoder blocks.
         decoder_num_heads: Decoder attention heads.
-        embed_dim: Encoder width, where it is not the size's own.
-        depth: Encoder blocks, where not the size's own.
-        num_heads: Encoder attention heads, where not the size's own.
+        embed_dim: Encoder width, where it differs from that of `size`.
+        depth: Encoder blocks, where they differ from those of `size`.
+        num_heads: Encoder attention heads, where they differ from those of `size`.
         base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
-        weight_decay: Of AdamW, on everything but biases and norms.
+        weight_decay: Of AdamW, for everything but biases and norms.
         betas: Of AdamW.
         warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.
         min_lr: Learning rate at the end of the cosine.
-        activation_checkpointing: Compute the blocks' activations twice, forward and backward, instead of keeping them:
+        activation_checkpointing: Compute the blocks' activations again in the backward pass instead of keeping them:
             less memory, more time, the same bits.
-        compile: Blocks by torch.compile: true, false, or auto: where the run is long enough to win by it and a compiler
-            is there. The same results, to rounding.
+        compile: Compile the blocks by torch.compile: true, false, or auto (where the run is long enough to save time by
+            it and there is a compiler). The results are the same up to rounding.
         cuda_graphs: Replay the compiled kernels as CUDA graphs, for networks so small that launching takes longer.
         init: Weights to start from: a run folder or file, official, timm's, Hugging Face's. Not a resume: that is
             --ckpt_path.
@@ -52,7 +53,7 @@ class Pretrain(Stage):
     """
 
     model: MaskedAutoencoder
-    own_settings = ("mask_ratio", "betas")
+    recipe_keys = ("mask_ratio", "betas")
 
     def __init__(
         self,
@@ -82,8 +83,7 @@ class Pretrain(Stage):
         super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile, cuda_graphs)
         if size not in SIZES:
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise UserError(f"--model.betas {list(betas)}: wanted is 0 <= beta < 1")
+        check_ranges("model", "[0, 1)", betas=list(betas))
         encoder = SIZES[size]
         try:
             self.model = MaskedAutoencoder(
@@ -142,17 +142,16 @@ class Pretrain(Stage):
     def on_validation_epoch_end(self) -> None:
         if errors := gather(self.val_error):
             raise UserError(f"held-out images must all be readable: {errors[0]}")
-        self.all_reduce(self.val_sum)
+        all_reduce(self.val_sum)
         loss, images = self.val_sum.tolist()
         if not self.trainer.sanity_checking:
-            # Lightning's own record is for callbacks that watch a metric; its loggers would count steps from 0.
-            self.log_dict(self.write({"val/loss": loss / images}), logger=False)
+            self.log_row({"val/loss": loss / images})
 
     def make_optimizer(self, lr: float) -> Optimizer:
         return adamw(self.model, lr, self.weight_decay, self.betas, self.fused)
 
-    def claims(self) -> Claims:
-        return Claims(weight_decay=self.weight_decay)
+    def expected_groups(self) -> ExpectedGroups:
+        return ExpectedGroups(weight_decay=self.weight_decay)
 
     def recipe_notes(self) -> dict[str, str]:
         encoder = sum(p.numel() for p in self.model.encoder.parameters())

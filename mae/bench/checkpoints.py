@@ -23,7 +23,9 @@ from mae.options import out_file
 from mae.runtime.checkpoint_files import step_file
 from mae.runtime.device_clock import wait_for
 from mae.training.checkpoint_io import CheckpointFiles, HostCopy
+from mae.training.lightning_internals import dump_checkpoint
 from mae.training.module import Stage
+from mae.training.throughput import images_per_step
 
 WARM_UP = 2  # optimiser steps
 
@@ -104,7 +106,7 @@ class Rounds(Callback):
 
     def clone(self, trainer: Trainer) -> float:
         """Seconds to copy the state to new memory of the host."""
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        state = dump_checkpoint(trainer)
         wait_for(trainer.strategy.root_device)
         start = time.perf_counter()
         HostCopy().take(state)
@@ -142,7 +144,7 @@ def bench_save(cli: SaveCLI) -> dict[str, Any]:
     kinds = {kind: figure(seconds) for kind, seconds in rounds.seconds.items() if seconds}
     clone, plain, saving = figure(rounds.clones), kinds["plain"], kinds["saving"]
     bound = plain.high + 1.5 * clone.median
-    batch = cli.model.images_per_step
+    batch = images_per_step(trainer)
     print(f"checkpoint     {size / 1e6:,.0f} MB; written in {figure(files.seconds)} s; seconds below: median (range)")
     print(f"clone of it    {clone}, in memory")
     print(f"step           {plain}, batch {batch}")

@@ -1,11 +1,12 @@
-"""What keeps a run safe: it is saved as it goes, stopped where a signal asks, and known to be alive."""
+"""Checkpoints while a run trains, and its stop at the end of a step when a signal has asked for it."""
 
 import time
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mae.errors import Stopped, TrainingFailed, UserError
+from mae.errors import Stopped, TrainingFailed
+from mae.options import check_ranges
 from mae.runtime import checkpoint_files, signals, slurm
 from mae.runtime.checkpoint_files import last_checkpoint, step_file
 from mae.runtime.rank_flags import Agreement
@@ -15,18 +16,18 @@ from mae.training.module import Stage
 
 
 class Checkpoints(Checkpoint):
-    """Saves the run as it goes, so that `--ckpt_path last` goes on to the same bits; stops it where a signal asks.
+    """Saves a run so that `--ckpt_path last` continues it to the same bits, and stops it when a signal asks for that.
 
-    Always at the end of an optimiser step, never inside an accumulation window, when the step's row is in `metrics.csv`
-    and before the look at held-out images that an epoch ends with: a run that goes on from there takes it first. The
-    last step is always saved, and so is the one after which a signal stops the run. Training waits while the state is
-    copied in memory; writing goes on beside it.
+    A checkpoint is taken at the end of an optimiser step, never inside an accumulation window, when the step's row is
+    in `metrics.csv`, and before the validation at the end of an epoch: a run that is resumed there validates first. The
+    last step is always saved, and so is the step after which a signal stops the run. Training waits while the state is
+    copied in memory, and continues while the copy is written.
 
     Args:
         every_n_epochs: Save at the end of each so many epochs.
-        every_n_steps: Save after each so many optimiser steps, too.
-        every_n_minutes: Save when so many minutes have gone by since the last time, too; null: never for that reason.
-        keep: So many checkpoints stay in `checkpoints/`, the newest; `last.ckpt` is a link to the newest.
+        every_n_steps: Also save after each so many optimiser steps.
+        every_n_minutes: Also save when so many minutes have passed since the last checkpoint; null: never.
+        keep: How many checkpoints to keep in `checkpoints/`, the newest; `last.ckpt` is a link to the newest.
     """
 
     ATTEMPTS = 3  # to save, before a run that cannot save is stopped
@@ -38,12 +39,8 @@ class Checkpoints(Checkpoint):
         every_n_minutes: float | None = 30,
         keep: int = 3,
     ):
-        if every_n_epochs < 1 or (every_n_steps is not None and every_n_steps < 1) or keep < 1:
-            raise UserError(
-                f"--checkpoint.every_n_epochs {every_n_epochs}, every_n_steps {every_n_steps}, keep {keep}: at least 1"
-            )
-        if every_n_minutes is not None and not every_n_minutes > 0:
-            raise UserError(f"--checkpoint.every_n_minutes {every_n_minutes}: above 0, or null")
+        check_ranges("checkpoint", "[1, inf)", every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, keep=keep)
+        check_ranges("checkpoint", "(0, inf)", every_n_minutes=every_n_minutes)
         self.every_n_epochs, self.every_n_steps, self.every_n_minutes = every_n_epochs, every_n_steps, every_n_minutes
         self.keep = keep
         self.saved_step = -1
@@ -59,10 +56,10 @@ class Checkpoints(Checkpoint):
 
     def after_step(self, trainer: Trainer, stage: Stage) -> None:
         step = trainer.global_step
-        # Between epochs comes the look at held-out images, which may take minutes: signals are heard before it.
-        border = stage.at_epoch_end or step >= stage.total_steps
-        said = [signals.wished, int(self.overdue()), self.files.failures]
-        wished, overdue, failures = self.agreement.hear(said, wait=border)
+        # Validation follows the end of an epoch and may take minutes, so signals must be heard of before it.
+        validates = stage.at_epoch_end or step >= stage.total_steps
+        flags = [signals.wished, int(self.overdue()), self.files.failures]
+        wished, overdue, failures = self.agreement.hear(flags, wait=validates)
         if failures >= self.ATTEMPTS:
             raise TrainingFailed(f"{failures} checkpoints in a row could not be written{self.why()}")
         intervals = [self.every_n_epochs * stage.steps_per_epoch, stage.total_steps, self.every_n_steps]
@@ -72,7 +69,7 @@ class Checkpoints(Checkpoint):
             self.stop(trainer, Wish(wished))
 
     def overdue(self) -> bool:
-        """For the rank that writes to say: the others do not know its clock or its disk."""
+        """Whether a checkpoint is due by the clock; the writing rank decides, since each knows only its own clock."""
         if self.files.busy:
             return False
         passed = time.monotonic() - self.clock
@@ -88,7 +85,7 @@ class Checkpoints(Checkpoint):
         self.clock = time.monotonic()
 
     def why(self) -> str:
-        """Of the last failure, on the rank that knows it."""
+        """The reason of the last failure as the end of a sentence, on the rank that knows it; else empty."""
         if self.files.failed is None:
             return ""
         path, error = self.files.failed
@@ -98,29 +95,31 @@ class Checkpoints(Checkpoint):
         return f": {path}: {reason}; {kept}; make room or repair {path.parent}"
 
     def stop(self, trainer: Trainer, wish: Wish) -> None:
-        """
+        """Wait for the checkpoint, go back to the batch system's queue where possible, and end the run.
+
         Raises:
-            Stopped: On every rank, when the checkpoint is on the disk and, where it can be, the job in the queue again.
+            Stopped: On every rank, when the checkpoint is on the disk.
             TrainingFailed: The checkpoint could not be written.
         """
-        said: tuple[str, int] = ("", 1)
+        result: tuple[str, int] = ("", 1)
         if trainer.is_global_zero:
             self.files.wait()
             if self.files.failed is None:
-                requeued, how = (False, "") if wish == Wish.INTERRUPT else slurm.requeue()
-                parts = [f"stopped at step {trainer.global_step}, saved", how, "--ckpt_path last goes on from there"]
-                said = "; ".join(filter(None, parts)), 0 if requeued else signals.EXIT_CODES[wish]
-                # Now: going back to the queue brings SIGTERM, and the batch system ends what is slow to end.
-                print(said[0], flush=True)
-        words, code = trainer.strategy.broadcast(said)
-        if not words:
+                requeued, outcome = (False, "") if wish == Wish.INTERRUPT else slurm.requeue()
+                clauses = [f"stopped at step {trainer.global_step}, saved", outcome]
+                message = "; ".join(filter(None, [*clauses, "--ckpt_path last goes on from there"]))
+                result = message, 0 if requeued else signals.EXIT_CODES[wish]
+                # Printed now, because a requeued job gets SIGTERM, and then SIGKILL if it is slow to end.
+                print(message, flush=True)
+        message, code = trainer.strategy.broadcast(result)
+        if not message:
             raise TrainingFailed(f"asked to stop, but the checkpoint could not be written{self.why()}")
-        raise Stopped(words, code)
+        raise Stopped(message, code)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Stage)
         if self.saved_step != trainer.global_step and trainer.global_step != pl_module.resumed_at:
-            pl_module.write_last_row()  # a callback has ended the run early
+            pl_module.step_metrics.write_last_row()  # a callback has ended the run early
             self.save(trainer)
         if self.lost(trainer):
             self.save(trainer)
@@ -128,6 +127,6 @@ class Checkpoints(Checkpoint):
                 raise TrainingFailed(f"the last checkpoint could not be written{self.why()}")
 
     def lost(self, trainer: Trainer) -> bool:
-        """Whether the last checkpoint is not on the disk; all ranks ask."""
+        """Whether writing the last checkpoint has failed; all ranks call it together."""
         self.files.wait()
         return bool(trainer.strategy.broadcast(self.files.failed is not None))

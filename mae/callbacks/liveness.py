@@ -10,14 +10,15 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 
 from mae.runtime.run_lock import RunLock
 from mae.runtime.watchdog import Watchdog
+from mae.training.lightning_internals import child_processes
 
 
 class Alive(Callback):
-    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch.
+    """Holds this rank's place in the lock of the run folder, and reports every batch to the watchdog.
 
     Args:
         lock: Of the run folder.
-        minutes: Without a batch, before the watchdog ends the process; None: it never does.
+        minutes: How long the watchdog waits for a batch before it ends the process; None: no watchdog.
     """
 
     def __init__(self, lock: RunLock, minutes: float | None) -> None:
@@ -29,11 +30,11 @@ class Alive(Callback):
             self.lock.share(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not before: loading all images into a device's memory takes its time, and rendezvous have limits."""
+        """Start the watchdog; not earlier, because loading all images into a device's memory may take minutes."""
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        children = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
+        children = [process.pid for process in child_processes(trainer)]
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
         relatives = [os.getppid()] if started_by_rank_0 else children
@@ -53,7 +54,7 @@ class Alive(Callback):
         self.beat(f"step {trainer.global_step}, in training")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, looking at held-out images")
+        self.beat(f"step {trainer.global_step}, in validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
         self.beat(f"step {trainer.global_step}, between epochs")

@@ -1,4 +1,4 @@
-"""What watches a run: metrics.csv, the progress bar, reconstruction pictures, features while they are learnt."""
+"""metrics.csv, the record of a run."""
 
 import csv
 from pathlib import Path
@@ -11,11 +11,15 @@ from mae.runtime.storage import sync
 
 
 class MetricsCSV(Logger):
-    """`metrics.csv`: one row an optimiser step that was logged, one column a metric, empty where not measured.
+    """Writes `metrics.csv`: one row for each optimiser step that is logged, one column for each metric.
 
     Args:
         path: The file.
-        step: The optimiser step that the run goes on from: rows up to it are kept, later ones are measured again.
+        step: The optimiser step that the run goes on from: rows up to it are kept, later ones will be measured again.
+
+    Attributes:
+        rows: All rows of the file, the kept ones included.
+        behind: Why the file lacks rows; None where it holds all of them.
     """
 
     def __init__(self, path: Path, step: int = 0):
@@ -23,16 +27,16 @@ class MetricsCSV(Logger):
         self.path = path
         self.columns = ["step"]
         self.rows: list[dict[str, Any]] = []
-        self.behind: OSError | None = None  # why the file lacks rows
+        self.behind: OSError | None = None
         if path.exists():
-            # A line without an end was torn by a full disk, and no checkpoint knows of it.
+            # A line without an end was cut off by a full disk; its step is later than any checkpoint.
             lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
             reader = csv.DictReader(lines)
             self.rows = [row for row in reader if int(row["step"]) <= step]
             self.columns = list(reader.fieldnames or self.columns)
 
-    def begin(self) -> None:
-        """Cut the file back to where the run goes on.
+    def cut_back(self) -> None:
+        """Remove the rows of later steps than the run goes on from.
 
         Raises:
             OSError: It cannot be written.
@@ -41,10 +45,10 @@ class MetricsCSV(Logger):
             self.rewrite()
 
     def sync(self) -> None:
-        """To the disk.
+        """Flush the file to the disk.
 
         Raises:
-            OSError: Rows are missing in the file.
+            OSError: The file lacks rows, or cannot be flushed.
         """
         if self.behind:
             raise self.behind
@@ -60,7 +64,7 @@ class MetricsCSV(Logger):
         return ""
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Settings are in config.yaml."""
+        """Nothing: settings are in config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:

@@ -12,6 +12,7 @@ from mae.data.labelled import Subset
 from mae.data.sources import Source, spread
 from mae.errors import UserError
 from mae.evaluation import features, linear_heads
+from mae.options import check_ranges
 from mae.pretrain import Pretrain
 from mae.runtime import watchdog
 from mae.runtime.processes import gather
@@ -19,26 +20,23 @@ from mae.training.fsdp import whole
 
 
 class Online(Callback):
-    """Looks at features while they are learnt: k-NN and a linear probe on labelled images, in `metrics.csv` and W&B.
+    """Evaluates the features during pre-training: k-NN and a linear probe, in `metrics.csv` and W&B.
 
-    Features are the mean of patch tokens: the encoder sees whole images, unmasked, in eval mode. No gradient and no
-    random number of the training is touched. Off where a split has no labels, or there is only one class.
+    Features are the mean of the patch tokens; the encoder sees whole images, unmasked, in eval mode. No gradient and no
+    random number of the training is touched. Off where a split has no labels, or where there is only one class.
 
     Args:
-        every_n_epochs: How often.
-        train_images: How many, spread over the training images, vote in k-NN and fit the probe.
-        held_out_images: How many, spread over the held-out images, are classified.
+        every_n_epochs: Evaluate at the end of each so many epochs.
+        train_images: How many of the training images vote in k-NN and fit the probe; they are spread over all of them.
+        held_out_images: How many of the held-out images are classified; they are spread over all of them.
     """
 
     RATE = 0.1  # of the probe; a choice would need labels held out of the few that there are
     EPOCHS = 20
 
     def __init__(self, every_n_epochs: int = 20, train_images: int = 10_000, held_out_images: int = 5_000):
-        if min(every_n_epochs, train_images, held_out_images) < 1:
-            raise UserError(
-                f"--online.every_n_epochs {every_n_epochs}, train_images {train_images}, held_out_images "
-                f"{held_out_images}: at least 1"
-            )
+        check_ranges("online", "[1, inf)", every_n_epochs=every_n_epochs, train_images=train_images)
+        check_ranges("online", "[1, inf)", held_out_images=held_out_images)
         self.every_n_epochs, self.train_images, self.held_out_images = every_n_epochs, train_images, held_out_images
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,8 +59,10 @@ class Online(Callback):
             probe = linear_heads.fit_and_score(
                 train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
             )
-            pl_module.write({"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe})
-        pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
+            pl_module.step_metrics.write(
+                {"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe}
+            )
+        pl_module.step_metrics.exclude(time.perf_counter() - start)
 
     def encoded(
         self, trainer: Trainer, module: Pretrain, data: ImageData, source: Source, count: int

@@ -1,4 +1,4 @@
-"""The progress bar."""
+"""The progress bar, or a line now and then where there is no terminal."""
 
 import sys
 import time
@@ -12,9 +12,12 @@ from mae.training.module import Stage
 
 
 class Progress(ProgressBar):
-    """A bar over the whole run: loss, images/s, learning rate, time left; in a log file, a line now and then."""
+    """Shows the progress of the whole run with loss, images/s, learning rate and time left.
 
-    LINE_SECONDS = 10.0  # at most one line in this time
+    On a terminal this is a bar; in a log file a line, at most one every `LINE_SECONDS`.
+    """
+
+    LINE_SECONDS = 10.0
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,10 +59,12 @@ class Progress(ProgressBar):
                 print(f"step {step}/{self.total} | {figures} | {tqdm.format_interval(left)} left", flush=True)
 
     def figures(self, module: Stage) -> str:
-        seen = module.metrics
-        names = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
-        names["images_per_s"] = "{:.0f} images/s"
-        return " | ".join([t.format(seen[k]) for k, t in names.items() if k in seen] + [f"lr {module.lr:.2e}"])
+        latest, lr = module.step_metrics.latest, module.step_metrics.lr
+        formats = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
+        formats["images_per_s"] = "{:.0f} images/s"
+        return " | ".join(
+            [text.format(latest[key]) for key, text in formats.items() if key in latest] + [f"lr {lr:.2e}"]
+        )
 
     def close(self) -> None:
         if self.bar is not None:

@@ -13,23 +13,22 @@ from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import WholeSamples
 from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
 from mae.data.sources import spread
-from mae.errors import UserError
 from mae.evaluation.plots import panel, reconstruction_columns
+from mae.options import check_ranges
 from mae.pretrain import HELD_OUT_SEED, Pretrain
 from mae.training.fsdp import whole
 
 
 class Panels(Callback):
-    """Reconstruction pictures of the same images under the same masks all run: PNG files, and W&B.
+    """Draws reconstructions of the same images under the same masks during the whole run, as PNG files and in W&B.
 
     Args:
-        every_n_epochs: How often; one is made at the end of training, too.
-        images: How many, spread over the held-out images (or the training images where there are none).
+        every_n_epochs: Draw at the end of each so many epochs; the end of training is always drawn.
+        images: How many images, spread over the held-out images (or the training images where there are none).
     """
 
     def __init__(self, every_n_epochs: int = 20, images: int = 8):
-        if every_n_epochs < 1 or images < 1:
-            raise UserError(f"--panels.every_n_epochs {every_n_epochs}, images {images}: at least 1")
+        check_ranges("panels", "[1, inf)", every_n_epochs=every_n_epochs, images=images)
         self.every_n_epochs, self.images = every_n_epochs, images
         self.drawn = -1
 

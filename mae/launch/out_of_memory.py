@@ -1,4 +1,4 @@
-"""Where memory does not suffice: how much there was, and the settings with which the run would fit."""
+"""For runs that end without memory: how much there was, and the settings with which the run would fit."""
 
 import contextlib
 import os
@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 from torch import nn
 
+from mae.data.datamodule import ImageData
 from mae.errors import UserError
 from mae.runtime import memory
+from mae.training.module import Stage
 
 MANY = 2**30  # images: no estimate
 
@@ -25,16 +28,16 @@ CGROUP_FILES = {
 }
 
 
-def room(device: torch.device, processes: int = 1) -> int:
-    """Bytes that a process has and could have on its device; on CPUs Python and its libraries have some of them.
+def available_memory(device: torch.device, processes: int = 1) -> int:
+    """Bytes that a process has or could get on its device, measured before training.
 
-    To be asked before training.
+    On CPUs this includes what Python and its libraries take.
 
     Args:
-        processes: Of the run on this machine, which share the memory of its CPUs.
+        processes: How many processes of the run share the memory of this machine's CPUs.
     """
     if device.type == "cuda":
-        # What torch keeps for its tensors is not free, but ours.
+        # What torch has reserved for its tensors is not free, but this process can use it.
         free: int = torch.cuda.mem_get_info(device)[0]
         return free + torch.cuda.memory_reserved(device)
     free = min(left for left in (physical() // processes, cgroup(processes), address_space()) if left is not None)
@@ -58,7 +61,7 @@ def address_space() -> int | None:
 
 def cgroup(processes: int = 1) -> int | None:
     """Bytes left, for each process, of what a container or a batch system allows; None: as much as there is."""
-    found = []
+    limits = []
     with contextlib.suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -66,9 +69,9 @@ def cgroup(processes: int = 1) -> int | None:
                 continue
             version, top = (1, CGROUPS / "memory") if controllers else (2, CGROUPS)
             # The limit may be set further up; inside a container the path may be that of the machine around it.
-            own = top / path.lstrip("/")
-            found += [left for folder in (own, *own.parents) if (left := cgroup_left(folder, version)) is not None]
-    return min(found) // processes if found else None
+            group = top / path.lstrip("/")
+            limits += [left for folder in (group, *group.parents) if (left := cgroup_left(folder, version)) is not None]
+    return min(limits) // processes if limits else None
 
 
 def cgroup_left(folder: Path, version: int) -> int | None:
@@ -80,7 +83,31 @@ def cgroup_left(folder: Path, version: int) -> int | None:
     return None
 
 
-def way_out(batch: int, accumulate: int, fits: int, checkpointing: bool | None) -> str:
+def message(trainer: Trainer, stage: Stage, data: ImageData, available: int, checkpointing: bool | None) -> str:
+    """The error message of a run that has run out of memory: how much there was, and what needs less.
+
+    Args:
+        available: Bytes, by `available_memory`.
+        checkpointing: `--model.activation_checkpointing`; None: this stage has no such setting.
+    """
+    device = trainer.strategy.root_device
+    fits = largest_batch(
+        stage.model,
+        (data.in_chans, *data.image_size),
+        getattr(stage, "mask_ratio", None),
+        available,
+        trainer.precision,
+        device.type,
+        devices=trainer.world_size,
+        averaged=getattr(stage, "ema", None) is not None,
+    )
+    return (
+        f"out of memory with {data.batch_size} images a device ({device}, {available / memory.GIB:.1f} GiB): "
+        + settings_that_need_less(data.batch_size, trainer.accumulate_grad_batches, fits, checkpointing)
+    )
+
+
+def settings_that_need_less(batch: int, accumulate: int, fits: int, checkpointing: bool | None) -> str:
     """The settings to change, as a part of a sentence.
 
     Args:
@@ -108,7 +135,7 @@ def largest_batch(
     network: nn.Module,
     image_shape: tuple[int, int, int],
     mask_ratio: float | None,
-    room: int,
+    available: int,
     precision: str,
     device: str,
     **more: Any,
@@ -116,7 +143,7 @@ def largest_batch(
     """Images a device that would fit, by estimate, with gradients accumulated.
 
     Args:
-        room: Bytes, as told by `room`.
+        available: Bytes, by `available_memory`.
         device: Type.
         more: As `mae.models.memory_estimate.predicted_peak` takes it.
     """
@@ -125,7 +152,7 @@ def largest_batch(
     compiled = any(getattr(module, "_compiled_call_impl", None) for module in network.modules())
     try:
         return memory_estimate.largest_batch(
-            network, image_shape, mask_ratio, room, precision, compiled, device, accumulated=True, **more
+            network, image_shape, mask_ratio, available, precision, compiled, device, accumulated=True, **more
         )
     except (MemoryError, RuntimeError, UserError):  # no memory to think, or a precision that is not known there
         return MANY

@@ -1,16 +1,15 @@
-"""A run: its settings, its folder, its loggers, its end."""
+"""The command line of a training run: its settings, and the objects that are built from them."""
 
 import atexit
 import re
-import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment
@@ -23,44 +22,34 @@ from mae.callbacks.metrics_csv import MetricsCSV
 from mae.callbacks.progress_bar import Progress
 from mae.callbacks.wandb_logger import Resumed, RunLogger, WandbSettings, wandb_logger
 from mae.data.datamodule import ImageData
-from mae.data.datasets import worker_death_message
-from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
-from mae.launch import out_of_memory as out_of_memory_module
-from mae.options import OneLineErrors, flatten_settings
+from mae.errors import TrainingFailed, UserError
+from mae.launch import out_of_memory
+from mae.launch.resume import ResumePoint
+from mae.launch.run_errors import translated_errors
+from mae.launch.run_folder import RunFolder
+from mae.options import OneLineErrors, check_ranges
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
-from mae.runtime.memory import GIB, is_out_of_memory
-from mae.runtime.processes import end_loaders, lost_peer
+from mae.runtime.memory import is_out_of_memory
+from mae.runtime.processes import end_loaders
 from mae.runtime.run_lock import RunLock
 from mae.runtime.storage import sync
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
+from mae.training.lightning_internals import ddp_options
 from mae.training.module import Stage
-from mae.weights import load
 
 
 class StageParser(OneLineErrors, LightningArgumentParser):
     pass
 
 
-# Settings that a run may change when it is started again: where and how it runs and is watched, not what it learns. The
-# effective batch has a check of its own.
-FREE = (
-    *("allow_changes", "cached.", "checkpoint.", "ckpt_path", "config", "online.", "panels.", "run_dir", "wandb."),
-    *("data.batch_size_per_device", "data.download", "data.max_bad_images", "data.num_workers", "data.root"),
-    *("data.train_dir", "data.val_dir", "model.activation_checkpointing", "model.compile", "model.cuda_graphs"),
-    *("trainer.accelerator",),
-    *("trainer.accumulate_grad_batches", "trainer.callbacks", "trainer.default_root_dir", "trainer.devices"),
-    *("trainer.enable_", "trainer.log_every_n_steps", "trainer.logger", "trainer.max_epochs", "trainer.max_steps"),
-    *("trainer.num_nodes", "trainer.plugins", "trainer.profiler", "trainer.strategy", "watchdog"),
-)
+HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next start sends what is missing
 
 
-HURRY_SECONDS = 5.0  # for W&B's last uploads where a run is stopped; the next start sends what is missing
-
-
-# Settings of Lightning that would break the promise of what an epoch is, and the one value they may have.
+# Settings of Lightning that would make an epoch something else than one pass over the images, and the only value that
+# each may have.
 WHOLE_STEPS_ONLY = {
     "limit_train_batches": 1.0,
     "overfit_batches": 0.0,
@@ -74,7 +63,7 @@ WHOLE_STEPS_ONLY = {
 
 
 class StageCLI(LightningCLI):
-    """Settings and objects of a training run; `fit` runs it. One subclass a stage, each with fixed classes."""
+    """The settings and objects of a training run; `fit` runs it. Each stage has a subclass with fixed classes."""
 
     command: str
     description: str
@@ -127,19 +116,19 @@ class StageCLI(LightningCLI):
             "--allow_changes",
             type=bool,
             default=False,
-            help="Go on with settings that differ from those of the run in run_dir; they are said at the start.",
+            help="Go on with settings that differ from those of the run in run_dir; each is printed at the start.",
         )
         parser.add_argument(
             "--watchdog_minutes",
             type=float | None,
             default=30,
-            help="A process without a batch for so long says where it stands, and ends; null: never.",
+            help="End a process that has had no batch for so long, with a report of where it hangs; null: never.",
         )
         parser.add_argument(
             "--float32_matmul_precision",
             type=Literal["highest", "high", "medium"],
             default="highest",
-            help="Of products of float32 matrices: highest; high, by TF32 on NVIDIA GPUs; medium, by bfloat16.",
+            help="Precision of float32 matrix products: highest; high (TF32 on NVIDIA GPUs); medium (bfloat16).",
         )
         parser.add_class_arguments(WandbSettings, "wandb")
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -152,8 +141,10 @@ class StageCLI(LightningCLI):
         try:
             config = parser.parse_args(args)
         except UserError as error:
-            if said := re.search(r'"trainer\.precision".* Given value: (\S+)', str(error), re.DOTALL):
-                precision.check_precision(said[1], "")
+            # Lightning's signature lists the precisions, and the parser's message about a value that is none of them
+            # takes a page: the value is taken from it to give a message of one line.
+            if wrong := re.search(r'"trainer\.precision".* Given value: (\S+)', str(error), re.DOTALL):
+                precision.check_precision(wrong[1], "")
             raise
         if config.run_dir is None:
             name = Path(str(config.config[0])).stem if config.config else self.command
@@ -164,163 +155,78 @@ class StageCLI(LightningCLI):
         self.run_dir = Path(config.run_dir)
 
     def before_instantiate_classes(self) -> None:
-        """What can be wrong with the settings and the run folder is said before anything is built."""
-        for key, usual in WHOLE_STEPS_ONLY.items():
-            # As text: 1 is one batch, 1.0 is all of them.
-            if str(value := self.config.trainer[key]) not in ("None", str(usual)):
-                raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
-        if str(limit := self.config.trainer.limit_val_batches) not in ("None", "1.0", "0", "0.0"):
-            raise UserError(
-                f"--trainer.limit_val_batches {limit} would judge by the first held-out images only; 0 leaves it out"
-            )
-        if self.config.trainer.enable_checkpointing is False:
-            raise UserError(
-                "--trainer.enable_checkpointing: every run keeps one; --checkpoint.every_n_epochs says how often"
-            )
-        for key in ("accumulate_grad_batches", "log_every_n_steps"):
-            if (number := self.config.trainer[key]) is not None and number < 1:
-                raise UserError(f"--trainer.{key} {number}: at least 1")
-        trainer = self.config.trainer
-        said = precision.check_precision(trainer.precision, precision.device_type(trainer.accelerator))
-        if said and is_first_rank():
-            print(said, flush=True)
-        torch.set_float32_matmul_precision(self.config.float32_matmul_precision)
-        if (minutes := self.config.watchdog_minutes) is not None and not minutes > 0:
-            raise UserError(f"--watchdog_minutes {minutes}: above 0, or null")
+        """Everything that can be wrong with the settings and the run folder is reported before anything is built."""
+        config = self.config
+        check_trainer_settings(config.trainer)
+        check_ranges("", "(0, inf)", watchdog_minutes=config.watchdog_minutes)
+        device = precision.device_type(config.trainer.accelerator)
+        advice = precision.check_precision(config.trainer.precision, device)
+        if advice and is_first_rank():
+            print(advice, flush=True)
+        torch.set_float32_matmul_precision(config.float32_matmul_precision)
         self.lock = RunLock(self.run_dir)
         if is_first_rank():
             self.lock.take()
-        self.ckpt_path = self.resumed_from()
-        self.begun = (self.run_dir / "config.yaml").exists()
-        if self.begun and not checkpoint_files.saved(self.run_dir):
-            self.refuse_another_start()
+        self.resume = ResumePoint(self.run_dir, config.ckpt_path, config.allow_changes)
+        if self.resume.ended_without_checkpoint:
+            self.reject_other_start()
 
-    def resumed_from(self) -> Path | None:
-        """The checkpoint to go on from."""
-        given = self.config.ckpt_path
-        if given is None:
-            if checkpoint_files.saved(self.run_dir):
-                raise UserError(
-                    f"{self.run_dir} holds a run; add --ckpt_path last to go on with it, or give another --run_dir"
-                )
-            return None
-        if given != "last":
-            path = Path(given)
-            if not path.is_file():
-                raise UserError(f"--ckpt_path {path} does not exist; `last` goes on with the run in --run_dir")
-            if path.suffix != ".safetensors" and (wrong := checkpoint_files.damage(path)):
-                raise UserError(f"--ckpt_path {path} is damaged: {wrong}")
-            return path
-        found, complaints = checkpoint_files.newest(self.run_dir)
-        for complaint in complaints if is_first_rank() else ():
-            print(f"mae: warning: {complaint}", flush=True)
-        return found
+    def reject_other_start(self) -> None:
+        """Refuse to start a run that ended before its first checkpoint with other settings than it had."""
+        self.resume.reject_other_start(self.merged_settings())
 
-    def refuse_another_start(self) -> None:
-        """A run that ended before its first checkpoint left its settings: others would be another run.
-
-        Raises:
-            UserError: They differ, or the run has had checkpoints.
-        """
-        path = self.run_dir / "config.yaml"
-        before, now = yaml.safe_load(path.read_text()), yaml.safe_load(self.parser.dump(self.config))
-        if not isinstance(before, dict):
-            raise UserError(f"{path} holds no settings: remove it, or give another --run_dir")
-        if (newest := checkpoint_files.ever_saved(self.run_dir)) and not self.config.allow_changes:
-            raise UserError(
-                f"{self.run_dir} had checkpoints, the newest {newest}, and has none now: bring them back, or give "
-                "another --run_dir; --allow_changes true starts this run over"
-            )
-        before, now = flatten_settings(before), flatten_settings(now)
-        for key in sorted(before.keys() & now.keys()):
-            if before[key] != now[key] and not key.startswith(FREE):
-                self.differ(key, now[key], before[key], f"{path}, left by a run that ended before its first checkpoint")
-
-    def differ(self, key: str, own: Any, given: Any, where: str) -> None:
-        said = f"{key} is {own}, but {given} in {where}"
-        if not self.config.allow_changes:
-            raise UserError(f"{said}; another --run_dir starts a new run, --allow_changes true goes on all the same")
-        if is_first_rank():
-            print(f"mae: warning: {said}", flush=True)
+    def merged_settings(self) -> dict[str, Any]:
+        """All settings as config.yaml holds them, nested plain types."""
+        settings: dict[str, Any] = yaml.safe_load(self.parser.dump(self.config))
+        return settings
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Wrong data or weights are an error now, before anything is written or a process is started.
         self.datamodule.setup("fit")
-        self.resumed: dict[str, Any] = {}
-        if self.ckpt_path:
-            self.resumed = load.require_resumable(self.ckpt_path, self.model.architecture())
+        files = CheckpointFiles(self.config.checkpoint.keep)
+        if self.resume.path:
+            files.preloaded = self.resume.path, self.resume.load(self.model.architecture())
         else:
             self.start()
-        given = self.config_init.trainer
-        self.metrics = MetricsCSV(self.run_dir / "metrics.csv", self.resumed.get("step", 0))
-        loggers: list[Logger] = [self.metrics]
-        if given.logger is not False:
-            settings = WandbSettings(**self.config.wandb.as_dict())
-            merged = yaml.safe_load(self.parser.dump(self.config))
-            went_before = Resumed(self.resumed.get("step", 0), self.metrics.rows) if self.begun else None
-            if wandb := wandb_logger(self.run_dir, settings, merged, went_before):
-                loggers.append(wandb)
-            if given.logger not in (None, True):
-                loggers += as_list(given.logger)
-        if given.precision is None:
-            device = precision.device_type(given.accelerator)
-            kwargs["precision"] = precision.usual_precision(device, sharded=given.strategy == "fsdp2")
-        kwargs |= torchrun_sizes()
-        if given.strategy == "fsdp2":
-            kwargs["strategy"] = FSDP2()
-        callbacks = as_list(given.callbacks)
-        if given.enable_progress_bar is not False:
-            callbacks.append(Progress())
-        self.alive = Alive(self.lock, self.config.watchdog_minutes)
-        callbacks.append(self.alive)
-        files = CheckpointFiles(self.config.checkpoint.keep)
+        self.metrics = MetricsCSV(self.run_dir / "metrics.csv", self.resume.step)
         files.alongside = [self.metrics.sync]
-        plugins = as_list(given.plugins)
+        settings = self.config_init.trainer
+        sharded = settings.strategy == "fsdp2"
+        if settings.precision is None:
+            kwargs["precision"] = precision.usual_precision(precision.device_type(settings.accelerator), sharded)
+        kwargs |= torchrun_sizes()
+        if sharded:
+            kwargs["strategy"] = FSDP2()
         try:
             return super().instantiate_trainer(
-                callbacks=callbacks,
-                logger=loggers,
-                plugins=[*plugins, files],
+                callbacks=self.make_callbacks(),
+                logger=self.make_loggers(),
+                plugins=[*as_list(settings.plugins), files],
                 default_root_dir=str(self.run_dir),
                 **kwargs,
             )
         except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
 
-    def begin(self) -> None:
-        """Change the run folder; not before nothing stands against training any more. All ranks call it.
+    def make_loggers(self) -> list[Logger]:
+        """metrics.csv; W&B and those of the settings, unless `--trainer.logger false`."""
+        loggers: list[Logger] = [self.metrics]
+        configured = self.config_init.trainer.logger
+        if configured is False:
+            return loggers
+        resumed = Resumed(self.resume.step, self.metrics.rows) if self.resume.started_before else None
+        settings = WandbSettings(**self.config.wandb.as_dict())
+        if wandb := wandb_logger(self.run_dir, settings, self.merged_settings(), resumed):
+            loggers.append(wandb)
+        return loggers if configured is True else loggers + as_list(configured)
 
-        Raises:
-            UserError: It cannot be written.
-        """
-        problem = ""
-        if self.trainer.is_global_zero:
-            try:
-                self.write_config()
-                self.tidy_up()
-                self.metrics.begin()
-            except OSError as error:
-                problem = f"--run_dir {self.run_dir} cannot be written: {error.filename}: {error.strerror}"
-        if problem := self.trainer.strategy.broadcast(problem):
-            raise UserError(problem)
-
-    def tidy_up(self) -> None:
-        """What a run that was killed, one that is gone back upon, or one that is made longer leaves."""
-        for path in checkpoint_files.clear_unfinished(self.run_dir):
-            print(f"{path} was being written when the run was killed: removed", flush=True)
-        if not self.resumed:
-            return
-        print(f"goes on from step {self.resumed['step']} ({self.ckpt_path})", flush=True)
-        later = checkpoint_files.supersede(self.run_dir, self.resumed["step"])
-        if self.resumed["step"] < self.model.total_steps:  # else they would be taken for what comes out in the end
-            exports = [self.run_dir / name for name in load.EXPORTS]
-            later += [
-                path.rename(path.with_name(path.name + checkpoint_files.SUPERSEDED))
-                for path in exports
-                if path.exists()
-            ]
-        for path in later:
-            print(f"{path.name} is of a later step: kept as *{checkpoint_files.SUPERSEDED}", flush=True)
+    def make_callbacks(self) -> list[Callback]:
+        """Those of the settings, and those that every run has; checkpoints and pictures have settings of their own."""
+        callbacks = as_list(self.config_init.trainer.callbacks)
+        if self.config_init.trainer.enable_progress_bar is not False:
+            callbacks.append(Progress())
+        self.alive = Alive(self.lock, self.config.watchdog_minutes)
+        return [*callbacks, self.alive, RunFolder(self.resume, self.metrics, self.write_config)]
 
     def start(self) -> None:
         """What a run that is not resumed does first."""
@@ -336,154 +242,100 @@ class StageCLI(LightningCLI):
             KeyboardInterrupt: After Ctrl-C, which Lightning turns into exit code 1.
         """
         trainer = self.trainer
-        self.keep_effective_batch()
-        self.refuse_another_recipe()
+        self.resume.keep_global_batch(self.model, trainer, self.datamodule)
+        self.resume.reject_other_recipe(self.model.settings(trainer, self.datamodule))
         if isinstance(trainer.strategy, DDPStrategy):
             set_ddp_options(trainer.strategy, trainer.accumulate_grad_batches)
-        self.room = out_of_memory_module.room(trainer.strategy.root_device, trainer.num_devices)
-        self.model.allow_changes = self.config.allow_changes
-        self.model.starts_at, self.model.begin = self.resumed.get("step", 0), self.begin
+        self.available_memory = out_of_memory.available_memory(trainer.strategy.root_device, trainer.num_devices)
         environment = getattr(trainer.strategy, "cluster_environment", None)
         if trainer.local_rank > 0 and isinstance(environment, LightningEnvironment):
             signals.die_with_parent()  # the first rank has started this one
         with signals.noted():
             try:
-                self.train()
+                with translated_errors(trainer, self.resume.hint, self.out_of_memory_message):
+                    self.train()
             finally:
-                self.leave()
+                self.clean_up()
 
     def train(self) -> None:
-        trainer, path = self.trainer, str(self.ckpt_path) if self.ckpt_path else None
+        path = str(self.resume.path) if self.resume.path else None
+        self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
         try:
-            trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
-            try:
-                self.finish()
-            except OSError as error:
-                raise TrainingFailed(f"{error.filename or self.run_dir}: {error.strerror}; {self.way_on()}") from None
-            for logger in self.trackers():
-                logger.complete()
-                logger.finish()
-        except MisconfigurationException as error:
-            raise UserError(f"--trainer: {error}") from None
-        except SystemExit:
-            if trainer.interrupted:  # by a second Ctrl-C, before the first was obeyed
-                raise KeyboardInterrupt from None
-            raise
-        except (UserError, TrainingFailed, Stopped):
-            # Every rank ends by itself with this error. Lightning's observer would kill this one, half-way through its
-            # last words, as soon as it sees another gone.
-            getattr(trainer.strategy.launcher, "procs", []).clear()
-            raise
-        except Exception as error:
-            if is_out_of_memory(error):
-                traceback.clear_frames(error.__traceback__)  # they hold the activations
-                raise self.out_of_memory() from None
-            if said := worker_death_message(error):
-                raise LoaderDied(f"{said}; {self.way_on()}") from None
-            if trainer.world_size > 1 and (said := lost_peer(error)):
-                raise PeerLost(f"rank {trainer.global_rank}: {said}; {self.way_on()}") from None
-            raise
+            self.finish()
+        except OSError as error:
+            where = error.filename or self.run_dir
+            raise TrainingFailed(f"{where}: {error.strerror}; {self.resume.hint()}") from None
+        for logger in self.wandb_loggers():
+            logger.complete()
+            logger.finish()
 
-    def out_of_memory(self) -> UserError:
-        """What to say where a device has no memory left, by the rank that it has happened to."""
-        trainer, model, batch = self.trainer, self.model, self.datamodule.batch_size
-        accumulate, device = trainer.accumulate_grad_batches, trainer.strategy.root_device
-        getattr(trainer.strategy.launcher, "procs", []).clear()  # as for other errors that are told
-        fits = out_of_memory_module.largest_batch(
-            model.model,
-            (self.datamodule.in_chans, *self.datamodule.image_size),
-            getattr(model, "mask_ratio", None),
-            self.room,
-            trainer.precision,
-            device.type,
-            devices=trainer.world_size,
-            averaged=getattr(model, "ema", None) is not None,
-        )
+    def out_of_memory_message(self) -> str:
         checkpointing = self.config.model.get("activation_checkpointing")
-        said = (
-            f"out of memory with {batch} images a device ({device}, {self.room / GIB:.1f} GiB): "
-            + out_of_memory_module.way_out(batch, accumulate, fits, checkpointing)
-        )
-        if checkpoint_files.saved(self.run_dir):
-            # Where the division of a step counts, another is a change.
-            changed = "" if model.elastic else " --allow_changes true"
-            said += f"; --ckpt_path last{changed} goes on from the last checkpoint"
-        if trainer.global_rank and not is_first_rank():
-            print(f"mae: error: rank {trainer.global_rank}: {said}", file=sys.stderr, flush=True)
-        return UserError(said)
+        text = out_of_memory.message(self.trainer, self.model, self.datamodule, self.available_memory, checkpointing)
+        if not checkpoint_files.saved(self.run_dir):
+            return text
+        # Where results depend on how a step is divided among devices, another division is a change.
+        changes = "" if self.model.elastic else " --allow_changes true"
+        return f"{text}; --ckpt_path last{changes} goes on from the last checkpoint"
 
-    def leave(self) -> None:
-        """Whatever has happened."""
+    def clean_up(self) -> None:
+        """End what runs beside the training, whether it has come to its end or not."""
         self.alive.stop()
-        for logger in self.trackers():
+        for logger in self.wandb_loggers():
             logger.finish(HURRY_SECONDS)
         atexit.register(end_loaders)
         self.lock.release()
 
-    def trackers(self) -> list[RunLogger]:
+    def wandb_loggers(self) -> list[RunLogger]:
         return [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]
 
-    def way_on(self) -> str:
-        if checkpoint_files.saved(self.run_dir):
-            return "--ckpt_path last goes on from the last checkpoint"
-        return "there is no checkpoint yet, the same command starts anew"
-
     def write_config(self) -> None:
+        """Write config.yaml, whole or not at all."""
         unfinished = self.run_dir / "config.yaml.partial"
         self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
         sync(unfinished)
         unfinished.replace(self.run_dir / "config.yaml")
 
-    def keep_effective_batch(self) -> None:
-        """With more or fewer devices than before, a run goes on with as many images a step, in the same order."""
-        trainer, data = self.trainer, self.datamodule
-        before = self.resumed.get("devices")
-        if not self.model.elastic or before in (None, trainer.world_size):
-            return
-        images = self.resumed["recipe"]["effective batch"]
-        batch, world = data.batch_size, trainer.world_size
-        if batch * world * trainer.accumulate_grad_batches == images:
-            return
-        if images % world:
-            raise UserError(
-                f"{images} images a step, as before, cannot be divided among {world} devices: use another number"
-            )
-        # As few micro-batches as the memory for `batch` images allows.
-        accumulate = next(n for n in range(1, images + 1) if images % (n * world) == 0 and images <= n * world * batch)
-        data.batch_size, trainer.accumulate_grad_batches = images // (accumulate * world), accumulate
-        if is_first_rank():
-            print(
-                f"{world} devices instead of {before}: {data.batch_size} images a device x {accumulate} accumulated, "
-                f"so that a step has {images} images as before",
-                flush=True,
-            )
 
-    def refuse_another_recipe(self) -> None:
-        """Going on with other settings would be another run under the same name."""
-        own = self.model.settings(self.trainer, self.datamodule)
-        for key, given in self.resumed.get("recipe", {}).items():
-            if own.get(key) != given:
-                self.differ(key, own.get(key), given, f"the run that {self.ckpt_path} belongs to")
+def check_trainer_settings(trainer: Namespace) -> None:
+    """
+    Raises:
+        UserError: A setting of Lightning's would cut or repeat epochs, or is out of its range.
+    """
+    for key, usual in WHOLE_STEPS_ONLY.items():
+        # As text: 1 is one batch, 1.0 is all of them.
+        if str(value := trainer[key]) not in ("None", str(usual)):
+            raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
+    if str(limit := trainer.limit_val_batches) not in ("None", "1.0", "0", "0.0"):
+        raise UserError(
+            f"--trainer.limit_val_batches {limit} would judge by the first held-out images only; 0 leaves it out"
+        )
+    if trainer.enable_checkpointing is False:
+        raise UserError(
+            "--trainer.enable_checkpointing: every run keeps one; --checkpoint.every_n_epochs says how often"
+        )
+    keys = ("accumulate_grad_batches", "log_every_n_steps")
+    check_ranges("trainer", "[1, inf)", **{key: trainer[key] for key in keys})
 
 
 def set_ddp_options(strategy: DDPStrategy, accumulate: int) -> None:
-    """What DDP need not do for our networks, unless the settings of the strategy say otherwise.
+    """Have DDP leave out what our networks do not need, unless the settings of the strategy say otherwise.
 
     Raises:
         UserError: They ask for what torch cannot do.
     """
-    given = strategy._ddp_kwargs
-    if given.get("static_graph") and accumulate > 1:
+    options = ddp_options(strategy)
+    if options.get("static_graph") and accumulate > 1:
         raise UserError(
             f"--trainer.strategy: static_graph true does not go with --trainer.accumulate_grad_batches {accumulate}: "
             "leave it out"
         )
-    given.setdefault("gradient_as_bucket_view", True)  # no second copy of the gradients
-    given.setdefault("find_unused_parameters", False)
-    # A step without exchange among others is another graph.
-    given.setdefault("static_graph", accumulate == 1 and not given["find_unused_parameters"])
+    options.setdefault("gradient_as_bucket_view", True)  # no second copy of the gradients
+    options.setdefault("find_unused_parameters", False)
+    # A micro-batch without an exchange between others with one is another graph.
+    options.setdefault("static_graph", accumulate == 1 and not options["find_unused_parameters"])
 
 
-def as_list(given: Any) -> list[Any]:
-    """Of what may be given once, several times or not at all."""
-    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+def as_list(value: Any) -> list[Any]:
+    """A setting that may be one value, several or none, as a list."""
+    return list(value) if isinstance(value, list | tuple) else [] if value is None else [value]

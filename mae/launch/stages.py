@@ -45,9 +45,9 @@ class PretrainCLI(StageCLI):
 
     def start(self) -> None:
         if self.config.model.init:
-            said = load.warm_start(self.network, self.config.model.init)
+            message = load.warm_start(self.network, self.config.model.init)
             if is_first_rank():
-                print(said, flush=True)
+                print(message, flush=True)
 
     def finish(self) -> None:
         state = full_state(self.network)
@@ -70,15 +70,15 @@ class ClassifyCLI(StageCLI):
         encoder = self.config.model.encoder
         if encoder == SCRATCH:
             return
-        # What the data must look like is the encoder's to say, unless settings do.
-        own = image_settings(load.read_weights(encoder).description)
+        # The encoder decides what images look like, where the settings do not.
+        wanted = image_settings(load.read_weights(encoder).description)
         dataset = self.config.data.dataset
-        if dataset != "folder" and DEFAULTS[dataset].in_chans != own["in_chans"]:
+        if dataset != "folder" and DEFAULTS[dataset].in_chans != wanted["in_chans"]:
             raise UserError(
                 f"--data.dataset {dataset} has images of {DEFAULTS[dataset].in_chans} channels, {encoder} takes "
-                f"{own['in_chans']}"
+                f"{wanted['in_chans']}"
             )
-        self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), own, encoder, fixed=("in_chans",))))
+        self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), wanted, encoder, fixed=("in_chans",))))
 
     def finish(self) -> None:
         model, data = self.model, self.datamodule
@@ -92,7 +92,9 @@ class ClassifyCLI(StageCLI):
             paths.append(self.run_dir / "subset.txt")
             paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))
         if model.report is not None:
-            paths += model.report.write(self.run_dir, step=model.global_step, seconds=round(model.seconds, 3))
+            paths += model.report.write(
+                self.run_dir, step=model.global_step, seconds=round(model.step_metrics.seconds, 3)
+            )
             paths.append(self.picture(model.report, self.run_dir, "confusion"))
         print("\n".join(f"wrote {path}" for path in paths), flush=True)
         if model.report is not None:
@@ -143,18 +145,18 @@ class LinearProbeCLI(ClassifyCLI):
         unused = {"recipe": ["cached"], "cached": ["model", "trainer"], "both": []}[mode]
         used = {"model.encoder", "model.size", "model.patch_size", "model.embed_dim", "model.depth", "model.num_heads"}
         used |= {"model.allow_finetuned", "model.seed", "trainer.accelerator", "trainer.devices", "trainer.logger"}
-        given = [
+        without_effect = [
             f"{group}.{key}"
             for group in unused
             for key, value in self.config[group].items()
             if f"{group}.{key}" not in used and value != defaults[group].get(key)
         ]
-        if given and is_first_rank():
-            print(f"mode {mode}: not used: {', '.join(given)}", flush=True)
+        if without_effect and is_first_rank():
+            print(f"mode {mode}: not used: {', '.join(without_effect)}", flush=True)
 
-    def refuse_another_start(self) -> None:
+    def reject_other_start(self) -> None:
         if self.config.mode != "cached" and not (self.run_dir / "cached").exists():
-            super().refuse_another_start()
+            super().reject_other_start()
 
     def fit(self) -> None:
         if self.config.mode != "recipe":
@@ -162,11 +164,11 @@ class LinearProbeCLI(ClassifyCLI):
                 raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
             try:
                 fast = self.fit_cached()
-                for logger in self.trackers() if self.config.mode == "cached" else ():
+                for logger in self.wandb_loggers() if self.config.mode == "cached" else ():
                     logger.complete()
             finally:
                 if self.config.mode == "cached":
-                    self.leave()
+                    self.clean_up()
         if self.config.mode != "cached":
             super().fit()
         if self.config.mode == "both":
@@ -177,30 +179,31 @@ class LinearProbeCLI(ClassifyCLI):
         network, device = self.model.model, self.trainer.strategy.root_device
         self.write_config()
         data = self.datamodule
-        recipe = cached_probe.recipe(settings, data, self.model.said)
+        recipe = cached_probe.recipe(settings, data, self.model.start_note)
         print(recipe, flush=True)
-        found = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
-        seconds = round(found.encoding + found.training, 3)
+        result = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
+        seconds = round(result.encoding + result.training, 3)
         folder = self.run_dir / "cached"
-        paths = found.report.write(folder, seconds=seconds, feature=found.chosen.feature, rate=found.chosen.rate)
-        (folder / "table.txt").write_text(f"{recipe}\n\n{found.table()}\n")
-        self.picture(found.report, folder, "cached/confusion")
-        print(f"{found.table()}\nwrote {paths[0]}")
+        paths = result.report.write(folder, seconds=seconds, feature=result.chosen.feature, rate=result.chosen.rate)
+        (folder / "table.txt").write_text(f"{recipe}\n\n{result.table()}\n")
+        self.picture(result.report, folder, "cached/confusion")
+        print(f"{result.table()}\nwrote {paths[0]}")
         print(
-            f"linear probe (cached features) top-1 {found.report.acc1:.2f} %: {found.chosen.feature}, rate "
-            f"{found.chosen.rate:g}; {found.encoding:.1f} s to encode, {found.training:.1f} s for all heads",
+            f"linear probe (cached features) top-1 {result.report.acc1:.2f} %: {result.chosen.feature}, rate "
+            f"{result.chosen.rate:g}; {result.encoding:.1f} s to encode, {result.training:.1f} s for all heads",
             flush=True,
         )
-        return found
+        return result
 
     def compare(self, fast: cached_probe.CachedResult) -> None:
         recipe, seconds = self.model.report, fast.encoding + fast.training
+        recipe_seconds = self.model.step_metrics.seconds
         difference = fast.report.acc1 - recipe.acc1
         print(
             f"mode      top-1  seconds, encoding included\n"
-            f"recipe   {recipe.acc1:>6.2f}  {self.model.seconds:.1f} ({self.model.pool})\n"
+            f"recipe   {recipe.acc1:>6.2f}  {recipe_seconds:.1f} ({self.model.pool})\n"
             f"cached   {fast.report.acc1:>6.2f}  {seconds:.1f} ({fast.chosen.feature})\n"
-            f"cached is {self.model.seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
+            f"cached is {recipe_seconds / seconds:.1f} times as fast, top-1 {difference:+.2f}",
             flush=True,
         )
 

@@ -1,7 +1,7 @@
-"""A run's checkpoints as files: written in the background, complete or not there, checked before they are used.
+"""A run's checkpoints as files: each is complete or does not exist, and is verified before it is used.
 
 A checkpoint is one file as torch writes it, a zip archive of tensors and plain types, with the SHA-256 of all its bytes
-in the archive's comment: torch reads it as any other, and a torn or flipped one is told from a good one.
+in the comment of the archive: torch reads it like any other, and a truncated or altered file is recognised.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ FORMAT = 1  # raised when older versions of this package could no longer resume 
 
 LAST = "last.ckpt"  # a link to the newest
 
-NEWEST = ".newest"  # in the run folder: the newest checkpoint's name, to know of those that are gone
+NEWEST = ".newest"  # in the run folder: the name of the newest checkpoint, to notice where all are gone
 
 PARTIAL = ".partial"
 
@@ -51,7 +51,7 @@ def step_file(run_dir: str | Path, step: int) -> Path:
 
 
 def saved(run_dir: str | Path) -> list[Path]:
-    """All checkpoints of a run, the newest first; whole or not."""
+    """All checkpoints of a run, the newest first, damaged ones included."""
     folder = folder_of(run_dir)
     try:
         names = os.listdir(folder)
@@ -59,9 +59,9 @@ def saved(run_dir: str | Path) -> list[Path]:
         return []
     except OSError as error:  # not to be taken for a run without checkpoints
         raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-    found = sorted((folder / name for name in names if STEP_FILE.fullmatch(name)), key=step_of, reverse=True)
+    paths = sorted((folder / name for name in names if STEP_FILE.fullmatch(name)), key=step_of, reverse=True)
     last = folder / LAST
-    return found if last.is_symlink() or not last.exists() else [*found, last]  # a copy whose link became a file
+    return paths if last.is_symlink() or not last.exists() else [*paths, last]  # a copy whose link became a file
 
 
 def ever_saved(run_dir: str | Path) -> str | None:
@@ -83,13 +83,13 @@ def seal_of(file: IO[bytes], size: int) -> bytes | None:
 
 
 def is_sealed(path: Path) -> bool:
-    """Whether a file ends with a checksum of ours; weights from elsewhere do not."""
+    """Whether a file ends with our checksum; weights from elsewhere do not."""
     with path.open("rb") as file:
         return seal_of(file, path.stat().st_size) is not None
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; None if they are those that were written."""
+    """What is wrong with the bytes of a checkpoint; None if they are those that were written. Reads the whole file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -112,7 +112,7 @@ def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, None if it has none yet; and what is wrong with newer ones.
 
     Raises:
-        UserError: There are checkpoints, but every one is damaged. Starting over would lose the run without a word.
+        UserError: There are checkpoints, and all are damaged. Starting over would silently lose the run.
     """
     complaints: list[str] = []
     for path in (paths := saved(run_dir)):
@@ -125,7 +125,7 @@ def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
 
 
 class Sealing:
-    """A file that sums up what is written to it."""
+    """A file that computes the checksum of what is written to it."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file, self.digest = file, hashlib.sha256()
@@ -138,14 +138,14 @@ class Sealing:
         self.file.flush()
 
     def seal(self) -> None:
-        """The archive ends with the length of its comment, 0 so far, and the comment."""
+        """Write the checksum as the comment of the archive, in place of the comment's length, 0 so far, at its end."""
         self.file.seek(-2, os.SEEK_END)
         comment = COMMENT + self.digest.hexdigest().encode()
         self.file.write(len(comment).to_bytes(2, "little") + comment)
 
 
 def write(checkpoint: dict[str, Any], path: Path) -> None:
-    """To a temporary name, to the disk, and only then under its own name.
+    """Write a checkpoint under a temporary name, flush it to the disk, and only then give it its name.
 
     Raises:
         OSError: The disk is full or cannot be written to; nothing of this checkpoint is left then.
@@ -176,18 +176,18 @@ def point_last_at(path: Path) -> None:
 
 
 def supersede(run_dir: str | Path, step: int) -> list[Path]:
-    """Put aside the checkpoints of later steps than a run goes on from, so that they are not taken for its own."""
-    found = [path for path in saved(run_dir) if path.name != LAST and step_of(path) > step]
-    for path in found:
+    """Rename the checkpoints of later steps than a run goes on from, so that they are not taken for its own."""
+    later = [path for path in saved(run_dir) if path.name != LAST and step_of(path) > step]
+    for path in later:
         path.rename(path.with_name(path.name + SUPERSEDED))
     if left := [path for path in saved(run_dir) if path.name != LAST]:
         point_last_at(left[0])
-    return found
+    return later
 
 
 def clear_unfinished(run_dir: str | Path) -> list[Path]:
-    """Remove what a killed run was writing; to be called by the only process of the run that writes."""
-    found = sorted(folder_of(run_dir).glob(f"*{PARTIAL}"))
-    for path in found:
+    """Remove what a killed run was writing; only the process of the run that writes may call it."""
+    unfinished = sorted(folder_of(run_dir).glob(f"*{PARTIAL}"))
+    for path in unfinished:
         path.unlink()
-    return found
+    return unfinished

@@ -1,4 +1,4 @@
-"""What the launcher's environment says of this process, before torch or Lightning are loaded."""
+"""The rank of this process by the environment variables of its launcher, before torch or Lightning are loaded."""
 
 import os
 
@@ -7,7 +7,7 @@ RANK_VARIABLES = ("RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 
 
 def environment_rank() -> int:
-    """The rank that the launcher gave this process; 0 without one. Under Lightning's launcher, its rank on the node."""
+    """The rank that the launcher gave this process; 0 without a launcher. Under Lightning's it is the local rank."""
     for key in RANK_VARIABLES:
         if (value := os.environ.get(key, "")).isdecimal():
             return int(value)
@@ -20,7 +20,7 @@ def is_first_rank() -> bool:
 
 
 def torchrun_sizes() -> dict[str, int]:
-    """Nodes and devices as torchrun has them now: with `--nnodes 1:2` they change from start to start."""
+    """The number of nodes and devices under torchrun, which with `--nnodes 1:2` may change from start to start."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {}
     return {"num_nodes": int(os.environ["GROUP_WORLD_SIZE"]), "devices": int(os.environ["LOCAL_WORLD_SIZE"])}

@@ -1,4 +1,4 @@
-"""The processes of a run: which one is first, what the others say, and how they end."""
+"""The processes of a run: what they exchange, and how they end."""
 
 import multiprocessing
 import re
@@ -6,10 +6,11 @@ import signal
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 
 def gather(value: Any) -> list[Any]:
-    """Every process's value, empty ones left out."""
+    """The values of all processes, in the order of their ranks, empty ones left out; all processes call it together."""
     values: list[Any] = [value]
     if dist.is_available() and dist.is_initialized():
         values = [None] * dist.get_world_size()
@@ -17,17 +18,26 @@ def gather(value: Any) -> list[Any]:
     return [v for v in values if v]
 
 
+def all_reduce(value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Reduce `value` over all processes, in place; all of them call it together. Does nothing in a single process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value, op)
+
+
 def end_loaders() -> None:
-    """At exit Python asks loader processes to end by a signal that they ignore, and waits for them."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for a fault
+    """Kill the loader processes that are left, for `atexit`.
+
+    Python would ask them to end by a signal that they ignore, and wait for them.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as a failure
     for child in multiprocessing.active_children():
         child.kill()
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """What to say where an error of torch tells that another process of the run is gone; None for other errors."""
+    """The message for an error by which torch reports that another process of the run is gone, else None."""
     text = str(error)
-    if isinstance(error, BrokenPipeError):  # of our own output
+    if isinstance(error, BrokenPipeError):  # our own standard output was closed
         return None
     if isinstance(error, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset) by peer", text):
         return f"another process of the run is gone ({text.splitlines()[0].strip()[:200]})"

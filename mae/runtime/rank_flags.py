@@ -1,4 +1,4 @@
-"""What the ranks of a run tell each other at the end of every optimiser step, without making it wait."""
+"""Small numbers that the ranks of a run exchange at the end of every optimiser step, without making it wait."""
 
 from typing import Any
 
@@ -10,22 +10,22 @@ from mae.errors import UserError
 
 
 class Agreement:
-    """The largest value that any rank has said, the same on every rank after the same step.
+    """The maximum over all ranks of a few integers, the same on every rank after the same step.
 
-    Over gloo, whatever the gradients go by: small numbers on the CPU, so that no step waits for the device. What is
-    said after one step is heard after the next; where it must be heard at once, all ranks wait.
+    The exchange is over gloo, on the CPU, whatever backend the gradients use, so that no step waits for the device.
+    Values of one step arrive after the next one; where they must arrive at once, all ranks wait.
     """
 
     def __init__(self, size: int) -> None:
         """
         Args:
-            size: How many values are said.
+            size: How many integers are exchanged.
 
         Raises:
-            UserError: gloo finds no way between the nodes.
+            UserError: gloo cannot connect the nodes.
         """
         self.size = size
-        self.group: Any = None  # a process group, where there are others
+        self.group: Any = None  # the process group, where there are other ranks
         self.under_way: tuple[Tensor, dist.Work] | None = None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             try:
@@ -37,26 +37,26 @@ class Agreement:
                     "the network interface that connects the nodes"
                 ) from None
 
-    def hear(self, said: list[int], wait: bool) -> list[int]:
-        """Say these values, and hear those of the last call; with `wait` those of this one, too.
+    def hear(self, values: list[int], wait: bool) -> list[int]:
+        """Send these values, and return the maximum of those of the last call; with `wait` also of this one.
 
         Every rank must call it after the same steps, with the same `wait`.
         """
         if self.group is None:
-            return said
-        heard = [torch.zeros(self.size, dtype=torch.int64)]
+            return values
+        received = [torch.zeros(self.size, dtype=torch.int64)]
         if self.under_way is not None:
-            values, work = self.under_way
+            reduced, work = self.under_way
             work.wait()
-            heard.append(values)
+            received.append(reduced)
             self.under_way = None
-        values = torch.tensor(said)
-        work = dist.all_reduce(values, dist.ReduceOp.MAX, self.group, async_op=True)
+        reduced = torch.tensor(values)
+        work = dist.all_reduce(reduced, dist.ReduceOp.MAX, self.group, async_op=True)
         assert work is not None
         if wait:
             work.wait()
-            heard.append(values)
+            received.append(reduced)
         else:
-            self.under_way = values, work
-        most: list[int] = torch.stack(heard).amax(0).tolist()
+            self.under_way = reduced, work
+        most: list[int] = torch.stack(received).amax(0).tolist()
         return most

@@ -1,4 +1,4 @@
-"""Back to Slurm's queue: when this job may be started again, and asking for it."""
+"""Requeueing this job in Slurm."""
 
 import os
 import re
@@ -9,17 +9,17 @@ SECONDS = 30.0  # for the controller to answer
 
 
 def job_id(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Of this job, as scontrol takes it; None outside Slurm. In an array SLURM_JOB_ID may be that of another task."""
+    """The id of this job for scontrol; None outside Slurm. In an array, SLURM_JOB_ID may be that of another task."""
     if array := environ.get("SLURM_ARRAY_JOB_ID"):
         return f"{array}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID")
 
 
 def requeue(environ: Mapping[str, str] = os.environ) -> tuple[bool, str]:
-    """Have this job started again, if it is one, and if nobody has cancelled it.
+    """Ask Slurm to start this job again, if this is a Slurm job and nobody has cancelled it.
 
     Returns:
-        Whether it will be, and how or why not in words.
+        Whether it will be started again, and a message of how, or why not; empty outside Slurm.
     """
     job = job_id(environ)
     if job is None:
@@ -33,8 +33,8 @@ def requeue(environ: Mapping[str, str] = os.environ) -> tuple[bool, str]:
             return False, f"job {job} has been cancelled"
         scontrol("requeue", job)
     except (OSError, subprocess.SubprocessError, ValueError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return False, f"Slurm does not requeue job {job}: {' '.join(said.split())}"
+        reason = getattr(error, "stderr", None) or str(error)
+        return False, f"Slurm does not requeue job {job}: {' '.join(reason.split())}"
     return True, f"job {job} is back in Slurm's queue"
 
 
@@ -51,7 +51,7 @@ def state(line: str) -> dict[str, str]:
 
 
 def seconds(text: str) -> float:
-    """Of days-hours:minutes:seconds; infinite for UNLIMITED and the like."""
+    """Seconds of a duration `days-hours:minutes:seconds`; infinite for UNLIMITED and the like."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
     if not match:
         return float("inf")

@@ -13,13 +13,8 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 
 from mae.errors import UserError
-from mae.runtime.checkpoint_files import (
-    NEWEST,
-    RETRY_SECONDS,
-    point_last_at,
-    saved,
-    write,
-)
+from mae.runtime import checkpoint_files
+from mae.runtime.checkpoint_files import NEWEST, point_last_at, saved
 
 WRITER_NICE = 17  # not the lowest, by which a busy machine would hardly ever write
 
@@ -52,22 +47,25 @@ class HostCopy:
 
 
 class CheckpointFiles(CheckpointIO):
-    """Lightning's way to the disk: training waits for a copy in memory, a thread of its own writes.
+    """Writes and reads the checkpoints of a Trainer: training waits for a copy in memory, a thread writes it to disk.
 
     Args:
         keep: So many checkpoints stay; older ones are removed once a newer one is complete.
 
-    `alongside` puts on the disk what must be there before a checkpoint is: what has happened up to its step.
+    Attributes:
+        alongside: Each puts something on the disk that must be there before a checkpoint is.
+        preloaded: A file and its content, where it has been read already: `load_checkpoint` hands that out, once.
     """
 
     def __init__(self, keep: int) -> None:
         self.keep = keep
         self.alongside: list[Callable[[], None]] = []
+        self.preloaded: tuple[Path, dict[str, Any]] | None = None
         self.host = HostCopy()
         self.thread: threading.Thread | None = None
         self.failed: tuple[Path, Exception] | None = None  # the last write, where it did not succeed
         self.failures = 0  # in a row, RETRY_SECONDS or more between them
-        self.failed_at = -RETRY_SECONDS
+        self.failed_at = -checkpoint_files.RETRY_SECONDS
         self.seconds: list[float] = []  # that each write took
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
@@ -86,13 +84,13 @@ class CheckpointFiles(CheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             for beside in self.alongside:
                 beside()
-            write(checkpoint, path)
+            checkpoint_files.write(checkpoint, path)
         except Exception as error:  # whatever it is, the run must know that it is not saved
             self.failed = path, error
-            if time.monotonic() - self.failed_at >= RETRY_SECONDS:
+            if time.monotonic() - self.failed_at >= checkpoint_files.RETRY_SECONDS:
                 self.failures, self.failed_at = self.failures + 1, time.monotonic()
             return
-        self.failed, self.failures, self.failed_at = None, 0, -RETRY_SECONDS
+        self.failed, self.failures, self.failed_at = None, 0, -checkpoint_files.RETRY_SECONDS
         self.seconds.append(time.monotonic() - start)
         try:
             point_last_at(path)
@@ -115,7 +113,10 @@ class CheckpointFiles(CheckpointIO):
     def load_checkpoint(
         self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Tensors and plain types, on the CPU, read from the file as they are needed."""
+        """Tensors and plain types, on the CPU, mapped from the file."""
+        if self.preloaded is not None and self.preloaded[0] == Path(path):
+            content, self.preloaded = self.preloaded[1], None
+            return content
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         return checkpoint
 

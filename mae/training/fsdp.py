@@ -1,7 +1,8 @@
-"""Weights, gradients and optimiser state spread over processes (FSDP2), for networks too large for each of them.
+"""Weights, gradients and optimiser state sharded over processes (FSDP2), for networks too large for a single device.
 
-Every process holds a part of each tensor, as a DTensor. What a block needs is gathered when its turn comes. Checkpoints
-are those of other runs, whole tensors in one file: one process or DDP goes on from them, and the other way round.
+Every process holds a part of each tensor, as a DTensor; the weights of a block are gathered when it is computed.
+Checkpoints hold whole tensors in one file, as those of other runs do: a run may be resumed in a single process or under
+DDP, and the other way round.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-# Ways into a network besides its forward.
+from mae.training.lightning_internals import set_parallel_sizes
+
+# Methods of a network, besides its forward, that compute with its weights.
 ENTRANCES = ("encode", "predict")
 
 
@@ -36,7 +39,7 @@ class FSDP2(ModelParallelStrategy):
         super().__init__(save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        set_parallel_sizes(self, data=self.num_nodes * self.num_processes, tensor=1)
         super().setup_environment()
 
     # Checkpoints take the way of all other strategies, through the plugin that reads and writes files. Lightning's own
@@ -98,10 +101,10 @@ def shard(network: nn.Module, mesh: DeviceMesh) -> None:
 
 @contextmanager
 def whole(network: nn.Module) -> Iterator[None]:
-    """Gather all weights, until the end: a forward pass inside waits for no other process, and needs no gradients.
+    """Gather all weights for the duration of the context: a forward pass inside waits for no other process.
 
-    All processes call it together; inside, each may do as many forward passes as it likes, or none. Does nothing for a
-    network that is not sharded.
+    For evaluation, without gradients. All processes enter it together; inside, each may do as many forward passes as it
+    likes, or none. Does nothing for a network that is not sharded.
     """
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     # Lightning evaluates in inference mode, whose tensors could not be trained with afterwards.
@@ -124,21 +127,21 @@ def whole(network: nn.Module) -> Iterator[None]:
 def full_state(module: nn.Module) -> dict[str, Tensor]:
     """The state_dict with whole tensors; all processes call it together.
 
-    Of a sharded network the first process gets them on the CPU, the others none of them.
+    For a sharded network the first process gets them on the CPU, and the others get none of the sharded ones.
     """
     return {key: value for key, value in gathered(module.state_dict()).items() if value is not None}
 
 
 def gathered(state: Mapping[Any, Any]) -> dict[Any, Any]:
     """`state` with whole tensors on the CPU in place of its DTensors, on the first process; None on the others."""
-    found = dict(state)
+    result = dict(state)
     for key, value in state.items():
         if isinstance(value, dict):
-            found[key] = gathered(value)
+            result[key] = gathered(value)
         elif isinstance(value, DTensor):
             full = value.full_tensor().detach()  # one at a time: no more is whole on the device
-            found[key] = full.cpu() if dist.get_rank() == 0 else None
-    return found
+            result[key] = full.cpu() if dist.get_rank() == 0 else None
+    return result
 
 
 def part_of(value: Any, own: Any) -> Any:

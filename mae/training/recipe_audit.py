@@ -1,7 +1,7 @@
-"""The recipe audit: what each parameter will really be trained with, and a refusal where a setting changes nothing.
+"""The recipe audit: with what each parameter will really be trained, and a refusal where a setting has no effect.
 
-Everything here is read from the optimiser, the schedule and the network, never from the settings: a table that repeats
-the settings would be right where the training is wrong.
+Everything here is read from the optimiser, the schedule and the network, never from the settings: a table of the
+settings would look right where the training is wrong.
 """
 
 import re
@@ -15,8 +15,8 @@ from mae.errors import UserError
 from mae.training.optim import WarmupCosine
 
 
-class Claims(NamedTuple):
-    """What the settings promise."""
+class ExpectedGroups(NamedTuple):
+    """What the settings promise of the parameter groups and of the blocks."""
 
     weight_decay: float = 0.0  # some parameters have it
     layer_decay: float = 1.0  # below 1: learning rates fall from head to stem
@@ -37,18 +37,18 @@ class Group(NamedTuple):
 
 def groups(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine) -> list[Group]:
     names = {id(p): name for name, p in network.named_parameters()}
-    found = []
+    result = []
     for group, peak in zip(optimizer.param_groups, schedule.peaks(), strict=True):
-        own = group["params"]
-        count = sum(p.numel() for p in own)
+        parameters = group["params"]
+        count = sum(p.numel() for p in parameters)
         scale = group.get("lr_scale", 1.0)
-        found.append(Group([names[id(p)] for p in own], count, group["lr"], peak, group["weight_decay"], scale))
-    return found
+        result.append(Group([names[id(p)] for p in parameters], count, group["lr"], peak, group["weight_decay"], scale))
+    return result
 
 
-def table(found: list[Group]) -> str:
+def table(audited: list[Group]) -> str:
     lines = ["group  tensors  parameters   lr now  lr peak  weight decay  layer scale  which"]
-    for i, g in enumerate(found):
+    for i, g in enumerate(audited):
         lines.append(
             f"{i:>5}  {len(g.names):>7}  {g.parameters / 1e6:>8.3f} M  {g.lr:>7.1e}  {g.peak:>7.1e}  "
             f"{g.weight_decay:>12g}  {g.scale:>11.5f}  {shorten(g.names)}"
@@ -56,13 +56,13 @@ def table(found: list[Group]) -> str:
     return "\n".join(lines)
 
 
-def names_table(found: list[Group]) -> str:
+def names_table(audited: list[Group]) -> str:
     """Every tensor by name, a group a paragraph."""
-    return "\n\n".join("\n".join([f"group {i}", *(f"  {name}" for name in g.names)]) for i, g in enumerate(found))
+    return "\n\n".join("\n".join([f"group {i}", *(f"  {name}" for name in g.names)]) for i, g in enumerate(audited))
 
 
 def shorten(names: list[str], width: int = 60) -> str:
-    """Names with block numbers as ranges, as many as fit."""
+    """As many names as fit into `width` characters, with the numbers of blocks as ranges."""
     patterns: dict[str, list[int]] = {}
     for name in names:
         numbers = re.search(r"blocks\.(\d+)\.", name)
@@ -86,8 +86,10 @@ def drop_paths(network: nn.Module) -> list[float]:
     encoder = getattr(network, "encoder", network)
     rates = []
     for block in getattr(encoder, "blocks", ()):
-        found = {module.drop_prob for module in block.modules() if isinstance(module, DropPath) and module.training}
-        rates.append(max(found, default=0.0))
+        probabilities = {
+            module.drop_prob for module in block.modules() if isinstance(module, DropPath) and module.training
+        }
+        rates.append(max(probabilities, default=0.0))
     return rates
 
 
@@ -95,8 +97,8 @@ def drop_path_line(network: nn.Module) -> str:
     return "drop path by block: " + " ".join(f"{rate:.3g}" for rate in drop_paths(network))
 
 
-def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, claims: Claims) -> None:
-    """Refuse a run in which a setting would do nothing.
+def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, expected: ExpectedGroups) -> None:
+    """Refuse a run in which a setting would have no effect.
 
     Raises:
         UserError: Names the setting and what is missing.
@@ -111,38 +113,39 @@ def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, clai
     if wrong := [frozen.get(key, "a foreign parameter") for key in grouped if key not in trained]:
         raise UserError(f"{wrong[0]} is in a group of the optimiser, but is frozen")
 
-    found = groups(network, optimizer, schedule)
-    if claims.weight_decay and {g.weight_decay for g in found} != {0.0, claims.weight_decay}:
+    audited = groups(network, optimizer, schedule)
+    if expected.weight_decay and {g.weight_decay for g in audited} != {0.0, expected.weight_decay}:
         raise UserError(
-            f"--model.weight_decay {claims.weight_decay} has no effect: the groups have "
-            f"{sorted({g.weight_decay for g in found})}; set it to 0"
+            f"--model.weight_decay {expected.weight_decay} has no effect: the groups have "
+            f"{sorted({g.weight_decay for g in audited})}; set it to 0"
         )
-    if not claims.weight_decay and any(g.weight_decay for g in found):
+    if not expected.weight_decay and any(g.weight_decay for g in audited):
         raise UserError("a group of the optimiser decays its weights, but --model.weight_decay is 0")
-    scales = {g.scale for g in found}
-    if (claims.layer_decay < 1) != (min(scales) < 1):
+    scales = {g.scale for g in audited}
+    if (expected.layer_decay < 1) != (min(scales) < 1):
         raise UserError(
-            f"--model.layer_decay {claims.layer_decay} has no effect: every group that is trained has the scale "
+            f"--model.layer_decay {expected.layer_decay} has no effect: every group that is trained has the scale "
             f"{max(scales):g}; set it to 1"
         )
     # The scale must reach the rate: a group that carries one which the schedule does not read is the classic mistake.
-    top = max(g.peak / g.scale for g in found)
-    for g in found:
+    top = max(g.peak / g.scale for g in audited)
+    for g in audited:
         if abs(g.peak - top * g.scale) > 1e-9 * top:
             raise UserError(f"the layer scale {g.scale:g} of {g.names[0]} is not in its learning rate {g.peak:g}")
     rates = drop_paths(network)
-    if abs(max(rates, default=0.0) - claims.drop_path) > 1e-6:  # timm's rates are float32
+    if abs(max(rates, default=0.0) - expected.drop_path) > 1e-6:  # timm's rates are float32
         raise UserError(
-            f"--model.drop_path {claims.drop_path} has no effect: the blocks that are trained have {rates}; set it to 0"
+            f"--model.drop_path {expected.drop_path} has no effect: the blocks that are trained have {rates}; "
+            "set it to 0"
         )
     for group in optimizer.param_groups:
         matrices = {p.ndim > 1 for p in group["params"]}
-        if claims.trust_ratio and matrices != {bool(group.get("always_adapt"))}:
+        if expected.trust_ratio and matrices != {bool(group.get("always_adapt"))}:
             raise UserError("LARS would not scale the weight, or would scale the bias, by its trust ratio")
 
 
 def check_gradients(network: nn.Module) -> None:
-    """After a backward pass: trained parameters have a gradient, frozen ones have none.
+    """Check, after a backward pass, that trained parameters have a gradient and frozen ones have none.
 
     Raises:
         UserError: Names the parameter.

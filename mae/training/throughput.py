@@ -1,35 +1,45 @@
-"""How long the device waits for data."""
+"""How many images a step has, and how long the device waits for them."""
 
 import time
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
 
 from mae.runtime.device_clock import Clock, idle
 
 
+def images_per_step(trainer: Trainer) -> int:
+    """The global batch: images of an optimiser step, over all devices and accumulated micro-batches."""
+    per_device: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
+    return per_device * trainer.accumulate_grad_batches * trainer.world_size
+
+
 class DataWait:
-    """How long the device has had nothing to do for want of a batch, without making it wait for the question."""
+    """Measures how long the device has had nothing to do for want of a batch, without making it wait.
+
+    For each batch `batch_wanted`, `batch_came` and `batch_done` are called, in this order.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.clock = Clock(device)
         self.waits: list[tuple[float, float]] = []
         self.marks: list[Any] = []
-        self.asked: float | None = None
+        self.wanted_at: float | None = None
 
-    def ask(self) -> None:
-        """The next batch is wanted."""
-        self.asked = time.perf_counter()
+    def batch_wanted(self) -> None:
+        self.wanted_at = time.perf_counter()
 
-    def came(self) -> None:
-        if self.asked is not None:
-            self.waits.append((self.asked, time.perf_counter()))
+    def batch_came(self) -> None:
+        if self.wanted_at is not None:
+            self.waits.append((self.wanted_at, time.perf_counter()))
             self.marks.append(self.before)
-            self.asked = None
+            self.wanted_at = None
 
-    def done(self) -> None:
+    def batch_done(self) -> None:
         """The device has been given all of a batch's work."""
         self.before = self.clock.mark()
 
     def seconds(self) -> float:
+        """The sum over all batches."""
         return sum(idle(self.clock.times(self.marks), self.waits))

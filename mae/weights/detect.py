@@ -147,7 +147,14 @@ def read(src: str | Path, told: ArchOverrides = NO_OVERRIDES) -> Weights:
     Raises:
         UserError: They cannot be used, too.
     """
-    weights = examine(src, told)
+    return require_usable(examine(src, told))
+
+
+def require_usable(weights: Weights) -> Weights:
+    """
+    Raises:
+        UserError: Something is missing, unknown or of another shape, or there are numbers that are not finite.
+    """
     problems = list(weights.problems)
     problems += [f"{key} has numbers that are not finite" for key, v in weights.state.items() if non_finite(v)]
     if problems:

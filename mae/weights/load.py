@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
 from mae.runtime.storage import sync
-from mae.weights import detect
+from mae.weights import detect, read_file
 from mae.weights.detect import ArchOverrides, merge_lora
 from mae.weights.state_dict_keys import ENCODER, State, official_name, official_to_ours
 from mae.weights.weights import Weights
@@ -164,22 +164,35 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     return f"--model.init {weights.source}: {', '.join(said)}"
 
 
-def require_resumable(src: Path, architecture: dict[str, Any]) -> dict[str, Any]:
-    """The description of the run that wrote `src`: its recipe by key of the command line, step, devices.
+def read_checkpoint(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
+    """The content of a run's checkpoint, to go on with the run; its checksum is not looked at again.
+
+    Tensors are on the CPU, mapped from the file. The weights among them are checked as in `read_weights`.
+
+    Args:
+        path: A file whose bytes are known to be those that were written (`checkpoint_files.damage`).
+        architecture: Of the network that goes on, as `Stage.architecture` gives it.
 
     Raises:
-        UserError: It is no checkpoint of a run, one of a newer version, or one of another network.
+        UserError: It holds no state of a run, or that of another network.
     """
-    weights = read_weights(src)
-    if src.suffix == ".safetensors" or "recipe" not in weights.description:
-        raise UserError(f"--ckpt_path {src} holds weights without the state of a run; --model.init starts from weights")
-    given = {**weights.config, **(weights.classifier or {})}
-    for key, own in architecture.items():
-        if key not in given or given[key] != own:
+    content = read_file.unpickled(path)
+    weights = detect.require_usable(detect.recognised(read_file.open_torch(path, content), detect.NO_OVERRIDES))
+    say(weights)
+    if "recipe" not in weights.description:
+        raise not_a_checkpoint(path)
+    stored = {**weights.config, **(weights.classifier or {})}
+    for key, value in architecture.items():
+        if key not in stored or stored[key] != value:
             raise UserError(
-                f"--ckpt_path {src} is of another architecture: {key} {given.get(key, 'is missing')}, here {own}"
+                f"--ckpt_path {path} is of another architecture: {key} {stored.get(key, 'is missing')}, here {value}"
             )
-    return weights.description
+    checkpoint: dict[str, Any] = content
+    return checkpoint
+
+
+def not_a_checkpoint(path: Path) -> UserError:
+    return UserError(f"--ckpt_path {path} holds weights without the state of a run; --model.init starts from weights")
 
 
 def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> None:

@@ -159,8 +159,9 @@ def open_safetensors(path: Path) -> Opened:
     return Opened(path, "safetensors", cleaned(path, state), description, {}, False, [])
 
 
-def open_torch(path: Path) -> Opened:
-    content = unpickled(path)
+def open_torch(path: Path, content: Any = None) -> Opened:
+    """What a file of torch holds; `content` is what `unpickled` has read from it, where it has been read already."""
+    content = unpickled(path) if content is None else content
     if isinstance(content, Tensor) or not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}; wanted is a dictionary of tensors")
     description = content.get("mae")

@@ -193,7 +193,9 @@ def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch:
         cli.fit()
         for row in logged(run_dir):
             stage = cli.model
-            assert row["mfu"] == pytest.approx(row["images_per_s"] * stage.flops / stage.peak_rate, rel=1e-6)
+            assert row["mfu"] == pytest.approx(
+                row["images_per_s"] * stage.flops / stage.step_metrics.peak_rate, rel=1e-6
+            )
             assert 0.05 < row["peak_memory_gib"] < 64
         waits[slow] = [row["data_wait"] for row in logged(run_dir)]
     assert all(0 <= wait < 0.6 for wait in waits[False])

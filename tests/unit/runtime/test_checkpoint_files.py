@@ -235,7 +235,7 @@ def test_a_pickle_bomb_is_refused_and_not_run(tmp_path: Path, name: str, by: str
     with pytest.raises(UserError, match=r"not safe to load: it asks for \w+\.\w+"):
         load.read_weights(path)
     with pytest.raises(UserError, match=r"not safe to load: it asks for \w+\.\w+"):
-        load.require_resumable(path, {})
+        load.read_checkpoint(path, {})
     assert not (tmp_path / "boom").exists()
 
 

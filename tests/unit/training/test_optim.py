@@ -12,6 +12,7 @@ from mae.errors import UserError
 from mae.models.vit import build
 from mae.training import recipe_audit
 from mae.training.optim import WarmupCosine, adamw_by_layer, lars, scaled_lr
+from mae.training.recipe_audit import ExpectedGroups
 
 RECIPE: dict[str, Any] = json.loads((REFERENCE / "recipe.json").read_text())
 TINY = {"image_size": [8, 8], "patch_size": [4, 4], "in_chans": 1, "embed_dim": 16, "depth": 3, "num_heads": 2}
@@ -98,10 +99,10 @@ def test_settings_of_lars_have_an_effect(momentum: float, trust: float) -> None:
 class TestAudit:
     """A recipe in which a setting does nothing is refused, and the setting is named."""
 
-    def refused(self, network: nn.Module, optimizer: torch.optim.Optimizer, claims: recipe_audit.Claims) -> str:
+    def refused(self, network: nn.Module, optimizer: torch.optim.Optimizer, expected: ExpectedGroups) -> str:
         schedule = WarmupCosine(optimizer, 10, 5, 1)
         with pytest.raises(UserError) as error:
-            recipe_audit.check(network, optimizer, schedule, claims)
+            recipe_audit.check(network, optimizer, schedule, expected)
         return str(error.value)
 
     def optimizer(self, network: nn.Module, layer_decay: float = 0.75, weight_decay: float = 0.05) -> Any:
@@ -110,14 +111,14 @@ class TestAudit:
     def test_a_sound_recipe_passes(self) -> None:
         network = vit(drop_path=0.1)
         optimizer = self.optimizer(network)
-        recipe_audit.check(network, optimizer, WarmupCosine(optimizer, 10, 5, 1), recipe_audit.Claims(0.05, 0.75, 0.1))
+        recipe_audit.check(network, optimizer, WarmupCosine(optimizer, 10, 5, 1), ExpectedGroups(0.05, 0.75, 0.1))
 
     def test_layer_decay_that_no_group_carries(self) -> None:
         network = vit()
         plain = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
-        assert "--model.weight_decay 0.05" in self.refused(network, plain, recipe_audit.Claims(0.05, 0.75))
+        assert "--model.weight_decay 0.05" in self.refused(network, plain, ExpectedGroups(0.05, 0.75))
         assert "--model.layer_decay 0.75" in self.refused(
-            network, self.optimizer(network, layer_decay=1.0), recipe_audit.Claims(0.05, 0.75)
+            network, self.optimizer(network, layer_decay=1.0), ExpectedGroups(0.05, 0.75)
         )
 
     def test_layer_decay_that_the_schedule_does_not_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,13 +127,13 @@ class TestAudit:
         )
         network = vit()
         assert "is not in its learning rate" in self.refused(
-            network, self.optimizer(network), recipe_audit.Claims(0.05, 0.75)
+            network, self.optimizer(network), ExpectedGroups(0.05, 0.75)
         )
 
     def test_drop_path_that_no_block_has(self) -> None:
         network = vit()
         assert "--model.drop_path 0.1" in self.refused(
-            network, self.optimizer(network), recipe_audit.Claims(0.05, 0.75, 0.1)
+            network, self.optimizer(network), ExpectedGroups(0.05, 0.75, 0.1)
         )
 
     def test_groups_that_leave_a_parameter_out_or_hold_a_frozen_one(self) -> None:
@@ -140,17 +141,17 @@ class TestAudit:
         optimizer = self.optimizer(network)
         network.norm.weight.requires_grad_(False)
         assert "norm.weight is in a group of the optimiser, but is frozen" in self.refused(
-            network, optimizer, recipe_audit.Claims(0.05, 0.75)
+            network, optimizer, ExpectedGroups(0.05, 0.75)
         )
         partial = self.optimizer(network)
         network.norm.weight.requires_grad_(True)
-        assert "norm.weight is to be trained" in self.refused(network, partial, recipe_audit.Claims(0.05, 0.75))
+        assert "norm.weight is to be trained" in self.refused(network, partial, ExpectedGroups(0.05, 0.75))
 
     def test_lars_without_its_trust_ratio(self) -> None:
         layer = nn.Linear(4, 3)
         optimizer = lars(layer, 1.0)
         optimizer.param_groups[0]["always_adapt"] = False
-        assert "trust ratio" in self.refused(layer, optimizer, recipe_audit.Claims(trust_ratio=True))
+        assert "trust ratio" in self.refused(layer, optimizer, ExpectedGroups(trust_ratio=True))
 
     def test_gradients_where_none_should_be_and_none_where_one_should(self) -> None:
         layer = nn.Linear(2, 2)

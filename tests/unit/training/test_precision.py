@@ -15,14 +15,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from mae.errors import UserError
-from mae.launch import out_of_memory
+from mae.launch import out_of_memory, stage_cli
 from mae.launch.stage_cli import set_ddp_options
 from mae.launch.stages import PretrainCLI
 from mae.runtime import memory
-from mae.runtime import processes as processes_module
 from mae.runtime.checkpoint_files import damage, saved, step_file
 from mae.runtime.memory import is_out_of_memory
 from mae.training import precision
+from mae.training.lightning_internals import ddp_options
 
 SHORT = [
     *(*DIGITS, *TINY, "--trainer.devices=1", "--trainer.strategy=auto", "--trainer.limit_val_batches=0"),
@@ -102,7 +102,7 @@ class Seen(Callback):
         Seen.matmul, Seen.trainer = torch.get_float32_matmul_precision(), str(trainer.precision)
 
 
-WATCHED = "--trainer.callbacks+=test_devices.Seen"
+WATCHED = "--trainer.callbacks+=test_precision.Seen"
 
 
 @pytest.mark.parametrize("bfloat16", [True], indirect=True)
@@ -114,7 +114,7 @@ def test_a_run_on_cpus_is_in_float32_wherever_it_is(
     cli.lock.release()
     assert cli.trainer.precision == "32-true"
     assert capsys.readouterr().out.count("bf16-mixed would be faster") == 1
-    monkeypatch.setattr(processes_module, "is_first_rank", lambda: False)
+    monkeypatch.setattr(stage_cli, "is_first_rank", lambda: False)
     PretrainCLI([*SHORT, f"--run_dir={tmp_path / 'other'}"])
     assert "faster" not in capsys.readouterr().out
 
@@ -158,10 +158,10 @@ def test_a_start_without_checkpoints_keeps_the_precision_of_products(tmp_path: P
 
 
 def test_ddp_is_told_what_it_need_not_do_unless_settings_say_otherwise() -> None:
-    def options(accumulate: int, **given: bool) -> dict[str, bool]:
-        strategy = DDPStrategy(**given)
+    def options(accumulate: int, **settings: bool) -> dict[str, bool]:
+        strategy = DDPStrategy(**settings)
         set_ddp_options(strategy, accumulate)
-        return {key: value for key, value in strategy._ddp_kwargs.items() if value}
+        return {key: value for key, value in ddp_options(strategy).items() if value}
 
     assert options(1) == {"gradient_as_bucket_view": True, "static_graph": True}
     assert options(2) == {"gradient_as_bucket_view": True}
@@ -205,7 +205,7 @@ def test_errors_of_memory_are_told_from_others() -> None:
 def test_the_way_out_keeps_the_effective_batch(
     batch: int, accumulate: int, fits: int, checkpointing: bool | None, said: str
 ) -> None:
-    assert said in out_of_memory.way_out(batch, accumulate, fits, checkpointing)
+    assert said in out_of_memory.settings_that_need_less(batch, accumulate, fits, checkpointing)
 
 
 def test_memory_is_the_least_of_what_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,12 +214,12 @@ def test_memory_is_the_least_of_what_limits_it(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(out_of_memory, "address_space", lambda: None)
     monkeypatch.setattr(out_of_memory, "OWN_CGROUPS", tmp_path / "none")
     monkeypatch.setattr(memory, "resident", lambda: 7)
-    assert out_of_memory.room(cpu) == 807
-    assert out_of_memory.room(cpu, processes=2) == 407
+    assert out_of_memory.available_memory(cpu) == 807
+    assert out_of_memory.available_memory(cpu, processes=2) == 407
     monkeypatch.setattr(out_of_memory, "address_space", lambda: 100)
-    assert out_of_memory.room(cpu, processes=2) == 107
+    assert out_of_memory.available_memory(cpu, processes=2) == 107
     monkeypatch.setattr(out_of_memory, "cgroup", lambda processes: 90)
-    assert out_of_memory.room(cpu) == 97
+    assert out_of_memory.available_memory(cpu) == 97
 
 
 @pytest.mark.parametrize(("version", "line"), [(1, "9:cpu,memory:/slurm/job_1"), (2, "0::/slurm/job_1")])

@@ -1,0 +1,58 @@
+"""The text that a run prints at its start and keeps as recipe.txt, to be read before days are spent on it."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from mae.data.datamodule import ImageData
+from mae.training import recipe_audit
+from mae.training.optim import WarmupCosine, scaled_lr
+from mae.training.throughput import images_per_step
+
+
+def report_recipe(
+    trainer: Trainer, network: nn.Module, schedule: WarmupCosine, base_lr: float, flops: float, notes: dict[str, str]
+) -> None:
+    """Print the recipe, and write it to recipe.txt in the run folder with the name of every tensor; first rank only.
+
+    Args:
+        flops: Of an image, forward and backward.
+        notes: Lines that belong to this stage alone, by their first word.
+    """
+    groups = recipe_audit.groups(network, trainer.optimizers[0], schedule)
+    arithmetic = recipe_lines(trainer, network, schedule, base_lr, flops, notes)
+    text = f"{arithmetic}\n\n{recipe_audit.table(groups)}\n{recipe_audit.drop_path_line(network)}\n"
+    print(text, flush=True)
+    path = Path(trainer.default_root_dir) / "recipe.txt"
+    try:
+        path.write_text(f"{text}\n{recipe_audit.names_table(groups)}\n")
+    except OSError as error:  # it has been printed, at least
+        print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
+
+
+def recipe_lines(
+    trainer: Trainer, network: nn.Module, schedule: WarmupCosine, base_lr: float, flops: float, notes: dict[str, str]
+) -> str:
+    """The arithmetic of batch, epoch and learning rate, a line each."""
+    data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+    assert data.train_source is not None
+    images, batch, per_epoch = len(data.train_source), images_per_step(trainer), schedule.steps_per_epoch
+    steps = round(schedule.epochs * per_epoch)
+    parameters = [p.numel() for p in network.parameters()]
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
+    held_out = f"{len(data.val_source)} held out" if data.val_source else "none held out: no held-out figures"
+    lines = {
+        "images": f"{images} for training, {held_out}",
+        "augmentation": "; ".join(data.augmentations()),
+        "batch": f"{data.batch_size} a device x {trainer.accumulate_grad_batches} accumulated x {trainer.world_size} "
+        f"devices = {batch} an optimiser step",
+        "epoch": f"{per_epoch} optimiser steps; {images - per_epoch * batch} images of each epoch's order left out",
+        "learning rate": f"{base_lr:g} x {batch} / 256 = {scaled_lr(base_lr, batch):g} at its peak, after "
+        f"{schedule.warmup_epochs * per_epoch:g} steps of warm-up; {steps} steps in all",
+        "parameters": f"{sum(parameters) / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained",
+        **notes,
+        "work": f"{flops / 1e9:.4g} GFLOP an image, forward and backward, in matrix products; "
+        f"{flops * batch * steps:.2g} FLOP in all",
+    }
+    return "\n".join(f"{key:<13} {text}" for key, text in lines.items())
