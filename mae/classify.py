@@ -15,8 +15,8 @@ from mae.models.vit import Head, Pool, build
 from mae.runtime.processes import gather
 from mae.training.fsdp import full_state
 from mae.training.module import Stage
-from mae.weights import load
 from mae.weights.classifier import encoder_config, load_pretrained
+from mae.weights.load import read_weights
 
 MIN_REACH = 20  # of the linear probe's weight, in norms; below it the recipe warns
 
@@ -45,7 +45,7 @@ class Classify(Stage):
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
-        weights = None if encoder == SCRATCH else load.read_weights(encoder)
+        weights = None if encoder == SCRATCH else read_weights(encoder)
         if weights:
             weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")
         self.encoder = SCRATCH if weights is None else weights.fingerprint()

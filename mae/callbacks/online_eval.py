@@ -61,7 +61,9 @@ class Online(Callback):
             probe = linear_heads.fit_and_score(
                 train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
             )
-            pl_module.write({"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe})
+            pl_module.write(
+                {"online/knn": features.knn_accuracy(features.rescale(both, "whiten")), "online/probe": probe}
+            )
         pl_module.clock += time.perf_counter() - start  # as looks at the held-out loss, not counted in images/s
 
     def encoded(
@@ -78,7 +80,7 @@ class Online(Callback):
                 if batch.errors:
                     errors += [str(error) for error in batch.errors]
                     continue
-                found, labels = features.extract(
+                found, labels = features.extract_features(
                     lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
                     data,
                     [batch],

@@ -167,7 +167,7 @@ class Logits(Graph):
         return logits
 
 
-def needed(package: str) -> Any:
+def import_onnx_package(package: str) -> Any:
     """A package of the extra "onnx".
 
     Raises:
@@ -205,7 +205,7 @@ def to_onnx(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]
         UserError: The packages that ONNX needs are missing.
     """
     for package in ("onnx", "onnxscript"):
-        needed(package)
+        import_onnx_package(package)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*The axis name: batch will not be used")  # a second time: it is one length
         made = torch.onnx.export(
@@ -236,14 +236,14 @@ def stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: 
     Returns:
         Sorted values and their indices.
     """
-    op = needed("onnxscript").opset18
+    op = import_onnx_package("onnxscript").opset18
     length = op.Shape(values, start=dim, end=dim + 1 or None)
     return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
 
 
 def session(path: Path, threads: int = 1) -> Any:
     """An onnxruntime.InferenceSession on the CPU."""
-    runtime = needed("onnxruntime")
+    runtime = import_onnx_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
     # Between two runs its threads would otherwise go on asking for work, and take cores from whoever comes next.
@@ -313,9 +313,9 @@ def quantize(src: Path, dst: Path) -> list[Path]:
         UserError: The packages that ONNX needs are missing.
     """
     for package in ("onnx", "onnxruntime"):
-        needed(package)
-    quantization = needed("onnxruntime.quantization")
-    shapes = needed("onnxruntime.quantization.shape_inference")
+        import_onnx_package(package)
+    quantization = import_onnx_package("onnxruntime.quantization")
+    shapes = import_onnx_package("onnxruntime.quantization.shape_inference")
     large = beside(src).exists()
     with tempfile.TemporaryDirectory(dir=dst.parent) as folder:
         # Shapes alone: there is nothing that ONNX Runtime could simplify, and its own operators bind a file to it.
