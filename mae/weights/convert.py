@@ -29,7 +29,7 @@ from mae.weights.conversion_checks import (
 )
 from mae.weights.detect import add_override_options, overrides_from, usable_weights
 from mae.weights.load import print_notes, save_safetensors
-from mae.weights.read_file import MODEL
+from mae.weights.read_file import MODEL_FILES
 from mae.weights.state_dict_keys import ENCODER, State, from_ours
 from mae.weights.weights import Weights, fold_batchnorm
 
@@ -111,10 +111,10 @@ def checked_destination(config: Namespace) -> Path:
     """
     dst = Path(config.dst).expanduser().absolute()
     suffixes = FORMAT_SUFFIXES[config.format]
-    if suffix_of(dst) not in suffixes or not dst.name:
+    if file_suffix(dst) not in suffixes or not dst.name:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise UserError(f"{dst}: --format {config.format} wants {wanted}")
-    if dst.exists() and dst.is_dir() != (suffix_of(dst) == ""):
+    if dst.exists() and dst.is_dir() != (file_suffix(dst) == ""):
         kinds = ("folder", "file") if dst.is_dir() else ("file", "folder")
         raise UserError(f"{dst} is a {kinds[0]}, but a {kinds[1]} is to be written: choose another name")
     if (dst / "config.yaml").exists() or (dst / "checkpoints").exists():
@@ -126,7 +126,7 @@ def checked_destination(config: Namespace) -> Path:
         ("free_size", config.free_size and not is_graph),
         ("mask_ratio", config.mask_ratio is not None and config.output != "reconstruction"),
         ("quantize", config.quantize and config.format != "onnx"),
-        ("push", config.push is not None and suffix_of(dst) != ""),
+        ("push", config.push is not None and file_suffix(dst) != ""),
     ):
         if no_effect:
             raise UserError(f"--{option} does nothing here: see `mae convert --help`")
@@ -135,7 +135,7 @@ def checked_destination(config: Namespace) -> Path:
     return dst
 
 
-def suffix_of(path: Path) -> str:
+def file_suffix(path: Path) -> str:
     """The suffix of a file; "" for a folder, whose name may end in a number (v1.5)."""
     return "" if re.fullmatch(r"\.\d*", path.suffix) else path.suffix
 
@@ -185,7 +185,7 @@ def move_into_place(folder: Path, dst: Path, force: bool) -> None:
         if (folder / name).exists():
             (folder / name).replace(dst.parent / name)
     if dst.is_dir():  # older weights there, under another name, would be read in place of these
-        for old in {*MODEL, "encoder.safetensors", "config.json", "preprocessor_config.json"}:
+        for old in {*MODEL_FILES, "encoder.safetensors", "config.json", "preprocessor_config.json"}:
             if Path(dst.name) / old not in files:
                 (dst / old).unlink(missing_ok=True)
     sync(dst.parent)
@@ -205,7 +205,7 @@ def write_mae(weights: Weights, path: Path, config: Namespace) -> Conversion:
     description = stored_description(weights)
     kind = description["kind"]
     state = contiguous(weights.state if kind == "model" else weights.timm_state)
-    if suffix_of(path):
+    if file_suffix(path):
         save_safetensors(state, description, path)
     else:
         path.mkdir()
@@ -238,12 +238,12 @@ def write_timm(weights: Weights, path: Path, config: Namespace) -> Conversion:
     state, description = contiguous(folded.timm_state), stored_description(folded)
     if path.suffix == ".pth":
         torch.save(state, path)
-    elif suffix_of(path):
+    elif file_suffix(path):
         save_safetensors(state, description, path)
     else:
         path.mkdir()
         save_safetensors(state, description, path / "model.safetensors")
-    name = path.with_name(f"{path.name}.json") if suffix_of(path) else path / "config.json"
+    name = path.with_name(f"{path.name}.json") if file_suffix(path) else path / "config.json"
     model_card.write_config(name, model_card.timm_config(folded))
     checks = [check_same_tensors(folded, path)]
     checks.append(check_same_outputs("timm", own_outputs(weights), timm_outputs(folded, path)))
