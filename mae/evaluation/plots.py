@@ -105,13 +105,11 @@ def displayable(images: Tensor) -> Tensor:
 
 def loss_curve(metrics: Path, path: Path) -> None:
     """Plot training and held-out loss over images seen, from a run's metrics.csv."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):
         points = [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
@@ -131,11 +129,9 @@ def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, 
         counts: (classes, classes), rows are the true classes.
         worst: Name, accuracy in percent, and the class it is most often taken for.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")

@@ -30,7 +30,7 @@ from mae.weights.conversion_checks import (
 from mae.weights.detect import add_override_options, overrides_from, usable_weights
 from mae.weights.load import print_notes, save_safetensors
 from mae.weights.read_file import MODEL_FILES
-from mae.weights.state_dict_keys import ENCODER, State, from_ours
+from mae.weights.state_dict_keys import ENCODER, from_ours
 from mae.weights.weights import Weights, fold_batchnorm
 
 TargetFormat = Literal["mae", "official", "timm", "hf", "onnx", "export"]
@@ -204,7 +204,7 @@ def require_free(path: Path, force: bool) -> None:
 def write_mae(weights: Weights, path: Path, config: Namespace) -> Conversion:
     description = stored_description(weights)
     kind = description["kind"]
-    state = contiguous(weights.state if kind == "model" else weights.timm_state)
+    state = weights.state if kind == "model" else weights.timm_state
     if file_suffix(path):
         save_safetensors(state, description, path)
     else:
@@ -212,8 +212,7 @@ def write_mae(weights: Weights, path: Path, config: Namespace) -> Conversion:
         name = "encoder.safetensors" if kind == "encoder" else "model.safetensors"
         save_safetensors(state, description, path / name)
         if kind == "model":
-            encoder = contiguous(weights.timm_state)
-            save_safetensors(encoder, {**description, "kind": "encoder"}, path / "encoder.safetensors")
+            save_safetensors(weights.timm_state, {**description, "kind": "encoder"}, path / "encoder.safetensors")
     return Conversion(path, weights, [], [check_same_tensors(weights, path)])
 
 
@@ -225,8 +224,7 @@ def write_official(weights: Weights, path: Path, config: Namespace) -> Conversio
             f"--format official: {weights.source} takes the mean of tokens after their norm, the official code before "
             "it; --format mae or timm holds it"
         )
-    state = contiguous(from_ours(weights.state, "official"))
-    torch.save({"model": state, "mae": stored_description(weights)}, path)
+    torch.save({"model": from_ours(weights.state, "official"), "mae": stored_description(weights)}, path)
     return Conversion(path, weights, [], [check_same_tensors(weights, path)])
 
 
@@ -235,7 +233,7 @@ def write_timm(weights: Weights, path: Path, config: Namespace) -> Conversion:
     folded = without_batchnorm(weights if weights.classifier else encoder_only(weights))
     if folded.classifier != weights.classifier:
         lost.append(FOLDED)
-    state, description = contiguous(folded.timm_state), stored_description(folded)
+    state, description = folded.timm_state, stored_description(folded)
     if path.suffix == ".pth":
         torch.save(state, path)
     elif file_suffix(path):
@@ -257,7 +255,7 @@ def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
     if folded.holds == "encoder":  # written as a ViTModel, whose names have no prefix
         state = {key.removeprefix("vit."): value for key, value in state.items()}
     path.mkdir()
-    save_safetensors(contiguous(state), stored_description(folded), path / "model.safetensors")
+    save_safetensors(state, stored_description(folded), path / "model.safetensors")
     model_card.write_config(path / "config.json", model_card.hf_config(folded))
     model_card.write_config(path / "preprocessor_config.json", model_card.hf_processor(folded))
     checks = [check_same_tensors(folded, path)]
@@ -350,10 +348,6 @@ def encoder_only(weights: Weights) -> Weights:
 def stored_description(weights: Weights) -> dict[str, Any]:
     """The description as our files store it, with their word for what they hold: an autoencoder is a "model"."""
     return {**weights.description, "kind": "model" if weights.has_decoder else weights.holds}
-
-
-def contiguous(state: State) -> State:
-    return {key: value.contiguous() for key, value in state.items()}
 
 
 def without_batchnorm(weights: Weights) -> Weights:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
-from mae.models.vit import Pool, Unallocated
+from mae.models.vit import Pool, Unallocated, build
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchitectureDetector, ArchOverrides
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
@@ -194,24 +194,14 @@ def first_names(names: Sequence[str]) -> str:
 
 def expected_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that weights of this description have."""
+    about = weights.classifier
     with Unallocated():
-        model = MaskedAutoencoder(**weights.config)
-    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    about, width = weights.classifier, model.encoder.embed_dim
-    if about is None and any(key.startswith(DECODER) for key in weights.state):
-        return shapes
-    shapes = {key: shape for key, shape in shapes.items() if key.startswith(ENCODER)}
-    if about is None:
-        return shapes
-    classes, batchnorm = len(about["classes"]), about["head"] == "batchnorm"
-    if about["pool"] == "mean" and about["head"] == "linear":
-        for name in ("weight", "bias"):
-            shapes[f"{ENCODER}fc_norm.{name}"] = shapes.pop(f"{ENCODER}norm.{name}")
-    if batchnorm:
-        shapes |= {f"{ENCODER}head.0.running_{key}": (width,) for key in ("mean", "var")}
-        shapes[f"{ENCODER}head.0.num_batches_tracked"] = ()
-    linear = f"{ENCODER}head.1" if batchnorm else f"{ENCODER}head"
-    return shapes | {f"{linear}.weight": (classes, width), f"{linear}.bias": (classes,)}
+        if about is not None:
+            network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
+            return {ENCODER + key: tuple(value.shape) for key, value in network.state_dict().items()}
+        state = MaskedAutoencoder(**weights.config).state_dict()
+    has_decoder = any(key.startswith(DECODER) for key in weights.state)
+    return {key: tuple(value.shape) for key, value in state.items() if has_decoder or key.startswith(ENCODER)}
 
 
 def check_description(weights: Weights) -> None:

@@ -5,7 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,15 +43,6 @@ BIAS_OR_NORM = re.compile(r"(?P<norm>norm\d?\.weight)$|\.bias$")  # tensors that
 BUFFER = re.compile(r"\.(running_(mean|var)|num_batches_tracked)$")
 
 NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial", re.IGNORECASE)
-
-
-class ValueFindings(NamedTuple):
-    """What is odd about the values of tensors, by the names of the tensors."""
-
-    not_finite: dict[str, int]  # how many are NaN or infinite
-    constant: dict[str, float]  # the one value that a tensor has throughout
-    untrained: list[str]  # parts whose biases and norms are all as before the first step; none of them is in `constant`
-    identical: list[list[str]]  # blocks that are equal in all their tensors
 
 
 def inspect_command(args: Sequence[str]) -> None:
@@ -104,14 +95,13 @@ def collect_facts(src: str, overrides: ArchOverrides) -> dict[str, Any]:
     facts["positions"] = {key: kind_of_positions(weights.state[key], weights.grid) for key in position_keys(weights)}
     facts |= {key: weights.description.get(key) for key in ("mean", "std", "licence")}
     facts["dtypes"] = dict(Counter(str(value.dtype).removeprefix("torch.") for value in opened.state.values()))
-    values = find_odd_values(weights.state)
-    facts |= {"non_finite": values.not_finite, "constant": values.constant, "untrained": values.untrained}
-    facts["identical_blocks"] = values.identical
+    facts |= odd_values(weights.state)
+    facts["identical_blocks"] = identical_blocks(weights.state)
     facts["notes"] = list(weights.notes)
     facts["warnings"] = list(warning_lines(facts))
     problems = list(weights.problems)
-    if values.not_finite:
-        counts = [f"{key} ({count:,})" for key, count in values.not_finite.items()]
+    if facts["non_finite"]:
+        counts = [f"{key} ({count:,})" for key, count in facts["non_finite"].items()]
         problems.append(f"it holds numbers that are NaN or infinite: {first_names(counts)}")
     facts["problems"] = problems
     facts["uses"] = possible_uses(src, opened, weights, required_options(opened, weights, overrides))
@@ -174,27 +164,33 @@ def kind_of_positions(positions: Tensor, grid: Pair) -> str:
     return "sin-cos" if fixed else "learned"
 
 
-def find_odd_values(state: State) -> ValueFindings:
-    """Look at one tensor after the other, so that no second copy of the weights takes memory."""
-    findings = ValueFindings({}, {}, [], identical_blocks(state))
-    for key, value in state.items():
+def odd_values(state: State) -> dict[str, Any]:
+    """What is odd about the values of single tensors.
+
+    Returns:
+        non_finite: by tensor, how many of its numbers are NaN or infinite; constant: by tensor, the one value that it
+        has throughout; untrained: the parts whose biases and norms are all as before the first step, none of which is
+        in `constant`.
+    """
+    non_finite: dict[str, int] = {}
+    constant: dict[str, float] = {}
+    for key, value in state.items():  # one after the other, so that no second copy of the weights takes memory
         if not value.is_floating_point() or not value.numel():
             continue
         low, high = (float(end) for end in value.aminmax())  # NaN if the tensor holds a NaN
         if not (-torch.inf < low and high < torch.inf):
-            findings.not_finite[key] = count_non_finite(value)
+            non_finite[key] = count_non_finite(value)
         elif low == high and value.numel() > 1:
-            findings.constant[key] = low
+            constant[key] = low
     initial: dict[str, dict[str, float]] = defaultdict(dict)
     for key in state:
         if (match := BIAS_OR_NORM.search(key)) and "patch_embed" not in key:  # its bias is drawn at random
             initial[model_part(key)][key] = 1.0 if match["norm"] else 0.0
-    for part, values in initial.items():
-        if all(findings.constant.get(key) == value for key, value in values.items()):
-            findings.untrained.append(part)
-            for key in values:
-                del findings.constant[key]
-    return findings
+    untrained = [part for part, values in initial.items() if all(constant.get(k) == v for k, v in values.items())]
+    for part in untrained:
+        for key in initial[part]:
+            del constant[key]
+    return {"non_finite": non_finite, "constant": constant, "untrained": untrained}
 
 
 def identical_blocks(state: State) -> list[list[str]]:

@@ -113,7 +113,6 @@ def print_once(line: str) -> None:
 
 def export_autoencoder(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
     """Write model.safetensors (encoder and decoder) and encoder.safetensors (timm's names and layout)."""
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
     encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
     paths = [folder / name for name in EXPORTS]
     save_safetensors(state, {"kind": "model", **description}, paths[0])
@@ -125,14 +124,14 @@ def export_classifier(state: State, description: dict[str, Any], folder: Path) -
     """Write model.safetensors: a classifier under timm's names, described by its classes, pool, mean, std and crop."""
     path = folder / "model.safetensors"
     merged = merge_lora(state, description["classifier"]["lora_scale"])
-    tensors = {key: value.detach().cpu().contiguous() for key, value in merged.items()}
-    save_safetensors(tensors, {"kind": "classifier", **description}, path)
+    save_safetensors(merged, {"kind": "classifier", **description}, path)
     return [path]
 
 
 def save_safetensors(tensors: State, description: dict[str, Any], path: Path) -> None:
     """Write a file with its description in the metadata; it gets its name once it is complete."""
     unfinished = path.with_suffix(".partial")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
     os.umask(umask := os.umask(0))  # the mask can only be read by setting it
     unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
