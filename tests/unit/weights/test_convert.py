@@ -341,6 +341,14 @@ def test_a_card_stands_beside_everything(
         assert isinstance(scope["model"], torch.nn.Module)
 
 
+def test_the_card_of_a_classifier_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    converted(probe_or_classifier(tmp_path, "class", "linear"), tmp_path / "m.safetensors", "mae")
+    scope: dict[str, Any] = {}
+    exec((tmp_path / "m.safetensors.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    assert scope["model"].classes == ["a", "b", "c", "d"]
+
+
 class Hub:
     """What `huggingface_hub` would send, up to the network."""
 
