@@ -15,8 +15,8 @@ from mae.models.vit import Head, Pool, build
 from mae.runtime.processes import gather
 from mae.training.fsdp import full_state
 from mae.training.module import Stage
-from mae.weights import load
 from mae.weights.classifier import encoder_config, load_pretrained
+from mae.weights.load import read_weights
 
 SCRATCH = "scratch"  # instead of SRC: random weights
 
@@ -43,7 +43,7 @@ class Classify(Stage):
     ) -> None:
         if len(classes) < 2:
             raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
-        weights = None if encoder == SCRATCH else load.read_weights(encoder)
+        weights = None if encoder == SCRATCH else read_weights(encoder)
         if weights:
             weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")
         self.encoder = SCRATCH if weights is None else weights.fingerprint()

@@ -21,8 +21,8 @@ from mae.errors import UserError
 from mae.evaluation import features
 from mae.evaluation.features import Features, Scaling
 from mae.options import SRC_HELP, ToolParser, out_file
-from mae.weights import load, onnx_export
-from mae.weights.load import fitted, image_settings
+from mae.weights import onnx_export
+from mae.weights.load import fill_data_settings, read_weights, trained_data_settings
 
 BASE = "PyTorch"
 
@@ -48,12 +48,14 @@ class Contender(NamedTuple):
 def export_command(args: Sequence[str]) -> None:
     config = parsed(args)
     for package in ("onnx", "onnxscript", "onnxruntime"):  # before any work is done
-        onnx_export.needed(package)
-    weights = load.read_weights(config.encoder)
+        onnx_export.import_onnx_package(package)
+    weights = read_weights(config.encoder)
     weights.require_pretrained(False, None)
     encoder, description = weights.encoder(), weights.description
-    own = image_settings(description)
-    data = LabelledData(**fitted(config.data.as_dict(), own, config.encoder, fixed=("image_size", "in_chans")))
+    own = trained_data_settings(description)
+    data = LabelledData(
+        **fill_data_settings(config.data.as_dict(), own, config.encoder, fixed=("image_size", "in_chans"))
+    )
     data.require_labels()
     print_header(config)
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +135,7 @@ def worth(fields: dict[str, Contender], data: LabelledData, count: int) -> dict[
             gap = found.test - base.test
             rows[name] = {
                 "bytes": contender.size,
-                "knn": {how: features.knn(features.scaled(found, how)) for how in SCALINGS},
+                "knn": {how: features.knn_accuracy(features.rescale(found, how)) for how in SCALINGS},
                 "greatest_difference": float(gap.abs().max()),
                 "relative_difference": float(gap.norm() / base.test.norm()),
             }

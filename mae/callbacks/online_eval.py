@@ -60,7 +60,7 @@ class Online(Callback):
                 train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
             )
             pl_module.step_metrics.write(
-                {"online/knn": features.knn(features.scaled(both, "whiten")), "online/probe": probe}
+                {"online/knn": features.knn_accuracy(features.rescale(both, "whiten")), "online/probe": probe}
             )
         pl_module.step_metrics.exclude(time.perf_counter() - start)
 
@@ -78,7 +78,7 @@ class Online(Callback):
                 if batch.errors:
                     errors += [str(error) for error in batch.errors]
                     continue
-                found, labels = features.extract(
+                found, labels = features.extract_features(
                     lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
                     data,
                     [batch],

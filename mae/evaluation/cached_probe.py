@@ -20,13 +20,13 @@ class CachedSettings:
 
     Args:
         layers: Blocks whose output is probed, counted from the end: -1 is the last.
-        pools: Features of each layer: the class token, the mean of patch tokens; or, by itself, both as one.
-        crops: Random crops of each training image beside its centre crop; 0: the centre crop alone.
-        rates: Learning rates of the heads; for each feature the best is chosen on `holdout`.
+        pools: Features of each layer: the class token, the mean of patch tokens, or by itself `both` as one feature.
+        crops: Random crops of each training image besides its centre crop.
+        rates: Learning rates of the heads; the best one for each feature is chosen on the held-out images.
         epochs: Passes over the cached features.
         batch_size: Images of a step.
-        holdout: Share of the training images of each class on which rate, layer and pool are chosen; then the heads
-            are fitted on all training images.
+        holdout: Fraction of each class's training images on which rate, layer and pool are chosen; the final heads are
+            trained on all training images.
     """
 
     layers: list[int] = field(default_factory=lambda: [-1])
@@ -38,20 +38,20 @@ class CachedSettings:
     holdout: float = 0.1
 
 
-class Row(NamedTuple):
-    """One feature, its rate chosen on training images. Accuracies in percent."""
+class FeatureScore(NamedTuple):
+    """The accuracy of one feature, in percent, with the rate that was chosen on training images."""
 
     feature: str
     rate: float
-    at_end: bool  # of the grid of rates: one beyond it may be better
+    at_end: bool  # of the grid of rates, so that one beyond it may be better
     held_out: float
     test: float
 
 
 class CachedResult(NamedTuple):
-    rows: list[Row]
-    chosen: Row  # by its accuracy on the held-out training images
-    report: Report  # of the chosen
+    rows: list[FeatureScore]
+    chosen: FeatureScore  # the best on the held-out training images
+    report: Report  # of the chosen feature
     encoding: float  # seconds
     training: float  # seconds
 
@@ -65,7 +65,7 @@ class CachedResult(NamedTuple):
 
 
 def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
-    """What is going to be done, to be read before it is.
+    """What the probe is going to do, for the user to read.
 
     Raises:
         UserError: There are no held-out images.
@@ -86,31 +86,14 @@ def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
 def run_cached_probe(
     encoder: VisionTransformer, data: LabelledData, settings: CachedSettings, seed: int, device: torch.device
 ) -> CachedResult:
-    """Probe a frozen encoder.
-
-    Args:
-        encoder: Its `norm` is applied to each layer.
+    """Probe a frozen encoder, whose final norm is applied to each layer.
 
     Raises:
-        UserError: A setting that cannot be, a class with fewer than two training images.
+        UserError: A setting is out of range, or a class has fewer than two training images.
     """
     assert data.train_source is not None
     assert data.val_source is not None
-    if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
-        raise UserError(
-            f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "
-            f"{settings.holdout}: wanted are at least 0, 1, 1, and a share between 0 and 1"
-        )
-    if not settings.rates or min(settings.rates) <= 0 or not settings.pools:
-        raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
-    if "both" in settings.pools and len(settings.pools) > 1:
-        raise UserError(f"--cached.pools {settings.pools}: both is twice as wide as the others and goes by itself")
-    counts = Counter(data.train_source.labels)
-    if few := [name for i, name in enumerate(data.classes) if counts[i] < 2]:
-        raise UserError(
-            f"class {few[0]} has {counts[data.classes.index(few[0])]} training image: the cached probe holds some of "
-            "each class out to choose by (more --data.labels_per_class, or --mode recipe)"
-        )
+    check_cached_settings(settings, data)
     try:
         names, encode = features.multi_layer_features(encoder, settings.layers, settings.pools)
     except ValueError as error:
@@ -118,23 +101,22 @@ def run_cached_probe(
     start = time.perf_counter()
     was_training = encoder.training
     encoder.to(device).eval()
-    train, labels = features.extract(encode, data, data.whole(data.train_source), device)
+    train, labels = features.extract_features(encode, data, data.whole(data.train_source), device)
     views = [train] + [
-        features.extract(encode, data, data.crops(data.train_source, epoch), device)[0]
+        features.extract_features(encode, data, data.crops(data.train_source, epoch), device)[0]
         for epoch in range(settings.crops)
     ]
-    test, test_labels = features.extract(encode, data, data.whole(data.val_source), device)
+    test, test_labels = features.extract_features(encode, data, data.whole(data.val_source), device)
     encoder.train(was_training)
     encoded = time.perf_counter()
-    if not all(part.isfinite().all() for part in (*views, test)):
+    if not all(tensor.isfinite().all() for tensor in (*views, test)):
         raise UserError("the encoder gives features that are not finite: its weights are damaged")
-    classes = data.classes
-    found = linear_heads.probe(
+    result = linear_heads.probe(
         torch.stack(views),
         labels,
         test,
         test_labels,
-        len(classes),
+        len(data.classes),
         rates=settings.rates,
         epochs=settings.epochs,
         batch_size=settings.batch_size,
@@ -142,9 +124,30 @@ def run_cached_probe(
         seed=seed,
         device=device,
     )
-    best_held_out = found.held_out.max(dim=1).values.tolist()
-    rows = [Row(*row) for row in zip(names, found.best_rate, found.at_grid_end, best_held_out, found.test, strict=True)]
-    scores = Scores(len(classes))
-    scores.update(found.logits, test_labels)
-    report = scores.report(classes)
-    return CachedResult(rows, rows[found.chosen], report, encoded - start, time.perf_counter() - encoded)
+    best_held_out = result.held_out.max(dim=1).values.tolist()
+    columns = (names, result.best_rate, result.at_grid_end, best_held_out, result.test)
+    rows = [FeatureScore(*row) for row in zip(*columns, strict=True)]
+    scores = Scores(len(data.classes))
+    scores.update(result.logits, test_labels)
+    report = scores.report(data.classes)
+    return CachedResult(rows, rows[result.chosen], report, encoded - start, time.perf_counter() - encoded)
+
+
+def check_cached_settings(settings: CachedSettings, data: LabelledData) -> None:
+    """Raise a UserError for a setting that is out of range, or a class with fewer than two training images."""
+    if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
+        raise UserError(
+            f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "
+            f"{settings.holdout}: must be at least 0, 1 and 1, and a fraction between 0 and 1"
+        )
+    if not settings.rates or min(settings.rates) <= 0 or not settings.pools:
+        raise UserError(f"--cached.rates {settings.rates}, pools {settings.pools}: at least one each, rates above 0")
+    if "both" in settings.pools and len(settings.pools) > 1:
+        raise UserError(f"--cached.pools {settings.pools}: both is twice as wide as the others and must stand alone")
+    assert data.train_source is not None
+    counts = Counter(data.train_source.labels)
+    if too_few := [(name, counts[i]) for i, name in enumerate(data.classes) if counts[i] < 2]:
+        raise UserError(
+            f"class {too_few[0][0]} has {too_few[0][1]} training image: the cached probe holds some of each class out "
+            "to choose on (more --data.labels_per_class, or --mode recipe)"
+        )

@@ -46,8 +46,7 @@ from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.storage import Place, sync
-from mae.weights import load
-from mae.weights.load import image_settings
+from mae.weights.load import read_weights, trained_data_settings
 
 PART_ROWS = 1024  # images of a part, about: some MB of features, and a row group that Parquet's readers like
 
@@ -96,7 +95,7 @@ def embed_command(args: Sequence[str]) -> None:
     for key, least in (("batch_size", 1), ("max_bad_images", 0)):
         if config[key] < least:
             raise UserError(f"--{key} {config[key]}: at least {least}")
-    weights = load.read_weights(config.encoder)
+    weights = read_weights(config.encoder)
     weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
     encoder = weights.encoder()
     layers = sorted({config.layers} if isinstance(config.layers, int) else set(config.layers))
@@ -108,7 +107,7 @@ def embed_command(args: Sequence[str]) -> None:
         root=config.data.root,
         batch_size_per_device=config.batch_size,
         num_workers=config.num_workers,
-        **image_settings(weights.description),
+        **trained_data_settings(weights.description),
     )
     source = EveryImage(data.require_root(), data.in_chans)
     try:

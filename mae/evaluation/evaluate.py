@@ -1,4 +1,4 @@
-"""What a trained classifier says: mae evaluate on labelled images, mae predict on any."""
+"""`mae evaluate`: accuracy of a trained classifier; `mae predict`: its predictions for any images."""
 
 import csv
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ from mae.options import ToolParser, out_file, out_folder
 from mae.runtime.environment import is_first_rank
 from mae.runtime.processes import gather
 from mae.weights.classifier import Classifier, load_classifier
-from mae.weights.load import fitted, image_settings
+from mae.weights.load import fill_data_settings, trained_data_settings
 
-MOST_CLASSES = 100  # that are printed; --out writes all
+MOST_CLASSES = 100  # printed at most; --out writes all
 
 
 class Evaluation(LightningModule):
@@ -64,8 +64,8 @@ def evaluate_command(args: Sequence[str]) -> None:
     parser.add_class_arguments(ImageData, "data", skip=TRAINING_ONLY)
     config = parser.parse_args(list(args))
     classifier = load_classifier(config.model)
-    data = data_for(classifier, config.model, config.data.as_dict())
-    data.val_source = labelled(data, classifier, config.model)
+    data = classifier_data(classifier, config.model, config.data.as_dict())
+    data.val_source = labelled_images(data, classifier, config.model)
     data.train_source = data.val_source  # nothing is trained; the data module need not look for more
     if config.out:
         out_folder(config.out)
@@ -98,15 +98,19 @@ def evaluate_command(args: Sequence[str]) -> None:
         print("\n".join(f"wrote {path}" for path in paths))
 
 
-def data_for(classifier: Classifier, src: str, settings: dict[str, Any]) -> ImageData:
-    """Size, channels, mean, std and crop are the model's own unless set."""
+def classifier_data(classifier: Classifier, src: str, settings: dict[str, Any]) -> ImageData:
+    """The data module; size, channels, mean, std and crop are those of the classifier unless set."""
     about = classifier.description
-    own = image_settings(about) | {"crop_pct": about["classifier"]["crop_pct"]}
-    return ImageData(**fitted(settings, own, src, fixed=("image_size", "in_chans")))
+    trained = trained_data_settings(about) | {"crop_pct": about["classifier"]["crop_pct"]}
+    return ImageData(**fill_data_settings(settings, trained, src, fixed=("image_size", "in_chans")))
 
 
-def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
-    """The images to judge by: the held-out split, or a root that is itself a folder a class."""
+def labelled_images(data: ImageData, classifier: Classifier, src: str) -> Source:
+    """The images to evaluate on: the held-out ones, or a root that itself has a folder for each class.
+
+    Raises:
+        UserError: They have no labels, or other classes than the classifier.
+    """
     if data.dataset != "folder":
         data.load()
         assert data.val_source is not None
@@ -115,16 +119,16 @@ def labelled(data: ImageData, classifier: Classifier, src: str) -> Source:
         return data.val_source
     root = data.require_root()
     val = root / (data.val_dir or "val")
-    place = val if data.val_dir is not None or holds_images(val) else root
-    source = open_images(place, data.in_chans)
+    folder = val if data.val_dir is not None or holds_images(val) else root
+    source = open_images(folder, data.in_chans)
     if source.labels is None:
-        raise UserError(f"{place} has no labels: wanted is a folder a class, with the class names of {src}")
+        raise UserError(f"{folder} has no labels: it needs a folder for each class, named like the classes of {src}")
     relabel(source, classifier.classes, src)
     return source
 
 
-class Files(FileSource):
-    """Any image files, without labels."""
+class ImageFiles(FileSource):
+    """Image files without labels."""
 
     def __init__(self, paths: list[Path], in_chans: int):
         self.paths, self.in_chans = paths, in_chans
@@ -159,9 +163,9 @@ def predict_command(args: Sequence[str]) -> None:
     classifier = load_classifier(config.model)
     settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
     settings |= {"image_size": None, "in_chans": None}
-    data = data_for(classifier, config.model, settings)
-    paths = [file for name in config.images for file in files_of(Path(name).expanduser())]
-    source = Files(paths, data.in_chans)
+    data = classifier_data(classifier, config.model, settings)
+    paths = [file for name in config.images for file in image_paths(Path(name).expanduser())]
+    source = ImageFiles(paths, data.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
     bad = []
@@ -187,10 +191,15 @@ def predict_command(args: Sequence[str]) -> None:
         raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")
 
 
-def files_of(path: Path) -> list[Path]:
+def image_paths(path: Path) -> list[Path]:
+    """The images in a folder; a file by itself.
+
+    Raises:
+        UserError: The folder holds no image.
+    """
     if not path.is_dir():
         return [path]
-    found = [path / name for name in find_images(path)]
-    if not found:
+    paths = [path / name for name in find_images(path)]
+    if not paths:
         raise UserError(f"{path} holds no image")
-    return found
+    return paths

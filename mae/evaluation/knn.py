@@ -1,4 +1,4 @@
-"""What is done with weights: mae knn, mae reconstruct; and mae stats."""
+"""`mae knn`: weighted k-NN accuracy of frozen features."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,7 @@ from mae.data.labelled import LabelledData
 from mae.errors import UserError
 from mae.evaluation import features
 from mae.options import SRC_HELP, ToolParser, out_file
-from mae.weights import load
-from mae.weights.load import fitted, image_settings
+from mae.weights.load import fill_data_settings, read_weights, trained_data_settings
 
 
 def knn_command(args: Sequence[str]) -> None:
@@ -33,27 +32,25 @@ def knn_command(args: Sequence[str]) -> None:
     )
     config = parser.parse_args(list(args))
     if config.k < 1 or config.temperature <= 0:
-        raise UserError(f"--k {config.k}, --temperature {config.temperature}: wanted are at least 1 and above 0")
+        raise UserError(f"--k {config.k}, --temperature {config.temperature}: must be at least 1 and above 0")
     if config.out:
         out_file(config.out)
-    found = encoded(config.encoder, config)
-    score = features.knn(features.scaled(found, config.scaling), config.k, config.temperature)
+    encoded = encode_splits(config.encoder, config)
+    accuracy = features.knn_accuracy(features.rescale(encoded, config.scaling), config.k, config.temperature)
+    images = f"{len(encoded.train)} training images, {len(encoded.test)} test images"
     if config.out:
-        Path(config.out).write_text(json.dumps({"acc1": score, "images": len(found.test)}) + "\n")
-    print(f"k-NN top-1 {score:.2f} % (k {config.k}, T {config.temperature}, scaling {config.scaling}; {sizes(found)})")
+        Path(config.out).write_text(json.dumps({"acc1": accuracy, "images": len(encoded.test)}) + "\n")
+    print(f"k-NN top-1 {accuracy:.2f} % (k {config.k}, T {config.temperature}, scaling {config.scaling}; {images})")
 
 
-def encoded(src: str, config: Namespace) -> features.Features:
-    """Features of both splits under the encoder; size, channels, mean and std are the encoder's own unless set."""
-    weights = load.read_weights(src)
+def encode_splits(src: str, config: Namespace) -> features.Features:
+    """Features of the training and held-out images; size, channels, mean and std are the encoder's unless set."""
+    weights = read_weights(src)
     weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
-    settings = fitted(config.data.as_dict(), image_settings(weights.description), src, fixed=("image_size", "in_chans"))
+    trained = trained_data_settings(weights.description)
+    settings = fill_data_settings(config.data.as_dict(), trained, src, fixed=("image_size", "in_chans"))
     data = LabelledData(**settings)
     data.require_labels()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, pool = weights.encoder().to(device), features.POOLS[config.pool]
     return features.extract_splits(lambda images: pool(encoder.forward_features(images)), data, device)
-
-
-def sizes(found: features.Features) -> str:
-    return f"{len(found.train)} training images, {len(found.test)} test images"

@@ -1,6 +1,6 @@
-"""The linear probe of many features at once: one head for each kind of feature and learning rate, trained together.
+"""Linear probes of many features at once: one head for each feature and learning rate, all trained together.
 
-Shapes: V views (crops) of each of n training images, m test images, F kinds of feature (layer x pooling), D features,
+Shapes: V views (crops) of each of n training images, m test images, F features (layer x pool) of D dimensions each,
 R learning rates, C classes, B images of a batch or chunk.
 """
 
@@ -22,24 +22,24 @@ PENALTY = 3.0  # L2: PENALTY / 2 * |w|^2 is added to the loss summed over the im
 
 EPS = 1e-6  # added to the variance, as in the BatchNorm of the paper's probe (appendix A.1)
 
-CHUNK = 4096  # images that are read at once where nothing is trained
+CHUNK = 4096  # images processed at once outside training
 
-LOGITS = 2**24  # logits that are held at once where nothing is trained: 64 MiB
+LOGITS = 2**24  # logits held at once outside training: 64 MiB
 
 
 class ProbeResult(NamedTuple):
-    """What the heads are worth: accuracies are top-1 in percent."""
+    """Accuracies of the heads: top-1 in percent."""
 
     rates: list[float]  # (R,) the grid
-    held_out: Tensor  # (F, R) accuracy on the held-out part of the training images, over all their views
-    best_rate: list[float]  # (F,) the rate of the best held-out accuracy; of equals the first
+    held_out: Tensor  # (F, R) accuracy on the held-out training images, over all their views
+    best_rate: list[float]  # (F,) the rate of the best held-out accuracy; the first of equals
     test: list[float]  # (F,) accuracy of the head with the best rate, trained anew on all training images
-    chosen: int  # the kind of the best held-out accuracy; of equals the first
-    logits: Tensor  # (m, C), of the chosen kind's head on the test images
+    chosen: int  # the feature of the best held-out accuracy; the first of equals
+    logits: Tensor  # (m, C) of the chosen feature's head on the test images
 
     @property
     def at_grid_end(self) -> list[bool]:
-        """(F,) whether the best rate is an end of the grid, so that one beyond it may be better still."""
+        """(F,) whether the best rate is at an end of the grid, so that one beyond it may be better still."""
         return [len(self.rates) > 1 and rate in (min(self.rates), max(self.rates)) for rate in self.best_rate]
 
 
@@ -65,50 +65,50 @@ def probe(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> ProbeResult:
-    """Linear heads on frozen features: for each kind the rate is chosen on held-out training images, then tested.
+    """Train linear heads on frozen features; each feature's rate is chosen on held-out training images, then tested.
 
-    SGD with momentum and a cosine to 0. A low rate regularises, a weak L2 penalty keeps high rates from overfitting few
-    images. Against logistic regression with a tuned penalty: CIFAR-10 within 0.4 points; 4,000 digits within 0.6 in
-    cross-validation, 0.2 to 1.4 below on the 1,000 test digits (400 images choose the rate there). LARS and Adam were
-    no better. Test labels are used for nothing but `test`.
+    SGD with momentum and a cosine schedule to 0. A low rate regularises; a weak L2 penalty keeps high rates from
+    overfitting few images. Compared with logistic regression with a tuned penalty, it is within 0.4 points on
+    CIFAR-10; on 4,000 digits within 0.6 in cross-validation and 0.2 to 1.4 below on the 1,000 test digits (400 images
+    choose the rate there). LARS and Adam were no better. Test labels are used only for `test`.
 
     Args:
-        train: (V, n, F, D) float32. An image's views are on the same side of the held-out split; in each epoch one of
-            them is drawn.
+        train: (V, n, F, D) float32. All views of an image are on the same side of the held-out split; each epoch draws
+            one of them.
         train_labels: (n,) int64 in [0, C), on the CPU.
         test: (m, F, D) float32.
         test_labels: (m,) int64, on the CPU.
         num_classes: C.
-        rates: Learning rates, at least one, above 0: of the mean loss over a batch, whatever its size.
+        rates: Learning rates, at least one, above 0, for the mean loss over a batch of any size.
         epochs: Passes over the training images, at least 1.
-        batch_size: Images of an optimiser step, at most: an epoch is cut into equal batches.
-        holdout: Share of each class to hold out, in (0, 1); at least 1 image, and at least 1 is left.
-        seed: Of split, initial weights, order and views.
-        device: Where the heads are trained; the features are sent there batch by batch.
+        batch_size: Images of an optimiser step, at most; an epoch is split into equal batches.
+        holdout: Fraction of each class to hold out, in (0, 1); at least 1 image, and at least 1 stays.
+        seed: Seed of the split, initial weights, order and views.
+        device: Where the heads are trained; features are moved there batch by batch.
 
     Raises:
-        UserError: a class has fewer than 2 training images.
+        UserError: A class has fewer than 2 training images.
     """
-    fitted, held_out = stratified_split(train_labels, num_classes, holdout, seed)
+    fit_rows, held_out = stratified_split(train_labels, num_classes, holdout, seed)
     grid = torch.tensor(rates, dtype=torch.float32).expand(train.shape[2], -1)  # (F, R)
     recipe = (num_classes, epochs, batch_size, seed, device)
-    heads = fit(train, train_labels, fitted, grid, *recipe)
+    heads = fit(train, train_labels, fit_rows, grid, *recipe)
     labels = train_labels[held_out]
-    found = torch.stack([accuracy(predict(heads, view, held_out), labels) for view in train]).mean(dim=0)  # (F, R)
-    best = found.argmax(dim=1, keepdim=True)  # (F, 1)
-    chosen = int(found.amax(dim=1).argmax())
+    scores = torch.stack([accuracy(predict(heads, view, held_out), labels) for view in train]).mean(dim=0)  # (F, R)
+    best = scores.argmax(dim=1, keepdim=True)  # (F, 1)
+    chosen = int(scores.amax(dim=1).argmax())
 
     heads = fit(train, train_labels, torch.arange(len(train_labels)), grid.gather(1, best), *recipe)
     rows = torch.arange(len(test))
     predictions = predict(heads, test, rows)  # (m, F, 1)
     return ProbeResult(
         rates=list(rates),
-        held_out=found,
+        held_out=scores,
         best_rate=[rates[index] for index in best.flatten().tolist()],
         test=accuracy(predictions, test_labels).flatten().tolist(),
         chosen=chosen,
         logits=torch.cat(
-            [logits(heads, prepared(heads, test[part]))[chosen, :, 0].cpu() for part in rows.split(CHUNK)]
+            [logits(heads, standardised(heads, test[part]))[chosen, :, 0].cpu() for part in rows.split(CHUNK)]
         ),
     )
 
@@ -123,7 +123,7 @@ def fit_and_score(
     epochs: int,
     device: torch.device | str = "cpu",
 ) -> float:
-    """Accuracy in percent of one head at one rate, nothing chosen: train (n, D), test (m, D)."""
+    """Accuracy in percent of one head trained at one fixed rate: train (n, D), test (m, D)."""
     rates = torch.tensor([[rate]])
     rows = torch.arange(len(train_labels))
     heads = fit(train[None, :, None], train_labels, rows, rates, num_classes, epochs, 256, 0, device)
@@ -131,20 +131,20 @@ def fit_and_score(
 
 
 def stratified_split(labels: Tensor, num_classes: int, holdout: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the images to fit on and of those held out: `holdout` of each class, every class on both sides."""
+    """Split each class into images to fit on and a fraction `holdout` of images to choose on; returns their indices."""
     counts = labels.bincount(minlength=num_classes)
     if (counts < 2).any():
         label = int((counts < 2).nonzero()[0])
         raise UserError(
             f"class {label} has too few training images ({int(counts[label])}): the linear probe needs at least 2, one "
-            "of them to choose the learning rate by; add images of the class or leave it out"
+            "of them to choose the learning rate; add images of the class or leave it out"
         )
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     order = order[labels[order].argsort(stable=True)]  # class by class, shuffled within the class
     rank = torch.arange(len(labels)) - (counts.cumsum(0) - counts).repeat_interleave(counts)  # within the class
     quota = (holdout * counts).round().long().clamp(min=1).minimum(counts - 1)
-    out = rank < quota.repeat_interleave(counts)
-    return order[~out], order[out]
+    held_out = rank < quota.repeat_interleave(counts)
+    return order[~held_out], order[held_out]
 
 
 @torch.no_grad()
@@ -161,13 +161,14 @@ def fit(
 ) -> Heads:
     """Train F x R heads on the images `rows` of `train`; rates (F, R).
 
-    Every head starts from the same weights and sees the same batches, and their losses are added: a head is what it
-    would be alone. The gradient of softmax cross-entropy is written out, (softmax - one-hot) times features.
+    Every head starts from the same weights and sees the same batches, and the losses are added, so that each head is
+    trained as it would be alone. The gradient of softmax cross-entropy, (softmax - one-hot) times features, is written
+    out.
     """
     draw = torch.Generator().manual_seed(seed)
-    views, _, kinds, dim = train.shape
+    views, _, features, dim = train.shape
     weight = F.pad(0.01 * torch.randn(dim, 1, num_classes, generator=draw), (0, 0, 0, 0, 0, 1))  # the bias is 0
-    weight = weight.to(device).expand(kinds, dim + 1, rates.shape[1], num_classes).contiguous()
+    weight = weight.to(device).expand(features, dim + 1, rates.shape[1], num_classes).contiguous()
     heads = Heads(*standardization(train, rows, device), weight)
     velocity = torch.zeros_like(weight)
     rates = rates.to(device)[:, None, :, None]  # (F, 1, R, 1)
@@ -177,7 +178,7 @@ def fit(
         view = torch.randint(views, (len(rows),), generator=draw).tensor_split(steps_per_epoch)
         for step in range(steps_per_epoch):
             batch = order[step]
-            inputs = prepared(heads, train[view[step], batch])  # (F, B, D + 1)
+            inputs = standardised(heads, train[view[step], batch])  # (F, B, D + 1)
             error = logits(heads, inputs).softmax(dim=3)  # (F, B, R, C)
             error[:, torch.arange(len(batch)), :, labels[batch]] -= 1
             velocity.flatten(2).baddbmm_(inputs.mT, error.flatten(2), beta=MOMENTUM, alpha=1 / len(batch))
@@ -199,8 +200,8 @@ def standardization(train: Tensor, rows: Tensor, device: torch.device | str) -> 
     return mean.float().unsqueeze(1).to(device), scale.float().unsqueeze(1).to(device)
 
 
-def prepared(heads: Heads, features: Tensor) -> Tensor:
-    """(B, F, D) as they are -> (F, B, D + 1) on the heads' device: standardised, and a 1 for the bias."""
+def standardised(heads: Heads, features: Tensor) -> Tensor:
+    """(B, F, D) features -> (F, B, D + 1) on the heads' device: standardised, with a 1 for the bias."""
     features = features.to(heads.mean.device).transpose(0, 1)
     return F.pad((features - heads.mean) * heads.scale, (0, 1), value=1.0)
 
@@ -211,11 +212,11 @@ def logits(heads: Heads, inputs: Tensor) -> Tensor:
 
 
 def predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
-    """Classes (k, F, R) int64 of the images `rows` (k,) of features (n, F, D), chunk by chunk; on the CPU."""
-    kinds, _, rates, classes = heads.weight.shape
-    chunk = min(CHUNK, max(1, LOGITS // (kinds * rates * classes)))
-    found = [logits(heads, prepared(heads, features[part])).argmax(dim=3).cpu() for part in rows.split(chunk)]
-    return torch.cat(found, dim=1).transpose(0, 1)
+    """Predicted classes (k, F, R) of the images `rows` (k,) of features (n, F, D), in chunks; int64 on the CPU."""
+    count, _, rates, classes = heads.weight.shape
+    chunk = min(CHUNK, max(1, LOGITS // (count * rates * classes)))
+    predictions = [logits(heads, standardised(heads, features[part])).argmax(dim=3).cpu() for part in rows.split(chunk)]
+    return torch.cat(predictions, dim=1).transpose(0, 1)
 
 
 def accuracy(predictions: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How good a classifier is: top-1, top-5, per class, confusions. Exact over processes: counts are summed, not means."""
+"""Accuracy of a classifier: top-1, top-5, per class, confusion matrix. Counts are summed over processes: exact."""
 
 import csv
 import json
@@ -13,36 +13,36 @@ from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassSta
 
 
 class Report(NamedTuple):
-    """Figures in percent."""
+    """The result of an evaluation; accuracies in percent."""
 
     acc1: float
-    acc5: float  # one of the five most likely, or of as many as there are classes
-    loss: float  # cross-entropy without smoothing
+    acc5: float  # among the five most likely classes, or all where there are fewer
+    loss: float  # cross-entropy without label smoothing
     images: int
     confusion: Tensor  # (classes, classes) int64, rows are the true classes
     classes: list[str]
 
     @property
     def per_class(self) -> list[float]:
-        """Top-1 of each class; NaN where it has no image."""
+        """Top-1 accuracy of each class; NaN for a class without images."""
         accuracy: list[float] = (100 * self.confusion.diag() / self.confusion.sum(dim=1)).tolist()
         return accuracy
 
     def worst(self, count: int) -> list[tuple[str, float, str]]:
-        """The classes of lowest accuracy: name, percent, and what they are most often taken for ("" if never)."""
+        """The classes of lowest accuracy: name, percent, and the class they are most often taken for ("" if none)."""
         wrong = self.confusion.clone().fill_diagonal_(0)
-        ranked = sorted((a, i) for i, a in enumerate(self.per_class) if a == a)  # NaN is unequal to itself
-        found = []
+        ranked = sorted((a, i) for i, a in enumerate(self.per_class) if a == a)  # leaves out NaN
+        rows = []
         for accuracy, i in ranked[:count]:
             taken_for = int(wrong[i].argmax())
-            found.append((self.classes[i], accuracy, self.classes[taken_for] if wrong[i, taken_for] else ""))
-        return found
+            rows.append((self.classes[i], accuracy, self.classes[taken_for] if wrong[i, taken_for] else ""))
+        return rows
 
     def figures(self) -> dict[str, Any]:
         return {"acc1": self.acc1, "acc5": self.acc5, "loss": self.loss, "images": self.images}
 
     def write(self, folder: Path, **more: Any) -> list[Path]:
-        """results.json, per_class.csv, confusion.csv."""
+        """Write results.json, with `more` in it, per_class.csv and confusion.csv; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("results.json", "per_class.csv", "confusion.csv")]
         with paths[1].open("w", newline="") as file:
@@ -54,17 +54,17 @@ class Report(NamedTuple):
             writer = csv.writer(file)
             writer.writerow(["true \\ predicted", *self.classes])
             writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
-        unfinished = paths[0].with_suffix(".partial")  # last, and at once: where it stands, all is written
+        unfinished = paths[0].with_suffix(".partial")  # written last and atomically: where it exists, all is written
         unfinished.write_text(json.dumps({**self.figures(), **more}, indent=1) + "\n")
         unfinished.replace(paths[0])
         return paths
 
 
 class Scores(nn.Module):
-    """Counts over batches and, once it is asked to report, over processes.
+    """Metrics that accumulate over batches and, in `report`, over processes.
 
     Args:
-        num_classes: Of the logits.
+        num_classes: Classes of the logits.
     """
 
     def __init__(self, num_classes: int):
@@ -75,14 +75,14 @@ class Scores(nn.Module):
         self.loss.set_dtype(torch.float64)
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """(B, classes), (B,) int64."""
+        """Add a batch: logits (B, classes), labels (B,) int64."""
         logits = logits.float()
         self.confusion.update(logits.argmax(dim=1), labels)
         self.top5.update(logits, labels)
         self.loss.update(F.cross_entropy(logits, labels, reduction="sum"))
 
     def report(self, classes: list[str]) -> Report:
-        """All processes must call it; then everything starts from zero."""
+        """Compute the report and reset; all processes must call it."""
         confusion = self.confusion.compute().cpu()
         images = int(confusion.sum())
         hits, *_ = self.top5.compute().tolist()
@@ -94,7 +94,7 @@ class Scores(nn.Module):
 
 
 def score_line(title: str, report: Report) -> str:
-    """The line to quote."""
+    """The result in one line, to quote."""
     worst = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy, _ in report.worst(3))
     return (
         f"{title} top-1 {report.acc1:.2f} %, top-5 {report.acc5:.2f} %, loss {report.loss:.4f} on {report.images} "

@@ -1,4 +1,4 @@
-"""Pictures: original, masked, reconstruction; and curves."""
+"""Pictures of reconstructions, the loss curve and the confusion matrix."""
 
 import csv
 from pathlib import Path
@@ -24,12 +24,12 @@ WITH_TRUE_STATISTICS = "with true patch mean/std"
 def reconstruction_columns(
     model: MaskedAutoencoder, images: Tensor, noise: Tensor, mask_ratio: float, mean: list[float], std: list[float]
 ) -> Columns:
-    """Original, masked image and reconstruction with the visible patches pasted in.
+    """Original, masked image, and reconstruction with the visible patches pasted in.
 
-    A model that predicts normalised patches (norm_pix_loss) knows a hidden patch's texture but not its mean and
-    variance. Then there are two reconstructions. The first takes mean and variance of hidden patches from the visible
-    ones around them, so that nothing of the hidden pixels leaks in. The second takes the true ones, as most published
-    pictures do; its colours and contrasts are given away, and its title says so.
+    A model that predicts normalised patches (norm_pix_loss) predicts a hidden patch's texture but not its mean and
+    variance. There are then two reconstructions. The first estimates mean and variance of hidden patches from the
+    visible ones around them, so that nothing of the hidden pixels leaks in. The second uses the true ones, as most
+    published pictures do, and its title says so.
 
     Args:
         images: (B, C, H, W) float, normalised with mean and std.
@@ -50,17 +50,17 @@ def reconstruction_columns(
     if not model.norm_pix_loss:
         return columns | {LEAK_FREE: picture(torch.where(hidden, pred, patches))}
     var, mu = torch.var_mean(patches, dim=-1, keepdim=True)
-    guess = spread(torch.cat([mu, (var + 1e-6).sqrt()], dim=2), mask, model.grid)
-    pasted = torch.where(hidden, pred * guess[:, :, 1:] + guess[:, :, :1], patches)
-    cheating = torch.where(hidden, pred * (var + 1e-6).sqrt() + mu, patches)
-    return columns | {LEAK_FREE: picture(pasted), WITH_TRUE_STATISTICS: picture(cheating)}
+    statistics = mean_of_visible(torch.cat([mu, (var + 1e-6).sqrt()], dim=2), mask, model.grid)
+    pasted = torch.where(hidden, pred * statistics[:, :, 1:] + statistics[:, :, :1], patches)
+    with_truth = torch.where(hidden, pred * (var + 1e-6).sqrt() + mu, patches)
+    return columns | {LEAK_FREE: picture(pasted), WITH_TRUE_STATISTICS: picture(with_truth)}
 
 
-def spread(values: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, N, V) -> (B, N, V): each patch's mean over the visible patches, weighted by 1 / distance^2 on the grid."""
-    places = torch.cartesian_prod(*(torch.arange(n, device=values.device).float() for n in grid))  # (N, 2)
-    weight = 1 / torch.cdist(places, places).square().clamp(min=0.25)  # (N, N)
-    weight = weight * ~mask[:, None, :]  # (B, N, N): hidden patches give nothing
+def mean_of_visible(values: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, N, V) -> (B, N, V): for each patch the mean over the visible ones, weighted by 1 / distance^2 on the grid."""
+    positions = torch.cartesian_prod(*(torch.arange(n, device=values.device).float() for n in grid))  # (N, 2)
+    weight = 1 / torch.cdist(positions, positions).square().clamp(min=0.25)  # (N, N)
+    weight = weight * ~mask[:, None, :]  # (B, N, N): hidden patches have no weight
     return weight @ values / weight.sum(dim=2, keepdim=True)
 
 
@@ -99,19 +99,17 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
 
 
 def displayable(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 3, H, W): RGB of 3 or more channels is the first three, of fewer the first."""
+    """(B, C, H, W) -> (B, 3, H, W): the first three channels; with fewer than three, the first as grey."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def loss_curve(metrics: Path, path: Path) -> None:
-    """Draw training and held-out loss over images seen, from a run's metrics.csv."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    """Plot training and held-out loss over images seen, from a run's metrics.csv."""
     from matplotlib.figure import Figure
 
     with metrics.open(newline="") as file:
         rows = list(csv.DictReader(file))
     figure = Figure(figsize=(6, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):
         points = [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
@@ -125,17 +123,15 @@ def loss_curve(metrics: Path, path: Path) -> None:
 
 
 def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, str]], path: Path) -> None:
-    """Draw a confusion matrix, as shares of each true class, beside the classes of lowest accuracy.
+    """Plot the confusion matrix, as shares of each true class, beside the classes of lowest accuracy.
 
     Args:
         counts: (classes, classes), rows are the true classes.
         worst: Name, accuracy in percent, and the class it is most often taken for.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
     shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
     image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")

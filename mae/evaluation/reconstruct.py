@@ -1,4 +1,4 @@
-"""mae reconstruct: original, masked and reconstructed images side by side."""
+"""`mae reconstruct`: original, masked and reconstructed images side by side."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from mae.errors import UserError
 from mae.evaluation import plots
 from mae.models.mae import MaskedAutoencoder
 from mae.options import SRC_HELP, ToolParser, out_file
-from mae.weights import load
+from mae.weights.load import read_weights
 
 
 def reconstruct_command(args: Sequence[str]) -> None:
@@ -27,7 +27,7 @@ def reconstruct_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="Of the random masks.")
     config = parser.parse_args(list(args))
-    weights = load.read_weights(config.model)
+    weights = read_weights(config.model)
     weights.require_decoder()
     model = weights.build()
     out_file(config.out)
@@ -40,7 +40,7 @@ def reconstruct_command(args: Sequence[str]) -> None:
     cropped = [resized_crop(p, center_box(p.shape[1], p.shape[2], model.image_size), model.image_size) for p in pixels]
     count = len(cropped)
     if config.mask:
-        noise, ratio = given_mask(Path(config.mask), model)
+        noise, ratio = load_mask(Path(config.mask), model)
         noise = noise.expand(count, -1)
     else:
         noise = sample_noise(config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.num_patches)
@@ -56,8 +56,15 @@ def reconstruct_command(args: Sequence[str]) -> None:
     print(f"wrote {config.out}: {', '.join(columns)}")
 
 
-def given_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:
-    """Scores (1, N) that hide what is white in the file, and the ratio that goes with them."""
+def load_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:
+    """Read a mask, white = hidden.
+
+    Returns:
+        Noise (1, N) that hides these patches, and the mask ratio that goes with it.
+
+    Raises:
+        UserError: The file is unreadable, has another size, or hides all patches or none.
+    """
     try:
         white = (decode_image(path, in_chans=1) > 127)[0]
     except BadImage as error:
@@ -67,12 +74,13 @@ def given_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, floa
         white = white.reshape(rows, ph, columns, pw).float().mean(dim=(1, 3)) > 0.5
     if white.shape != model.grid:
         raise UserError(
-            f"--mask {path} is {tuple(white.shape)} pixels; wanted {model.grid}, a pixel a patch, or {model.image_size}"
+            f"--mask {path} is {tuple(white.shape)} pixels; expected {model.grid}, a pixel a patch, or "
+            f"{model.image_size}"
         )
     hidden = int(white.sum())
     if not 0 < hidden < model.num_patches:
         raise UserError(
             f"--mask {path} hides {hidden} of {model.num_patches} patches; some must be hidden and some visible"
         )
-    # Half a patch off: int(N * (1 - ratio)) then has no rounding error to fear.
+    # Half a patch less keeps int(N * (1 - ratio)) away from rounding errors.
     return white.flatten()[None].float(), (hidden - 0.5) / model.num_patches

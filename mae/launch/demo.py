@@ -69,7 +69,7 @@ def demo_command(args: Sequence[str]) -> None:
         found = features.extract_splits(encode, cli.datamodule, torch.device("cpu"))
         score, _ = features.linear_probe(found)
         # k-NN on features as they are: raw pixels are at their best so.
-        lines.append(f"{name:<10} {score:>12.2f} {features.knn(found):>6.2f}")
+        lines.append(f"{name:<10} {score:>12.2f} {features.knn_accuracy(found):>6.2f}")
 
     print("3/3 drawing", flush=True)
     curve = run_dir / "loss.png"

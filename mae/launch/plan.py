@@ -33,7 +33,7 @@ from mae.pretrain import Pretrain
 from mae.runtime import memory
 from mae.runtime.memory import GIB
 from mae.training.optim import adamw, lars, scaled_lr
-from mae.weights import load
+from mae.weights.load import read_weights
 
 STAGES: dict[str, type[StageCLI]] = {"pretrain": PretrainCLI, "finetune": FinetuneCLI, "probe": LinearProbeCLI}
 
@@ -181,7 +181,7 @@ def described(settings: Settings, options: Namespace) -> Run:
     image_size, in_chans = data.image_size or None, data.in_chans
     if stage != "pretrain":
         if model["encoder"] != SCRATCH:
-            weights = load.read_weights(model["encoder"])
+            weights = read_weights(model["encoder"])
             image_size = image_size or weights.config["image_size"]
             in_chans = in_chans or weights.config["in_chans"]
             model |= {key: weights.config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}

@@ -25,8 +25,14 @@ from mae.models.mae import MaskedAutoencoder
 from mae.pretrain import Pretrain
 from mae.runtime.environment import is_first_rank
 from mae.training.fsdp import full_state
-from mae.weights import load
-from mae.weights.load import fitted, image_settings
+from mae.weights.load import (
+    export_autoencoder,
+    export_classifier,
+    fill_data_settings,
+    read_weights,
+    trained_data_settings,
+    warm_start,
+)
 
 
 class PretrainCLI(StageCLI):
@@ -45,14 +51,14 @@ class PretrainCLI(StageCLI):
 
     def start(self) -> None:
         if self.config.model.init:
-            message = load.warm_start(self.network, self.config.model.init)
+            message = warm_start(self.network, self.config.model.init)
             if is_first_rank():
                 print(message, flush=True)
 
     def finish(self) -> None:
         state = full_state(self.network)
         if self.trainer.is_global_zero:
-            for path in load.export(state, self.model.description(), self.run_dir):
+            for path in export_autoencoder(state, self.model.description(), self.run_dir):
                 print(f"wrote {path}", flush=True)
 
 
@@ -71,14 +77,16 @@ class ClassifyCLI(StageCLI):
         if encoder == SCRATCH:
             return
         # The encoder decides what images look like, where the settings do not.
-        wanted = image_settings(load.read_weights(encoder).description)
+        wanted = trained_data_settings(read_weights(encoder).description)
         dataset = self.config.data.dataset
         if dataset != "folder" and DEFAULTS[dataset].in_chans != wanted["in_chans"]:
             raise UserError(
                 f"--data.dataset {dataset} has images of {DEFAULTS[dataset].in_chans} channels, {encoder} takes "
                 f"{wanted['in_chans']}"
             )
-        self.config.data.update(Namespace(**fitted(self.config.data.as_dict(), wanted, encoder, fixed=("in_chans",))))
+        self.config.data.update(
+            Namespace(**fill_data_settings(self.config.data.as_dict(), wanted, encoder, fixed=("in_chans",)))
+        )
 
     def finish(self) -> None:
         model, data = self.model, self.datamodule
@@ -87,7 +95,7 @@ class ClassifyCLI(StageCLI):
         state = model.trained_state()
         if not self.trainer.is_global_zero:
             return
-        paths = load.export_classifier(state, model.description(), self.run_dir)
+        paths = export_classifier(state, model.description(), self.run_dir)
         if isinstance(data.train_source, Subset):
             paths.append(self.run_dir / "subset.txt")
             paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))

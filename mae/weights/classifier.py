@@ -1,4 +1,4 @@
-"""Weights into a classifier: sizes, loading, and reading one back."""
+"""Classifiers from weights: an encoder's sizes, loading a pre-trained encoder, and reading a classifier back."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,14 +8,14 @@ from timm.models.vision_transformer import VisionTransformer
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair
 from mae.models.vit import Unallocated, build
-from mae.weights import load
+from mae.weights.load import read_weights
 from mae.weights.weights import Weights, resample_positions
 
 ENCODER_KEYS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
 class Classifier(NamedTuple):
-    """A trained classifier, to be used."""
+    """A trained classifier, ready to use."""
 
     network: VisionTransformer  # (B, C, H, W) normalised -> logits (B, classes); eval mode
     classes: list[str]
@@ -27,34 +27,36 @@ def encoder_config(
     image_size: int | Pair,
     in_chans: int,
     size: str | None,
-    own: dict[str, Any],
+    overrides: dict[str, Any],
 ) -> dict[str, Any]:
     """The sizes of an encoder: those of `weights`, which settings may repeat but not change, or those of the settings.
 
     Args:
-        own: patch_size, embed_dim, depth, num_heads; None where the size's own or the weights' count.
+        size: One of SIZES.
+        overrides: patch_size, embed_dim, depth, num_heads; None where `size` or the weights decide.
 
     Raises:
         UserError: A setting and the weights differ; both are named.
     """
     if size is not None and size not in SIZES:
         raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
-    given: dict[str, Any] = {} if size is None else SIZES[size]._asdict()
-    given |= {"in_chans": in_chans} | {key: value for key, value in own.items() if value is not None}
-    if "patch_size" in given:
-        given["patch_size"] = list(as_pair(given["patch_size"]))
+    settings: dict[str, Any] = {} if size is None else SIZES[size]._asdict()
+    settings |= {"in_chans": in_chans} | {key: value for key, value in overrides.items() if value is not None}
+    if "patch_size" in settings:
+        settings["patch_size"] = list(as_pair(settings["patch_size"]))
     if weights is None:
         default = {"patch_size": [16, 16], "mlp_ratio": 4.0, **SIZES["base"]._asdict()}
-        config = default | given
+        config = default | settings
     else:
         config = {key: weights.config[key] for key in ENCODER_KEYS}
-        for key, value in given.items():
+        for key, value in settings.items():
             if config[key] != value:
-                setting = (
-                    "data.in_chans" if key == "in_chans" else "model." + (key if own.get(key) is not None else "size")
-                )
-                what = f"{value}" if setting.endswith(key) else f"{key} {value}"
-                raise UserError(f"--{setting}: {what} does not fit {weights.source}, which has {config[key]}")
+                setting = f"--model.{key} {value}"
+                if key == "in_chans":
+                    setting = f"--data.in_chans {value}"
+                elif overrides.get(key) is None:
+                    setting = f"--model.size: {key} {value}"
+                raise UserError(f"{setting} does not fit {weights.source}, which has {config[key]}")
     if config["num_heads"] < 1 or config["embed_dim"] % config["num_heads"] or config["embed_dim"] % 4:
         raise UserError(
             f"--model.embed_dim {config['embed_dim']} is not divisible by 4 and by --model.num_heads "
@@ -70,47 +72,47 @@ def encoder_config(
 
 
 def load_pretrained(network: VisionTransformer, weights: Weights) -> str:
-    """Copy an encoder into a classifier, all but its head; returns what was done, in words.
+    """Copy an encoder into a classifier, all but its head; returns in words what was loaded.
 
     Raises:
         UserError: A tensor is missing, extra or of another shape.
     """
     state = {key: v for key, v in weights.timm_state.items() if not key.startswith(("head.", "fc_norm."))}
-    said = [f"encoder {weights.source}"]
+    actions = [f"encoder {weights.source}"]
     assert network.pos_embed is not None
     old, new = weights.grid, network.patch_embed.grid_size
     if old != new:
         state["pos_embed"] = resample_positions(state["pos_embed"], old, new)
-        said.append(f"positions resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
-    own = network.state_dict()
-    for key in [key for key in state if key.startswith("norm.") and key not in own]:
-        del state[key]  # mean pooling has its own norm after the pool
-    may_miss = ("head.", "fc_norm.", *(["norm."] if weights.classifier else []))
-    missing = [key for key in own if key not in state and not key.startswith(may_miss)]
-    wrong = [key for key in state if key not in own or own[key].shape != state[key].shape]
+        actions.append(f"positions resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
+    expected = network.state_dict()
+    if "norm.weight" not in expected:  # mean pooling has a norm of its own, after the pool
+        state = {key: value for key, value in state.items() if not key.startswith("norm.")}
+    may_be_missing = ("head.", "fc_norm.", *(["norm."] if weights.classifier else []))
+    missing = [key for key in expected if key not in state and not key.startswith(may_be_missing)]
+    wrong = [key for key in state if key not in expected or expected[key].shape != state[key].shape]
     if missing or wrong:
         raise UserError(f"{weights.source} does not fit this network: {', '.join((missing + wrong)[:3])}")
     network.load_state_dict(state, strict=False)
     if weights.classifier:
-        said.append("which was trained with labels")
-    return ", ".join(said)
+        actions.append("which was trained with labels")
+    return ", ".join(actions)
 
 
 def load_classifier(src: str | Path) -> Classifier:
-    """A fine-tuned or probed model, ready to classify.
+    """Load a fine-tuned or probed model.
 
     Raises:
         UserError: `src` holds no classifier.
     """
-    weights = load.read_weights(src)
-    return Classifier(network_of(weights), weights.require_classifier()["classes"], weights.description)
+    weights = read_weights(src)
+    return Classifier(build_classifier(weights), weights.require_classifier()["classes"], weights.description)
 
 
-def network_of(weights: Weights) -> VisionTransformer:
-    """The classifier of these weights, frozen, in eval mode.
+def build_classifier(weights: Weights) -> VisionTransformer:
+    """The classifier that these weights belong to, frozen, in eval mode.
 
     Raises:
-        UserError: They are of none.
+        UserError: They belong to none.
     """
     about = weights.require_classifier()
     with Unallocated():

@@ -1,7 +1,6 @@
-"""`mae convert`: weights into another format, checked before they get their name."""
+"""`mae convert`: weights in another format, checked numerically before the file gets its name."""
 
 import contextlib
-import json
 import re
 import signal
 import tempfile
@@ -10,29 +9,35 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NamedTuple
 
-import timm
 import torch
 from jsonargparse import Namespace
 from safetensors import SafetensorError
-from torch import Tensor
 
-from mae.errors import TrainingFailed, UserError
+from mae.errors import UserError
 from mae.options import ToolParser, out_file
 from mae.runtime.storage import sync
-from mae.weights import detect, load, model_card, onnx_export
-from mae.weights.classifier import network_of
-from mae.weights.detect import add_override_options, overrides_from
-from mae.weights.read_file import MODEL
-from mae.weights.state_dict_keys import ENCODER, State, from_ours
-from mae.weights.weights import Weights, folded_head
+from mae.weights import model_card, onnx_export
+from mae.weights.classifier import build_classifier
+from mae.weights.conversion_checks import (
+    TOLERANCE,
+    check_gap,
+    check_same_outputs,
+    check_same_tensors,
+    own_outputs,
+    timm_outputs,
+    transformers_outputs,
+)
+from mae.weights.detect import add_override_options, overrides_from, usable_weights
+from mae.weights.load import print_notes, save_safetensors
+from mae.weights.read_file import MODEL_FILES
+from mae.weights.state_dict_keys import ENCODER, from_ours
+from mae.weights.weights import Weights, fold_batchnorm
 
-TOLERANCE = 1e-4  # of what two programs compute from the same weights, relative to the largest number
-
-Format = Literal["mae", "official", "timm", "hf", "onnx", "export"]
+TargetFormat = Literal["mae", "official", "timm", "hf", "onnx", "export"]
 
 Output = Literal["tokens", "reconstruction", "logits"]
 
-SUFFIXES: dict[Format, tuple[str, ...]] = {  # "": a folder
+FORMAT_SUFFIXES: dict[TargetFormat, tuple[str, ...]] = {  # "": a folder
     "mae": (".safetensors", ""),
     "official": (".pth",),
     "timm": (".safetensors", ".pth", ""),
@@ -41,13 +46,15 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {  # "": a folder
     "export": (".pt2",),
 }
 
+FOLDED = "the head's BatchNorm, which is folded into its linear layer: the logits are the same"
 
-class Made(NamedTuple):
-    """A conversion in its folder for now, under the name that it will have."""
 
-    main: Path  # the file or folder to load
-    weights: Weights  # of which it is made: what the format holds of those that were given
-    lost: list[str]  # what this format does not hold
+class Conversion(NamedTuple):
+    """Converted weights in the staging folder, under the name that they will have."""
+
+    path: Path  # the file or folder to load
+    weights: Weights  # what the format holds of the weights that were converted
+    lost: list[str]  # what the format does not hold
     checks: list[str]  # what was compared, and how it came out
 
 
@@ -58,7 +65,7 @@ def convert_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("src", type=str, metavar="SRC", help="A run folder or file, of any format that is known.")
     parser.add_argument("dst", type=str, metavar="DST", help="A file, by its suffix; without one a folder.")
-    parser.add_argument("--format", type=Format, required=True, help="Of DST.")
+    parser.add_argument("--format", type=TargetFormat, required=True, help="Of DST.")
     parser.add_argument("--force", type=bool, default=False, nargs="?", const=True, help="Overwrite what is there.")
     add_override_options(parser)
     parser.add_argument(
@@ -77,52 +84,59 @@ def convert_command(args: Sequence[str]) -> None:
     )
     parser.add_argument("--private", type=bool, default=True, help="What --push makes is private.")
     config = parser.parse_args(list(args))
-    dst = place(config)
-    weights = detect.read(config.src, overrides_from(config)).adapted(config.image_size, config.in_chans)
+    dst = checked_destination(config)
+    weights = usable_weights(config.src, overrides_from(config)).adapted(config.image_size, config.in_chans)
     for option in ("decoder_num_heads", "norm_pix_loss"):
         if config[option] is not None and not weights.has_decoder:
             raise UserError(f"--{option} {config[option]}: there is no decoder in what is written")
-    load.say(weights)
-    with staged(dst, config.force) as folder:
-        made = WRITERS[config.format](weights, folder / dst.name, config)
-        describe(made, config.format)
-        names = sorted(path.name for path in made.main.iterdir()) if made.main.is_dir() else []
-    for line in [*(f"checked   {line}" for line in made.checks), *(f"left out  {line}" for line in made.lost)]:
-        print(line)
-    print(f"wrote     {dst}: {model_card.architecture(weights)}, {made.weights.holds}")
+    print_notes(weights)
+    with staging_folder(dst, config.force) as folder:
+        conversion = FORMAT_WRITERS[config.format](weights, folder / dst.name, config)
+        write_card(conversion, config.format)
+        names = sorted(path.name for path in conversion.path.iterdir()) if conversion.path.is_dir() else []
+    for check in conversion.checks:
+        print(f"checked   {check}")
+    for lost in conversion.lost:
+        print(f"left out  {lost}")
+    print(f"wrote     {dst}: {model_card.architecture_name(weights)}, {conversion.weights.holds}")
     if config.push:
-        push(dst, names, config.push, config.private)
+        push_to_hub(dst, names, config.push, config.private)
 
 
-def place(config: Namespace) -> Path:
-    """Where to write; settings that would do nothing are refused."""
+def checked_destination(config: Namespace) -> Path:
+    """The absolute path to write to.
+
+    Raises:
+        UserError: The path does not suit the format, or an option would have no effect.
+    """
     dst = Path(config.dst).expanduser().absolute()
-    suffixes = SUFFIXES[config.format]
-    if suffix_of(dst) not in suffixes or not dst.name:
+    suffixes = FORMAT_SUFFIXES[config.format]
+    if file_suffix(dst) not in suffixes or not dst.name:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise UserError(f"{dst}: --format {config.format} wants {wanted}")
-    if dst.exists() and dst.is_dir() != (suffix_of(dst) == ""):
-        raise UserError(f"{dst} is a {'folder' if dst.is_dir() else 'file'}; wanted is the other: take another name")
+    if dst.exists() and dst.is_dir() != (file_suffix(dst) == ""):
+        kinds = ("folder", "file") if dst.is_dir() else ("file", "folder")
+        raise UserError(f"{dst} is a {kinds[0]}, but a {kinds[1]} is to be written: choose another name")
     if (dst / "config.yaml").exists() or (dst / "checkpoints").exists():
-        raise UserError(f"{dst} is a run folder: take another, or a file in it")
+        raise UserError(f"{dst} is a run folder: choose another one, or a file in it")
     out_file(str(dst.parent / f"{dst.name}.md"), "DST")
     is_graph = config.format in ("onnx", "export")
-    for option, wrong in (
+    for option, no_effect in (
         ("output", config.output is not None and not is_graph),
         ("free_size", config.free_size and not is_graph),
         ("mask_ratio", config.mask_ratio is not None and config.output != "reconstruction"),
         ("quantize", config.quantize and config.format != "onnx"),
-        ("push", config.push is not None and suffix_of(dst) != ""),
+        ("push", config.push is not None and file_suffix(dst) != ""),
     ):
-        if wrong:
+        if no_effect:
             raise UserError(f"--{option} does nothing here: see `mae convert --help`")
     if config.free_size and config.output not in (None, "tokens"):
         raise UserError(f"--free_size true: --output {config.output} has a fixed size")
     return dst
 
 
-def suffix_of(path: Path) -> str:
-    """Of a file; "" is a folder, whose name may end in a number (v1.5)."""
+def file_suffix(path: Path) -> str:
+    """The suffix of a file; "" for a folder, whose name may end in a number (v1.5)."""
     return "" if re.fullmatch(r"\.\d*", path.suffix) else path.suffix
 
 
@@ -130,19 +144,19 @@ def suffix_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def staged(dst: Path, force: bool) -> Iterator[Path]:
-    """A folder beside DST, whose files get their places when all is well.
+def staging_folder(dst: Path, force: bool) -> Iterator[Path]:
+    """A temporary folder beside DST, whose files are moved into place if the block succeeds.
 
     Raises:
-        UserError: Something is there already.
+        UserError: There is something at DST already, or it cannot be written.
     """
     require_free(dst, force)
-    before = signal.signal(signal.SIGTERM, ended)
+    before = signal.signal(signal.SIGTERM, exit_on_signal)
     try:
         with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as temporary:
             folder = Path(temporary)
             yield folder
-            put(folder, dst, force)
+            move_into_place(folder, dst, force)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{dst} cannot be written: {reason}") from None
@@ -154,13 +168,13 @@ def staged(dst: Path, force: bool) -> Iterator[Path]:
         signal.signal(signal.SIGTERM, before)
 
 
-def ended(number: int, frame: FrameType | None) -> None:
-    """A batch system's signal must leave no weights behind under a hidden name."""
+def exit_on_signal(number: int, frame: FrameType | None) -> None:
+    """Exit so that the temporary folder is removed when a batch system ends the process."""
     raise SystemExit(128 + number)
 
 
-def put(folder: Path, dst: Path, force: bool) -> None:
-    """Files of a folder to where they belong; a folder that is new in one go."""
+def move_into_place(folder: Path, dst: Path, force: bool) -> None:
+    """Move the staged files to their places; a new folder is moved as a whole."""
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     for name in files:
         require_free(dst.parent / name, force)
@@ -170,8 +184,8 @@ def put(folder: Path, dst: Path, force: bool) -> None:
     for name in files:
         if (folder / name).exists():
             (folder / name).replace(dst.parent / name)
-    if dst.is_dir():  # else older weights there, under another name, would be read in place of these
-        for old in {*MODEL, "encoder.safetensors", "config.json", "preprocessor_config.json"}:
+    if dst.is_dir():  # older weights there, under another name, would be read in place of these
+        for old in {*MODEL_FILES, "encoder.safetensors", "config.json", "preprocessor_config.json"}:
             if Path(dst.name) / old not in files:
                 (dst / old).unlink(missing_ok=True)
     sync(dst.parent)
@@ -187,98 +201,97 @@ def require_free(path: Path, force: bool) -> None:
 # ---- formats ---------------------------------------------------------------------------------------------------------
 
 
-def to_mae(weights: Weights, path: Path, config: Namespace) -> Made:
-    description = to_store(weights)
+def write_mae(weights: Weights, path: Path, config: Namespace) -> Conversion:
+    description = stored_description(weights)
     kind = description["kind"]
-    state = contiguous(weights.state if kind == "model" else weights.timm_state)
-    if suffix_of(path):
-        load.save(state, description, path)
+    state = weights.state if kind == "model" else weights.timm_state
+    if file_suffix(path):
+        save_safetensors(state, description, path)
     else:
         path.mkdir()
-        load.save(state, description, path / ("encoder.safetensors" if kind == "encoder" else "model.safetensors"))
+        name = "encoder.safetensors" if kind == "encoder" else "model.safetensors"
+        save_safetensors(state, description, path / name)
         if kind == "model":
-            encoder = contiguous(weights.timm_state)
-            load.save(encoder, {**description, "kind": "encoder"}, path / "encoder.safetensors")
-    return Made(path, weights, [], [same_tensors(weights, path)])
+            save_safetensors(weights.timm_state, {**description, "kind": "encoder"}, path / "encoder.safetensors")
+    return Conversion(path, weights, [], [check_same_tensors(weights, path)])
 
 
-def to_official(weights: Weights, path: Path, config: Namespace) -> Made:
-    """As the official files, which hold one dictionary, `model`; ours beside it says what those leave open."""
+def write_official(weights: Weights, path: Path, config: Namespace) -> Conversion:
+    """One dictionary under `model`, as in the official files; what those do not record lies beside it under `mae`."""
     about = weights.classifier
     if about and about["pool"] == "mean" and about["head"] != "linear":
         raise UserError(
             f"--format official: {weights.source} takes the mean of tokens after their norm, the official code before "
             "it; --format mae or timm holds it"
         )
-    state = contiguous(from_ours(weights.state, "official"))
-    torch.save({"model": state, "mae": to_store(weights)}, path)
-    return Made(path, weights, [], [same_tensors(weights, path)])
+    torch.save({"model": from_ours(weights.state, "official"), "mae": stored_description(weights)}, path)
+    return Conversion(path, weights, [], [check_same_tensors(weights, path)])
 
 
-def to_timm(weights: Weights, path: Path, config: Namespace) -> Made:
-    lost = ["the decoder, with which patches are reconstructed"] if weights.has_decoder else []
-    folded = fold(weights if weights.classifier else bare_encoder(weights))
+def write_timm(weights: Weights, path: Path, config: Namespace) -> Conversion:
+    lost = ["the decoder, which reconstructs patches"] if weights.has_decoder else []
+    folded = without_batchnorm(weights if weights.classifier else encoder_only(weights))
     if folded.classifier != weights.classifier:
-        lost.append("the head's BatchNorm, which is folded into its linear layer: the logits are the same")
-    state = contiguous(folded.timm_state)
-    description = to_store(folded)
+        lost.append(FOLDED)
+    state, description = folded.timm_state, stored_description(folded)
     if path.suffix == ".pth":
         torch.save(state, path)
-        model_card.write_json(path.with_name(f"{path.name}.json"), model_card.timm_config(folded))
-    elif suffix_of(path):
-        load.save(state, description, path)
+    elif file_suffix(path):
+        save_safetensors(state, description, path)
     else:
         path.mkdir()
-        load.save(state, description, path / "model.safetensors")
-        model_card.write_json(path / "config.json", model_card.timm_config(folded))
-    checks = [same_tensors(folded, path), runs_alike("timm", outputs(weights), timm_outputs(folded, path))]
-    return Made(path, folded, lost, checks)
+        save_safetensors(state, description, path / "model.safetensors")
+    name = path.with_name(f"{path.name}.json") if file_suffix(path) else path / "config.json"
+    model_card.write_config(name, model_card.timm_config(folded))
+    checks = [check_same_tensors(folded, path)]
+    checks.append(check_same_outputs("timm", own_outputs(weights), timm_outputs(folded, path)))
+    return Conversion(path, folded, lost, checks)
 
 
-def to_hf(weights: Weights, path: Path, config: Namespace) -> Made:
+def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
     refuse_for_hf(weights)
-    folded = fold(weights)
+    folded = without_batchnorm(weights)
     state = from_ours(folded.state, "hf")
-    if folded.holds == "encoder":  # ViTModel, which is not inside of another
+    if folded.holds == "encoder":  # written as a ViTModel, whose names have no prefix
         state = {key.removeprefix("vit."): value for key, value in state.items()}
     path.mkdir()
-    load.save(contiguous(state), to_store(folded), path / "model.safetensors")
-    model_card.write_json(path / "config.json", model_card.hf_config(folded))
-    model_card.write_json(path / "preprocessor_config.json", model_card.hf_processor(folded))
-    checks = [same_tensors(folded, path)]
+    save_safetensors(state, stored_description(folded), path / "model.safetensors")
+    model_card.write_config(path / "config.json", model_card.hf_config(folded))
+    model_card.write_config(path / "preprocessor_config.json", model_card.hf_processor(folded))
+    checks = [check_same_tensors(folded, path)]
     try:
         import transformers  # noqa: F401
     except ImportError:
         checks.append("not run in transformers, which is not installed: pip install transformers")
     else:
-        checks.append(runs_alike("transformers", outputs(weights), hf_outputs(folded, path)))
-    lost = ["the head's BatchNorm, folded into its linear layer: the logits are the same"] * (folded is not weights)
+        checks.append(check_same_outputs("transformers", own_outputs(weights), transformers_outputs(folded, path)))
+    lost = [FOLDED] if folded is not weights else []
     if weights.classifier:
-        lost.append("the central crop: transformers' processor resizes the whole image, to a square")
-    return Made(path, folded, lost, checks)
+        lost.append("the central crop: transformers' processor resizes the whole image to a square")
+    return Conversion(path, folded, lost, checks)
 
 
 def refuse_for_hf(weights: Weights) -> None:
-    """What transformers' ViT and ViTMAE cannot be."""
+    """Raise a UserError for weights that transformers' ViT and ViTMAE cannot hold."""
     for key in ("image_size", "patch_size"):
         height, width = weights.config[key]
         if height != width:
             raise UserError(
-                f"--format hf: {key} {height}x{width} of {weights.source}: transformers' ViTMAE takes squares alone; "
+                f"--format hf: {key} {height}x{width} of {weights.source}: transformers' ViTMAE takes only squares; "
                 "--format timm or mae holds it"
             )
     if weights.classifier and weights.classifier["pool"] == "mean":
         raise UserError(
-            f"--format hf: {weights.source} classifies by the mean of tokens, and transformers' ViT by the class token "
-            "alone; --format timm holds it"
+            f"--format hf: {weights.source} classifies by the mean of tokens, but transformers' ViT only by the "
+            "class token; --format timm holds it"
         )
 
 
 @torch.no_grad()
-def to_graph(weights: Weights, path: Path, config: Namespace) -> Made:
-    kept = weights
+def write_graph(weights: Weights, path: Path, config: Namespace) -> Conversion:
+    """An ONNX file or a torch.export program."""
     output = config.output or ("logits" if weights.classifier else "tokens")
-    lost = []
+    kept, lost = weights, []
     graph: onnx_export.Graph
     if output == "reconstruction":
         ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
@@ -288,192 +301,94 @@ def to_graph(weights: Weights, path: Path, config: Namespace) -> Made:
         except ValueError as error:
             raise UserError(f"--mask_ratio: {error}") from None
     elif output == "logits":
-        graph = onnx_export.Logits(network_of(weights))
+        graph = onnx_export.Logits(build_classifier(weights))
     else:
         graph = onnx_export.Encoder(weights.encoder(), config.free_size)
-        kept = bare_encoder(weights)
-        lost += ["the decoder: --output reconstruction has it"] * weights.has_decoder
-        lost += ["the classifier's head: --output logits has it"] * bool(weights.classifier)
+        kept = encoder_only(weights)
+        if weights.has_decoder:
+            lost.append("the decoder: --output reconstruction has it")
+        if weights.classifier:
+            lost.append("the classifier's head: --output logits has it")
     about = {**kept.description, "takes": list(graph.takes), "gives": list(graph.gives)}
     kept = kept._replace(description=about)
     if config.format == "export":
         onnx_export.to_export(graph, path, about)
-        return Made(path, kept, lost, [within("torch.export", onnx_export.check_export(path, graph), 1e-5)])
-    if not config.quantize:
+        checks = [check_gap("torch.export", onnx_export.check_export(path, graph), 1e-5)]
+    elif not config.quantize:
         onnx_export.to_onnx(graph, path, about)
-        return Made(path, kept, lost, [within("ONNX Runtime", onnx_export.check_onnx(path, graph), TOLERANCE)])
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        whole = Path(folder) / path.name
-        onnx_export.to_onnx(graph, whole, about)
-        checks = [within("ONNX Runtime in float32", onnx_export.check_onnx(whole, graph), TOLERANCE)]
-        onnx_export.quantize(whole, path)
-    apart = onnx_export.check_onnx(path, graph)
-    checks.append(f"int8: {output} of noise at most {apart:.2g} apart; `mae bench export` tells what that costs")
-    return Made(path, kept, lost, checks)
+        checks = [check_gap("ONNX Runtime", onnx_export.check_onnx(path, graph), TOLERANCE)]
+    else:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            full = Path(folder) / path.name
+            onnx_export.to_onnx(graph, full, about)
+            checks = [check_gap("ONNX Runtime in float32", onnx_export.check_onnx(full, graph), TOLERANCE)]
+            onnx_export.quantize(full, path)
+        gap = onnx_export.check_onnx(path, graph)
+        checks.append(f"int8: {output} of noise differ by at most {gap:.2g}; `mae bench export` tells what that costs")
+    return Conversion(path, kept, lost, checks)
 
 
-WRITERS: dict[str, Callable[[Weights, Path, Namespace], Made]] = {
-    "mae": to_mae,
-    "official": to_official,
-    "timm": to_timm,
-    "hf": to_hf,
-    "onnx": to_graph,
-    "export": to_graph,
+FORMAT_WRITERS: dict[str, Callable[[Weights, Path, Namespace], Conversion]] = {
+    "mae": write_mae,
+    "official": write_official,
+    "timm": write_timm,
+    "hf": write_hf,
+    "onnx": write_graph,
+    "export": write_graph,
 }
 
 
-def bare_encoder(weights: Weights) -> Weights:
-    """Without decoder or head."""
+def encoder_only(weights: Weights) -> Weights:
+    """The weights without decoder or head."""
     description = {key: value for key, value in weights.description.items() if key != "classifier"}
     state = {ENCODER + key: value for key, value in weights.encoder().state_dict().items()}
     return weights._replace(state=state, description=description)
 
 
-def to_store(weights: Weights) -> dict[str, Any]:
-    """The description as files hold it: an autoencoder is a model there."""
+def stored_description(weights: Weights) -> dict[str, Any]:
+    """The description as our files store it, with their word for what they hold: an autoencoder is a "model"."""
     return {**weights.description, "kind": "model" if weights.has_decoder else weights.holds}
 
 
-def contiguous(state: State) -> State:
-    return {key: value.contiguous() for key, value in state.items()}
-
-
-def fold(weights: Weights) -> Weights:
-    """A probe whose BatchNorm is part of its linear layer; other weights as they are."""
+def without_batchnorm(weights: Weights) -> Weights:
+    """A probe with its BatchNorm folded into its linear layer; other weights as they are."""
     about = weights.classifier
     if not about or about["head"] != "batchnorm":
         return weights
     description = {**weights.description, "classifier": {**about, "head": "plain"}}
-    return weights._replace(state=folded_head(weights.state), description=description)
+    return weights._replace(state=fold_batchnorm(weights.state), description=description)
 
 
-def describe(made: Made, format: str) -> None:
-    """Card and configuration: in the folder, or beside the file."""
-    path, folder = made.main, made.main.is_dir()
-    text = model_card.card(made.weights, format, path.name, folder, made.checks, made.lost)
+def write_card(conversion: Conversion, format: str) -> None:
+    """Write the model card into the folder; or card and configuration beside the file."""
+    path, weights, folder = conversion.path, conversion.weights, conversion.path.is_dir()
+    text = model_card.card_text(weights, format, path.name, folder, conversion.checks, conversion.lost)
     (path / "README.md" if folder else path.with_name(f"{path.name}.md")).write_text(text)
-    if not folder:
-        about = model_card.timm_config(made.weights) if format == "timm" else {"mae": made.weights.description}
-        model_card.write_json(path.with_name(f"{path.name}.json"), about)
-
-
-# ---- checks ----------------------------------------------------------------------------------------------------------
-
-
-def same_tensors(weights: Weights, path: Path) -> str:
-    """Read back what was written.
-
-    Raises:
-        TrainingFailed: It is not the same, bit by bit.
-    """
-    back = detect.read(path)
-    other = [key for key, value in back.config.items() if value != weights.config[key]]
-    if back.state.keys() != weights.state.keys() or other:
-        raise TrainingFailed(f"{path.name} does not read back as what was written: nothing is kept")
-    for key, value in weights.state.items():
-        if not torch.equal(back.state[key], value):
-            raise TrainingFailed(f"{path.name}: {key} does not read back as it was written: nothing is kept")
-    return f"read back: {len(weights.state)} tensors, the same to the bit"
-
-
-@torch.no_grad()
-def outputs(weights: Weights) -> dict[str, Tensor]:
-    """What this package computes: logits of a classifier; tokens; prediction and loss of an autoencoder."""
-    images, noise = inputs(weights)
-    if weights.classifier:
-        return {"logits": network_of(weights)(images)}
-    found = {"features": weights.encoder().forward_features(images)}
-    if weights.has_decoder:
-        model, ratio = weights.build(), weights.description["mask_ratio"]
-        found |= {"loss": model(images, noise, ratio).loss, "prediction": model.predict(images, noise, ratio).pred}
-    return found
-
-
-@torch.no_grad()
-def timm_outputs(weights: Weights, path: Path) -> dict[str, Tensor]:
-    if path.is_dir():
-        config, path = json.loads((path / "config.json").read_text()), path / "model.safetensors"
-    else:
-        config = model_card.timm_config(weights)
-    # Not by timm's "local-dir:", which cannot read .safetensors files in older versions.
-    network: Any = timm.create_model(config["architecture"], checkpoint_path=str(path), **config["model_args"])
-    images, _ = inputs(weights)
-    network.eval()
-    return {"logits": network(images)} if weights.classifier else {"features": network.forward_features(images)}
-
-
-@torch.no_grad()
-def hf_outputs(weights: Weights, path: Path) -> dict[str, Tensor]:
-    import transformers
-
-    images, noise = inputs(weights)
-    before = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        kind = getattr(transformers, model_card.hf_config(weights)["architectures"][0])
-        network: Any = kind.from_pretrained(path).eval()
-    finally:
-        transformers.logging.set_verbosity(before)
-    if weights.classifier:
-        return {"logits": network(images).logits}
-    if not weights.has_decoder:
-        return {"features": network(images).last_hidden_state}
-    found = network(images, noise=noise)
-    network.vit.config.mask_ratio = 0.0  # all patches stay visible, in the order of this noise
-    order = torch.arange(noise.shape[1]).expand_as(noise) / noise.shape[1]
-    features = network.vit(images, noise=order).last_hidden_state
-    return {"loss": found.loss, "prediction": found.logits, "features": features}
-
-
-def inputs(weights: Weights) -> tuple[Tensor, Tensor]:
-    """Two random images and the scores of their patches."""
-    draw = torch.Generator().manual_seed(0)
-    config = weights.config
-    images = torch.randn(2, config["in_chans"], *config["image_size"], generator=draw)
-    return images, torch.rand(2, weights.grid[0] * weights.grid[1], generator=draw)
-
-
-def runs_alike(whose: str, ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> str:
-    """Compare what two programs make of the same images."""
-    apart = []
-    for name, value in theirs.items():
-        gap = float((value - ours[name]).abs().max())
-        if not gap <= TOLERANCE * max(1.0, float(ours[name].abs().max())):
-            raise TrainingFailed(f"{whose} computes other {name} from it, {gap:.2g} apart: nothing is kept")
-        apart.append(f"{name} {gap:.1g}")
-    return f"run in {whose}, greatest difference: {', '.join(apart)}"
-
-
-def within(whose: str, gap: float, limit: float) -> str:
-    if not gap <= limit:
-        raise TrainingFailed(
-            f"{whose} computes something else, {gap:.2g} apart where {limit:g} is allowed: nothing is kept"
-        )
-    return f"run in {whose}, greatest difference: {gap:.1g}"
+    if not folder and format != "timm":
+        model_card.write_config(path.with_name(f"{path.name}.json"), {"mae": weights.description})
 
 
 # ---- hubs ------------------------------------------------------------------------------------------------------------
 
 
-def push(folder: Path, files: list[str], name: str, private: bool) -> None:
-    """Upload these files of a folder to a model hub; token and address are those that `huggingface_hub` knows.
+def push_to_hub(folder: Path, files: list[str], name: str, private: bool) -> None:
+    """Upload these files of a folder to a model hub; `huggingface_hub` knows its address and the user's token.
 
     Raises:
-        UserError: It was refused, or the hub cannot be reached; the folder stays.
+        UserError: The hub refused it or cannot be reached; the folder stays.
     """
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
         api.create_repo(name, private=private, exist_ok=True)
-        done: Any = api.upload_folder(
+        url: Any = api.upload_folder(
             repo_id=name,
             folder_path=folder,
-            allow_patterns=files,  # not what else may lie there
+            allow_patterns=files,  # and no other files that may lie there
             commit_message="Weights of a masked autoencoder",
         )
-    except Exception as error:  # its HTTP client is another from version to version, and so are the errors
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--push {name}: {said}; {folder} is written; --force writes and pushes it again") from None
-    print(f"pushed    {done}")
+    except Exception as error:  # its HTTP client, and with it the errors, differ between versions
+        message = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--push {name}: {message}; {folder} is written; --force writes and pushes it again") from None
+    print(f"pushed    {url}")

@@ -1,11 +1,11 @@
-"""What is in a file of weights, and what it is good for: mae inspect."""
+"""`mae inspect`: what a file of weights holds, what it can be used for, and what is wrong with it."""
 
 import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,48 +15,41 @@ from mae.models.mae import Pair, as_pair, sincos_positions
 from mae.options import SRC_HELP, ToolParser, out_file
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.weights.detect import (
-    SINCOS_TOLERANCE,
-    ArchOverrides,
     add_override_options,
-    named,
-    non_finite,
+    count_non_finite,
+    detect_opened,
+    first_names,
     overrides_from,
-    recognised,
 )
-from mae.weights.model_card import counted, size_name
+from mae.weights.detect_architecture import NO_OVERRIDES, SINCOS_TOLERANCE, ArchOverrides
+from mae.weights.model_card import count_of, size_name
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, State
 from mae.weights.weights import POSITIONS, Weights
 
-WHOSE = {"mae": "this project", "official": "the official code", "timm": "timm", "hf": "Hugging Face's transformers"}
+FORMAT_NAMES = {
+    "mae": "this project",
+    "official": "the official code",
+    "timm": "timm",
+    "hf": "Hugging Face's transformers",
+}
 
-HOLDS = {"encoder": "encoder", "autoencoder": "encoder and decoder", "classifier": "classifier"}
+CONTENT_NAMES = {"encoder": "encoder", "autoencoder": "encoder and decoder", "classifier": "classifier"}
 
-TARGET = "what its decoder predicts is "  # how the note begins that tells of an assumption
+POSITION_KINDS = {"zeros": "all zeros", "sin-cos": "the sin-cos table", "learned": "learned"}
 
-TABLES = {"zeros": "all zeros", "sin-cos": "the sin-cos table", "learned": "learned"}
-
-START = re.compile(r"(?P<norm>norm\d?\.weight)$|\.bias$")  # tensors that begin as ones, or as zeros
+BIAS_OR_NORM = re.compile(r"(?P<norm>norm\d?\.weight)$|\.bias$")  # tensors that are ones, or zeros, before training
 
 BUFFER = re.compile(r"\.(running_(mean|var)|num_batches_tracked)$")
 
 NON_COMMERCIAL = re.compile(r"\bnc\b|non-?commercial", re.IGNORECASE)
 
 
-class Numbers(NamedTuple):
-    """What is odd about the values of tensors, by their names."""
-
-    not_finite: dict[str, int]  # how many are NaN or infinite
-    constant: dict[str, float]  # the one value that a tensor has throughout
-    untrained: list[str]  # parts whose biases and norms all are as before a first step; none of them is in `constant`
-    identical: list[list[str]]  # blocks, equal in all their tensors
-
-
 def inspect_command(args: Sequence[str]) -> None:
     """Print what SRC holds; the last line is the verdict.
 
     Raises:
-        UserError: It cannot be used. What could be found out has been printed, and written to --json, all the same.
+        UserError: It cannot be used. What is known about it has been printed, and written to --json, all the same.
     """
     parser = ToolParser(prog="mae inspect", description="What is in a file of weights, and what it can be used for.")
     parser.add_argument("src", type=str, metavar="SRC", help=SRC_HELP)
@@ -66,11 +59,11 @@ def inspect_command(args: Sequence[str]) -> None:
     if config.json:
         out_file(config.json, "--json")
     try:
-        facts = examined(config.src, overrides_from(config))
+        facts = collect_facts(config.src, overrides_from(config))
     except UserError as error:
         facts = {"source": config.src, "problems": [str(error)], "verdict": str(error)}
     else:
-        print("\n".join(text(facts)))
+        print("\n".join(table_lines(facts)))
     if config.json:
         Path(config.json).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
         print(f"wrote {config.json}")
@@ -79,34 +72,39 @@ def inspect_command(args: Sequence[str]) -> None:
     print(facts["verdict"])
 
 
-# ---- what is found out -----------------------------------------------------------------------------------------------
+# ---- facts -----------------------------------------------------------------------------------------------------------
 
 
-def examined(src: str, told: ArchOverrides) -> dict[str, Any]:
-    """All that is printed, as plain data.
+def collect_facts(src: str, overrides: ArchOverrides) -> dict[str, Any]:
+    """Everything that is printed, as plain data.
 
     Raises:
-        UserError: It cannot be read, or is nothing that is known.
+        UserError: The file cannot be read, or holds nothing that is known here.
     """
     opened = open_weights(src)
-    weights = recognised(opened, told)
-    # No names here by which a configuration of transformers or timm is known: the file may lie beside the weights.
+    weights = detect_opened(opened, overrides)
+    # The keys must not be those by which a configuration of transformers or timm is recognised ("model_type",
+    # "architecture"): the JSON file may lie beside the weights.
     facts: dict[str, Any] = {"source": str(weights.source), "bytes": size_on_disk(opened.path)}
     facts |= {"format": weights.format, "holds": weights.holds, "training_state": training_state(opened)}
-    facts |= {"size": size_name(weights.config), "model": model_of(weights)}
+    facts |= {"size": size_name(weights.config), "model": model_sizes(weights)}
     if about := weights.classifier:
         facts["classifier"] = {"classes": len(about["classes"]), "pool": about["pool"], "head": about["head"]}
-    facts |= {"parameters": parameters(weights.state), "target": target(weights)}
-    facts["positions"] = {key: kind_of_positions(weights.state[key], weights.grid) for key in places(weights)}
+    facts |= {"parameters": parameters_by_part(weights.state), "target": weights.target}
+    facts["target_assumed_from"] = weights.target_assumed_from or None
+    facts["positions"] = {key: kind_of_positions(weights.state[key], weights.grid) for key in position_keys(weights)}
     facts |= {key: weights.description.get(key) for key in ("mean", "std", "licence")}
     facts["dtypes"] = dict(Counter(str(value.dtype).removeprefix("torch.") for value in opened.state.values()))
-    numbers = judged(weights.state)
-    facts |= {"non_finite": numbers.not_finite, "constant": numbers.constant, "untrained": numbers.untrained}
-    facts["identical_blocks"] = numbers.identical
+    facts |= odd_values(weights.state)
+    facts["identical_blocks"] = identical_blocks(weights.state)
     facts["notes"] = list(weights.notes)
-    facts["warnings"] = list(warnings(facts))
-    facts["problems"] = problems = [*weights.problems, *not_finite(numbers)]
-    facts["uses"] = uses(src, opened, weights, needed(opened, weights, told))
+    facts["warnings"] = list(warning_lines(facts))
+    problems = list(weights.problems)
+    if facts["non_finite"]:
+        counts = [f"{key} ({count:,})" for key, count in facts["non_finite"].items()]
+        problems.append(f"it holds numbers that are NaN or infinite: {first_names(counts)}")
+    facts["problems"] = problems
+    facts["uses"] = possible_uses(src, opened, weights, required_options(opened, weights, overrides))
     if problems:
         facts["uses"] = dict.fromkeys(facts["uses"], "no, something is wrong with it")
     facts["verdict"] = f"{weights.source} cannot be used: {'; '.join(problems)}" if problems else "usable"
@@ -114,7 +112,7 @@ def examined(src: str, told: ArchOverrides) -> dict[str, Any]:
 
 
 def size_on_disk(path: Path) -> int:
-    """Bytes, of all parts where there are several."""
+    """Bytes, those of all parts where the weights are split over several files."""
     files = [path]
     if path.name.endswith(".index.json"):
         files += [path.with_name(name) for name in set(json.loads(path.read_text())["weight_map"].values())]
@@ -122,43 +120,33 @@ def size_on_disk(path: Path) -> int:
 
 
 def training_state(opened: Opened) -> dict[str, int] | None:
-    """Step and epoch, as far as told, of a file from which a training could go on."""
+    """Step and epoch, where recorded, of a file with the state of an optimiser; None for other files."""
     if not opened.optimizer:
         return None
-    told = {"step": (opened.description or {}).get("step"), "epoch": opened.about.get("epoch")}
-    return {key: value for key, value in told.items() if isinstance(value, int)}
+    state = {"step": (opened.description or {}).get("step"), "epoch": opened.about.get("epoch")}
+    return {key: value for key, value in state.items() if isinstance(value, int)}
 
 
-def model_of(weights: Weights) -> dict[str, Any]:
-    """The arguments of MaskedAutoencoder, without those of a decoder where there is none."""
-    theirs = () if weights.has_decoder else ("decoder_", "norm_pix_loss")
-    return {key: value for key, value in weights.config.items() if not (theirs and key.startswith(theirs))}
+def model_sizes(weights: Weights) -> dict[str, Any]:
+    """The arguments of MaskedAutoencoder, without the decoder's where there is none."""
+    skipped = () if weights.has_decoder else ("decoder_", "norm_pix_loss")
+    return {key: value for key, value in weights.config.items() if not key.startswith(skipped)}
 
 
-def part_of(key: str) -> str:
+def model_part(key: str) -> str:
     return "decoder" if key.startswith(DECODER) else "head" if key.startswith(f"{ENCODER}head.") else "encoder"
 
 
-def parameters(state: State) -> dict[str, int]:
-    """How many numbers the parts have, positions among them."""
+def parameters_by_part(state: State) -> dict[str, int]:
+    """How many parameters encoder, decoder and head have, positions included."""
     counts: Counter[str] = Counter()
     for key, value in state.items():
-        counts[part_of(key)] += 0 if BUFFER.search(key) else value.numel()
+        counts[model_part(key)] += 0 if BUFFER.search(key) else value.numel()
     return {part: counts[part] for part in ("encoder", "decoder", "head") if counts[part]}
 
 
-def target(weights: Weights) -> str | None:
-    """What the decoder predicts; None: there is no decoder."""
-    if not weights.has_decoder:
-        return None
-    for note in weights.notes:
-        if note.startswith(TARGET):
-            return note.removeprefix(TARGET)
-    return "pixels normalised within each patch" if weights.config.get("norm_pix_loss", True) else "plain pixels"
-
-
-def places(weights: Weights) -> list[str]:
-    """The names of positions that have the shape they should have."""
+def position_keys(weights: Weights) -> list[str]:
+    """The names of position embeddings that have the expected shape."""
     rows = 1 + weights.grid[0] * weights.grid[1]
     return [
         key
@@ -168,39 +156,45 @@ def places(weights: Weights) -> list[str]:
 
 
 def kind_of_positions(positions: Tensor, grid: Pair) -> str:
-    """(1, 1 + N, D): one of TABLES."""
+    """One of POSITION_KINDS, for positions (1, 1 + N, D)."""
     width = positions.shape[2]
     if not positions.any():
         return "zeros"
-    table = width % 4 == 0 and torch.allclose(positions, sincos_positions(width, grid), rtol=0, atol=SINCOS_TOLERANCE)
-    return "sin-cos" if table else "learned"
+    fixed = width % 4 == 0 and torch.allclose(positions, sincos_positions(width, grid), rtol=0, atol=SINCOS_TOLERANCE)
+    return "sin-cos" if fixed else "learned"
 
 
-def judged(state: State) -> Numbers:
-    """One tensor after the other, so that memory for no other copy is taken."""
-    found = Numbers({}, {}, [], identical_blocks(state))
-    for key, value in state.items():
+def odd_values(state: State) -> dict[str, Any]:
+    """What is odd about the values of single tensors.
+
+    Returns:
+        non_finite: by tensor, how many of its numbers are NaN or infinite; constant: by tensor, the one value that it
+        has throughout; untrained: the parts whose biases and norms are all as before the first step, none of which is
+        in `constant`.
+    """
+    non_finite: dict[str, int] = {}
+    constant: dict[str, float] = {}
+    for key, value in state.items():  # one after the other, so that no second copy of the weights takes memory
         if not value.is_floating_point() or not value.numel():
             continue
-        low, high = (float(end) for end in value.aminmax())  # of which a NaN makes NaNs
+        low, high = (float(end) for end in value.aminmax())  # NaN if the tensor holds a NaN
         if not (-torch.inf < low and high < torch.inf):
-            found.not_finite[key] = non_finite(value)
+            non_finite[key] = count_non_finite(value)
         elif low == high and value.numel() > 1:
-            found.constant[key] = low
-    starts: dict[str, dict[str, float]] = defaultdict(dict)
+            constant[key] = low
+    initial: dict[str, dict[str, float]] = defaultdict(dict)
     for key in state:
-        if (match := START.search(key)) and "patch_embed" not in key:  # whose bias is drawn at random
-            starts[part_of(key)][key] = 1.0 if match["norm"] else 0.0
-    for part, first in starts.items():
-        if all(found.constant.get(key) == value for key, value in first.items()):
-            found.untrained.append(part)
-            for key in first:
-                del found.constant[key]
-    return found
+        if (match := BIAS_OR_NORM.search(key)) and "patch_embed" not in key:  # its bias is drawn at random
+            initial[model_part(key)][key] = 1.0 if match["norm"] else 0.0
+    untrained = [part for part, values in initial.items() if all(constant.get(k) == v for k, v in values.items())]
+    for part in untrained:
+        for key in initial[part]:
+            del constant[key]
+    return {"non_finite": non_finite, "constant": constant, "untrained": untrained}
 
 
 def identical_blocks(state: State) -> list[list[str]]:
-    """Groups of blocks that have the same numbers throughout."""
+    """Groups of blocks whose tensors are all equal."""
     blocks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, value in state.items():
         if match := re.match(r"((?:encoder\.|decoder_)blocks\.\d+)\.(.*)", key):
@@ -217,47 +211,41 @@ def identical_blocks(state: State) -> list[list[str]]:
     return [group for group in groups if len(group) > 1]
 
 
-def needed(opened: Opened, weights: Weights, told: ArchOverrides) -> list[str]:
-    """The options without which other commands would find something else, or nothing."""
-    given = [f"--{key}" for key, value in told._asdict().items() if value is not None]
-    if not given:
+def required_options(opened: Opened, weights: Weights, overrides: ArchOverrides) -> list[str]:
+    """The options without which other commands would take these weights for something else, or refuse them."""
+    options = [f"--{key}" for key, value in overrides._asdict().items() if value is not None]
+    if not options:
         return []
     try:
-        return given if recognised(opened, ArchOverrides()).config != weights.config else []
+        return options if detect_opened(opened, NO_OVERRIDES).config != weights.config else []
     except UserError:
-        return given
+        return options
 
 
-def not_finite(numbers: Numbers) -> Iterator[str]:
-    if numbers.not_finite:
-        counts = [f"{key} ({count:,})" for key, count in numbers.not_finite.items()]
-        yield f"it holds numbers that are NaN or infinite: {named(counts)}"
-
-
-def warnings(facts: dict[str, Any]) -> Iterator[str]:
-    """What does not keep the weights from being used, and should be known."""
+def warning_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """What a user should know, though the weights can be used."""
     constant: dict[str, float] = dict(facts["constant"])
     for part in facts["untrained"]:
         yield f"{part} never trained? All its biases are zero and all its norms one, as before the first step"
-    for key, what in ((f"{ENCODER}cls_token", "class token"), ("mask_token", "mask token")):
+    for key, token in ((f"{ENCODER}cls_token", "class token"), ("mask_token", "mask token")):
         if constant.get(key) == 0:
             del constant[key]
-            yield f"the {what} never trained? It is all zeros"
+            yield f"the {token} never trained? It is all zeros"
     for key, kind in facts["positions"].items():
         constant.pop(key, None)
         if kind == "zeros":
-            yield f"{key} is all zeros: positions are not told apart"
+            yield f"{key} is all zeros: the network cannot tell positions apart"
     if constant:
-        yield f"one value throughout: {named([f'{key} ({value:g})' for key, value in constant.items()])}"
+        yield f"one value throughout: {first_names([f'{key} ({value:g})' for key, value in constant.items()])}"
     for group in facts["identical_blocks"]:
-        yield f"blocks with the same numbers throughout: {named(group)}"
+        yield f"blocks with the same numbers throughout: {first_names(group)}"
     if facts["licence"] and NON_COMMERCIAL.search(facts["licence"]):
         yield f"not for commercial use: {facts['licence']}"
 
 
-def uses(src: str, opened: Opened, weights: Weights, options: list[str]) -> dict[str, str]:
-    """By commands: yes or no, and why."""
-    yes = f"yes, once `mae convert` with {', '.join(options)} has written it down" if options else "yes"
+def possible_uses(src: str, opened: Opened, weights: Weights, options: list[str]) -> dict[str, str]:
+    """For each group of commands: yes or no, and why."""
+    yes = f"yes, after `mae convert` with {', '.join(options)}" if options else "yes"
     encoder = yes
     if about := weights.classifier:
         encoder += f", with allow_finetuned true: its encoder has seen the labels of {len(about['classes'])} classes"
@@ -265,44 +253,47 @@ def uses(src: str, opened: Opened, weights: Weights, options: list[str]) -> dict
         "probe, finetune, knn, embed": encoder,
         "reconstruct": yes if weights.has_decoder else "no, it has no decoder",
         "evaluate, predict": yes if weights.classifier else "no, it has no classifier head",
-        "resume": resume(src, opened, weights),
+        "resume": resumability(src, opened, weights),
     }
 
 
-def resume(src: str, opened: Opened, weights: Weights) -> str:
+def resumability(src: str, opened: Opened, weights: Weights) -> str:
+    """Whether a training can be resumed from the file, and what to do where it cannot."""
     start = "--model.encoder" if weights.classifier else "--model.init"
     if opened.optimizer and "recipe" in (opened.description or {}):
         return "yes"
     if opened.optimizer:
-        return f"no, other software's training is not continued: {start} starts from its weights"
+        return f"no, other software's training cannot be resumed: {start} starts from its weights"
     if Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
-        return f"no, these are weights alone: {last} has the state of the training"
+        return f"no, it holds only weights: {last} has the state of the training"
     return f"no, it has no training state: {start} starts from its weights"
 
 
-# ---- in words --------------------------------------------------------------------------------------------------------
+# ---- the table -------------------------------------------------------------------------------------------------------
 
 
-def text(facts: dict[str, Any]) -> Iterator[str]:
-    """The table, a line each; all but the verdict."""
-    rows = [("file", f"{facts['source']}, {size_in_words(facts['bytes'])}"), ("kind", kind(facts))]
-    rows += [("architecture", architecture(facts))]
+def table_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """The lines of the table, without the verdict."""
     model: dict[str, Any] = facts["model"]
+    rows = [("file", f"{facts['source']}, {size_in_words(facts['bytes'])}"), ("kind", kind_in_words(facts))]
+    rows += [("architecture", sizes_in_words(facts["size"], model))]
     if facts["holds"] == "autoencoder":
         sizes = (model[f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads"))
-        rows += [("decoder", "width {}, depth {}, heads {}".format(*sizes)), ("target", facts["target"])]
+        source = facts["target_assumed_from"]
+        target = facts["target"] + (f" (not recorded: assumed from {source})" if source else "")
+        rows += [("decoder", "width {}, depth {}, heads {}".format(*sizes)), ("target", target)]
     rows += [("parameters", ", ".join(f"{part} {count:,}" for part, count in facts["parameters"].items()))]
-    rows += [("positions", f"{key} {TABLES[found]}") for key, found in facts["positions"].items()]
+    rows += [("positions", f"{key} {POSITION_KINDS[kind]}") for key, kind in facts["positions"].items()]
     rows += [("mean, std", "; ".join(" ".join(f"{v:g}" for v in facts[key] or []) for key in ("mean", "std")))]
     rows += [("numbers", ", ".join(f"{dtype} ({count} tensors)" for dtype, count in facts["dtypes"].items()))]
     rows += [("licence", facts["licence"])] if facts["licence"] else []
-    rows += [("good for", f"{what}: {said}") for what, said in facts["uses"].items()]
+    rows += [("good for", f"{commands}: {answer}") for commands, answer in facts["uses"].items()]
     for key in ("notes", "warnings", "problems"):
         rows += [(key.removesuffix("s"), line) for line in facts[key]]
     before = ""
     width = max(len(name) for name, _ in rows) + 2
-    for name, said in rows:
-        yield f"{'' if name == before else name:<{width}}{said}"
+    for name, value in rows:
+        yield f"{'' if name == before else name:<{width}}{value}"
         before = name
 
 
@@ -310,30 +301,21 @@ def size_in_words(count: int) -> str:
     return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
 
 
-def kind(facts: dict[str, Any]) -> str:
-    said = f"{HOLDS[facts['holds']]}, in the format of {WHOSE[facts['format']]}"
+def kind_in_words(facts: dict[str, Any]) -> str:
+    words = f"{CONTENT_NAMES[facts['holds']]}, in the format of {FORMAT_NAMES[facts['format']]}"
     if about := facts.get("classifier"):
         pooled = {"mean": "the mean of patch tokens", "class": "the class token"}[about["pool"]]
         norm = " after BatchNorm" if about["head"] == "batchnorm" else ""
-        said += f"; {about['classes']} classes from {pooled}{norm}"
+        words += f"; {about['classes']} classes from {pooled}{norm}"
     if (state := facts["training_state"]) is None:
-        return said
-    told = ", ".join(f"{key} {value:,}" for key, value in state.items())
-    return f"{said}; with the state of its training" + (f" ({told})" if told else "")
+        return words
+    progress = ", ".join(f"{key} {value:,}" for key, value in state.items())
+    return f"{words}; with the state of its training" + (f" ({progress})" if progress else "")
 
 
-def architecture(facts: dict[str, Any]) -> str:
-    model: dict[str, Any] = facts["model"]
+def sizes_in_words(name: str | None, model: dict[str, Any]) -> str:
     (ph, pw), (h, w) = as_pair(model["patch_size"]), as_pair(model["image_size"])
-    sizes = ", ".join(
-        f"{word} {model[key]:g}"
-        for word, key in (
-            ("width", "embed_dim"),
-            ("depth", "depth"),
-            ("heads", "num_heads"),
-            ("mlp ratio", "mlp_ratio"),
-        )
-    )
-    channels = counted(model["in_chans"], "channel")
-    images = f"images {h}x{w} of {channels}, patches {ph}x{pw} (a grid of {h // ph}x{w // pw})"
-    return f"{facts['size'] or 'of its own size'}: {sizes}; {images}"
+    sizes = f"width {model['embed_dim']}, depth {model['depth']}, heads {model['num_heads']}"
+    sizes += f", mlp ratio {model['mlp_ratio']:g}"
+    images = f"images {h}x{w} of {count_of(model['in_chans'], 'channel')}, patches {ph}x{pw}"
+    return f"{name or 'of its own size'}: {sizes}; {images} (a grid of {h // ph}x{w // pw})"

@@ -1,4 +1,4 @@
-"""Weights on disk: loading them, writing them so that timm can read the encoder, starting from them."""
+"""Loading weights, writing them so that timm can read the encoder, and starting from them."""
 
 import functools
 import json
@@ -8,19 +8,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
+from mae.runtime.environment import is_first_rank
 from mae.runtime.storage import sync
-from mae.weights import detect, read_file
-from mae.weights.detect import ArchOverrides, merge_lora
+from mae.weights import read_file
+from mae.weights.detect import detect_opened, require_usable, usable_weights
+from mae.weights.detect_architecture import NO_OVERRIDES, ArchOverrides
 from mae.weights.state_dict_keys import ENCODER, State, official_name, official_to_ours
-from mae.weights.weights import Weights
+from mae.weights.weights import Weights, merge_lora
 
-EXPORTS = ("model.safetensors", "encoder.safetensors")  # what a run leaves at its end, in this order
+EXPORTS = ("model.safetensors", "encoder.safetensors")  # what a pre-training writes at its end, in this order
 
 
 def load(
@@ -31,19 +32,21 @@ def load(
     norm_pix_loss: bool | None = None,
     grid: Pair | None = None,
 ) -> MaskedAutoencoder:
-    """The whole autoencoder, in eval mode. What had to be assumed of it is a warning.
+    """Load the whole autoencoder, in eval mode. Whatever had to be assumed about it is a warning.
 
     Args:
         src: A run folder, a .ckpt or .safetensors file of this project, an official .pth with decoder, or a folder in
             which transformers has saved a ViTMAE.
-        num_heads: Attention heads, where the file does not tell and the width is an unusual one; decoder_num_heads too.
-        norm_pix_loss: What the decoder predicts, where the file does not tell: patches normalised, or plain pixels.
-        grid: Rows and columns of patches, where they are neither told nor square.
+        num_heads: Attention heads, where the file does not record them and the width is unusual.
+        decoder_num_heads: The same for the decoder.
+        norm_pix_loss: Whether the decoder predicts normalised patches or plain pixels, where the file does not record
+            it.
+        grid: Rows and columns of patches, where they are neither recorded nor equal.
 
     Raises:
-        UserError: There is no such file, it is damaged or of another kind, or it has no decoder.
+        UserError: The file does not exist, is damaged or of another kind, or has no decoder.
     """
-    weights = read_warning(src, ArchOverrides(num_heads, decoder_num_heads, norm_pix_loss, grid))
+    weights = read_with_warnings(src, ArchOverrides(num_heads, decoder_num_heads, norm_pix_loss, grid))
     weights.require_decoder()
     return weights.build()
 
@@ -57,111 +60,117 @@ def load_encoder(
     num_heads: int | None = None,
     grid: Pair | None = None,
 ) -> VisionTransformer:
-    """The encoder, ready for features: timm's VisionTransformer in eval mode, frozen; `forward_features(images)` gives
-    (B, 1 + N, D), class token first; never masked.
+    """Load the encoder for features: timm's VisionTransformer in eval mode, frozen.
+
+    `forward_features(images)` gives (B, 1 + N, D), class token first; nothing is masked.
 
     Args:
-        src: As in `load`; or an encoder without decoder, of any of these formats or timm's.
-        allow_finetuned: Take the encoder of a classifier, too.
-        image_size: Another than its own: positions are resampled.
-        in_chans: Others than its own three: the patch embedding is adapted by timm's rule.
-        num_heads: As in `load`, as is `grid`.
+        src: As in `load`, or an encoder without decoder, in any of these formats or timm's.
+        allow_finetuned: Also accept the encoder of a classifier.
+        image_size: Another size than its own; positions are resampled.
+        in_chans: Another number of channels than its own three; the patch embedding is adapted by timm's rule.
+        num_heads: As in `load`.
+        grid: As in `load`.
+
+    Raises:
+        UserError: As in `load`, or it is a classifier's encoder.
     """
-    weights = read_warning(src, ArchOverrides(num_heads=num_heads, grid=grid))
+    weights = read_with_warnings(src, ArchOverrides(num_heads=num_heads, grid=grid))
     weights.require_pretrained(allow_finetuned, "allow_finetuned=True")
     return weights.adapted(image_size, in_chans).encoder()
 
 
-def read_warning(src: str | Path, told: ArchOverrides) -> Weights:
-    """As `read`, for those who call from Python: what had to be assumed is a warning."""
-    weights = detect.read(src, told)
+def read_with_warnings(src: str | Path, overrides: ArchOverrides) -> Weights:
+    """The usable weights of SRC, for callers from Python: what had to be assumed is a warning."""
+    weights = usable_weights(src, overrides)
     for note in weights.notes:
         warnings.warn(f"{weights.source}: {note}", stacklevel=3)
     return weights
 
 
 def read_weights(src: str | Path) -> Weights:
-    """Recognise SRC by its content, and say what had to be assumed of it.
+    """The usable weights of SRC, recognised by its content; what had to be assumed about them is printed.
 
     Raises:
         UserError: It does not exist, or holds no weights that can be used.
     """
-    weights = detect.read(src)
-    say(weights)
+    weights = usable_weights(src)
+    print_notes(weights)
     return weights
 
 
-@rank_zero_only
-def say(weights: Weights) -> None:
-    for note in weights.notes:
-        say_once(f"{weights.source}: {note}")
+def print_notes(weights: Weights) -> None:
+    """Print on the first rank what had to be assumed about weights."""
+    if is_first_rank():
+        for note in weights.notes:
+            print_once(f"{weights.source}: {note}")
 
 
 @functools.cache
-def say_once(line: str) -> None:
-    """Weights may be read several times."""
+def print_once(line: str) -> None:
+    """Print a line unless it has been printed before: weights may be read several times."""
     print(line, flush=True)
 
 
-def export(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
-    """Write encoder.safetensors (timm's names and layout) and model.safetensors (encoder and decoder)."""
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+def export_autoencoder(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
+    """Write model.safetensors (encoder and decoder) and encoder.safetensors (timm's names and layout)."""
     encoder = {key.removeprefix(ENCODER): value for key, value in state.items() if key.startswith(ENCODER)}
     paths = [folder / name for name in EXPORTS]
-    for kind, tensors, path in zip(("model", "encoder"), (state, encoder), paths, strict=True):
-        save(tensors, {"kind": kind, **description}, path)
+    save_safetensors(state, {"kind": "model", **description}, paths[0])
+    save_safetensors(encoder, {"kind": "encoder", **description}, paths[1])
     return paths
 
 
 def export_classifier(state: State, description: dict[str, Any], folder: Path) -> list[Path]:
-    """Write model.safetensors: a classifier under timm's names, with classes, pool, mean, std and crop described."""
+    """Write model.safetensors: a classifier under timm's names, described by its classes, pool, mean, std and crop."""
     path = folder / "model.safetensors"
     merged = merge_lora(state, description["classifier"]["lora_scale"])
-    plain = {key: value.detach().cpu().contiguous() for key, value in merged.items()}
-    save(plain, {"kind": "classifier", **description}, path)
+    save_safetensors(merged, {"kind": "classifier", **description}, path)
     return [path]
 
 
-def save(tensors: State, description: dict[str, Any], path: Path) -> None:
+def save_safetensors(tensors: State, description: dict[str, Any], path: Path) -> None:
+    """Write a file with its description in the metadata; it gets its name once it is complete."""
     unfinished = path.with_suffix(".partial")
+    tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
-    os.umask(umask := os.umask(0))  # which can only be read by setting it
-    unfinished.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
+    os.umask(umask := os.umask(0))  # the mask can only be read by setting it
+    unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
     sync(unfinished)
     unfinished.replace(path)
 
 
 def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
-    """Copy the weights of `src` into `model`; returns what was loaded, resampled or left random, in words.
+    """Copy the weights of `src` into `model`; returns in words what was loaded, resampled or left random.
 
-    Encoder and, where it fits, decoder are copied. Positions of another grid are not copied: ours are fixed and
-    computed for the grid at hand.
+    The encoder and, where it fits, the decoder are copied. Positions of another grid are not copied: ours are fixed and
+    computed for the model's own grid.
 
     Raises:
-        UserError: The encoder of src is of another architecture.
+        UserError: The encoder of src has another architecture.
     """
     weights = read_weights(src)
     weights.require_pretrained(False, None)
-    own, given = model.config, weights.config
+    ours, theirs = model.config, weights.config
     for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
-        if own[key] != given[key]:
+        if ours[key] != theirs[key]:
             raise UserError(
-                f"--model.init {weights.source} is another architecture: {key} {given[key]}, this model has {own[key]}"
+                f"--model.init {weights.source} is another architecture: {key} {theirs[key]}, "
+                f"this model has {ours[key]}"
             )
-    state, said = dict(weights.state), ["encoder loaded"]
-    if own["image_size"] != given["image_size"]:
+    state, actions = dict(weights.state), ["encoder loaded"]
+    if ours["image_size"] != theirs["image_size"]:
         state = {key: value for key, value in state.items() if not key.endswith("pos_embed")}
-        said.append(f"positions recomputed for {own['image_size']} (were {given['image_size']})")
-    same_decoder = all(own[key] == given[key] for key in own if key.startswith("decoder_"))
-    if weights.has_decoder and same_decoder:
-        said.append("decoder loaded")
+        actions.append(f"positions recomputed for {ours['image_size']} (were {theirs['image_size']})")
+    if weights.has_decoder and all(ours[key] == theirs[key] for key in ours if key.startswith("decoder_")):
+        actions.append("decoder loaded")
     else:
         state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
-        said.append("decoder left random: " + ("of another size" if weights.has_decoder else "the file has none"))
+        actions.append("decoder left random: " + ("of another size" if weights.has_decoder else "the file has none"))
     unexpected = model.load_state_dict(state, strict=False).unexpected_keys
     if unexpected:
         raise UserError(f"{weights.source} holds unknown tensors: {', '.join(unexpected[:3])}")
-    return f"--model.init {weights.source}: {', '.join(said)}"
+    return f"--model.init {weights.source}: {', '.join(actions)}"
 
 
 def read_checkpoint(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
@@ -176,9 +185,9 @@ def read_checkpoint(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: It holds no state of a run, or that of another network.
     """
-    content = read_file.unpickled(path)
-    weights = detect.require_usable(detect.recognised(read_file.open_torch(path, content), detect.NO_OVERRIDES))
-    say(weights)
+    content = read_file.load_pickle(path)
+    weights = require_usable(detect_opened(read_file.open_torch(path, content), NO_OVERRIDES))
+    print_notes(weights)
     if "recipe" not in weights.description:
         raise not_a_checkpoint(path)
     stored = {**weights.config, **(weights.classifier or {})}
@@ -201,34 +210,41 @@ def load_official_state_dict(model: MaskedAutoencoder, state_dict: State) -> Non
     Raises:
         ValueError: Names what is missing, extra or of another shape.
     """
-    given = {official_to_ours(key): value for key, value in state_dict.items()}
-    own = model.state_dict()
-    wrong = [f"missing {official_name(key)}" for key in own if key not in given]
-    wrong += [f"extra {official_name(key)}" for key in given if key not in own]
+    state = {official_to_ours(key): value for key, value in state_dict.items()}
+    expected = model.state_dict()
+    wrong = [f"missing {official_name(key)}" for key in expected if key not in state]
+    wrong += [f"extra {official_name(key)}" for key in state if key not in expected]
     wrong += [
-        f"{official_name(key)} is {tuple(given[key].shape)}, wanted {tuple(own[key].shape)}"
-        for key in own
-        if key in given and given[key].shape != own[key].shape
+        f"{official_name(key)} is {tuple(state[key].shape)}, wanted {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in state and state[key].shape != value.shape
     ]
     if wrong:
         raise ValueError(f"official weights do not fit: {'; '.join(wrong[:10])}" + (" ..." if len(wrong) > 10 else ""))
-    model.load_state_dict(given)
+    model.load_state_dict(state)
 
 
-def fitted(settings: dict[str, Any], own: dict[str, Any], src: str, fixed: Sequence[str]) -> dict[str, Any]:
-    """Settings of the data, those not given filled from `own`.
+def fill_data_settings(
+    settings: dict[str, Any], trained: dict[str, Any], src: str, fixed: Sequence[str]
+) -> dict[str, Any]:
+    """Settings of the data, with those that are None filled from what the weights were trained on.
+
+    Args:
+        trained: As `trained_data_settings` returns them.
+        src: Where the weights come from, for errors.
+        fixed: Settings that must not be other than in training.
 
     Raises:
-        UserError: One of `fixed` is given and another than in `own`, which belongs to `src`.
+        UserError: One of `fixed` is set to another value.
     """
     for key in fixed:
-        if (given := settings[key]) is not None and as_pair(given) != as_pair(own[key]):
-            raise UserError(f"--data.{key} {given} does not fit {src}, which takes {own[key]}")
-    return settings | {key: value for key, value in own.items() if settings.get(key) is None}
+        if (value := settings[key]) is not None and as_pair(value) != as_pair(trained[key]):
+            raise UserError(f"--data.{key} {value} does not fit {src}, which takes {trained[key]}")
+    return settings | {key: value for key, value in trained.items() if settings.get(key) is None}
 
 
-def image_settings(description: dict[str, Any]) -> dict[str, Any]:
-    """What images these weights were trained on, as settings of the data."""
+def trained_data_settings(description: dict[str, Any]) -> dict[str, Any]:
+    """Size, channels, mean and std of the images that weights were trained on, as settings of the data."""
     model = description["model"]
-    own = {"image_size": tuple(model["image_size"]), "in_chans": model["in_chans"]}
-    return own | {key: description[key] for key in ("mean", "std")}
+    settings = {"image_size": tuple(model["image_size"]), "in_chans": model["in_chans"]}
+    return settings | {key: description[key] for key in ("mean", "std")}

@@ -1,4 +1,4 @@
-"""What stands beside exported weights: configurations for timm and transformers, and a model card for people."""
+"""What lies beside exported weights: configurations for timm and transformers, and a model card for people."""
 
 import json
 import re
@@ -6,42 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from mae.models.mae import SIZES, Size
-from mae.weights.weights import Weights
+from mae.weights.weights import Weights, target_in_words
 
-UNKNOWN_LICENCE = "not told; it is for whoever trained these weights to say"
+UNKNOWN_LICENCE = "not recorded; whoever trained these weights has to say"
 
 
 def size_name(config: dict[str, Any]) -> str | None:
-    """Of a usual size, or None."""
-    own = Size(config["embed_dim"], config["depth"], config["num_heads"])
-    return next((name for name, size in SIZES.items() if size == own), None)
+    """The name of these sizes in SIZES, or None."""
+    sizes = Size(config["embed_dim"], config["depth"], config["num_heads"])
+    return next((name for name, size in SIZES.items() if size == sizes), None)
 
 
-def counted(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+def count_of(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def architecture(weights: Weights) -> str:
-    """In words: ViT-B/16, 224x224."""
+def architecture_name(weights: Weights) -> str:
+    """For example `ViT-base/16, 224x224 pixels`."""
     config, name = weights.config, size_name(weights.config)
     (height, width), (ph, pw) = config["image_size"], config["patch_size"]
     patch = f"{ph}" if ph == pw else f"{ph}x{pw}"
-    channels = "" if config["in_chans"] == 3 else f", {counted(config['in_chans'], 'channel')}"
-    own = f"ViT {config['embed_dim']} wide, {config['depth']} blocks, {config['num_heads']} heads, patch {patch}"
-    return (f"ViT-{name}/{patch}" if name else own) + f", {height}x{width} pixels{channels}"
-
-
-def parameters(weights: Weights) -> int:
-    return sum(value.numel() for value in weights.state.values())
+    channels = "" if config["in_chans"] == 3 else f", {count_of(config['in_chans'], 'channel')}"
+    sizes = f"ViT {config['embed_dim']} wide, {config['depth']} blocks, {config['num_heads']} heads, patch {patch}"
+    return (f"ViT-{name}/{patch}" if name else sizes) + f", {height}x{width} pixels{channels}"
 
 
 def timm_config(weights: Weights) -> dict[str, Any]:
-    """As timm reads it from `config.json`: `timm.create_model("local-dir:FOLDER", pretrained=True)`."""
+    """The `config.json` for timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
     config, about = weights.config, weights.classifier
     classes = len(about["classes"]) if about else 0
     pool = "avg" if about and about["pool"] == "mean" else "token"
     return {
-        "architecture": "vit_base_patch16_224",  # of which model_args change whatever is other
+        "architecture": "vit_base_patch16_224",  # model_args change whatever is different
         "num_classes": classes,
         "num_features": config["embed_dim"],
         "global_pool": pool,
@@ -67,7 +63,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
 
 
 def timm_arguments(weights: Weights) -> dict[str, Any]:
-    """Of timm's VisionTransformer."""
+    """The arguments of timm's VisionTransformer."""
     config, about = weights.config, weights.classifier
     arguments = {key: config[key] for key in ("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     arguments |= {"img_size": list(config["image_size"]), "patch_size": list(config["patch_size"])}
@@ -77,10 +73,10 @@ def timm_arguments(weights: Weights) -> dict[str, Any]:
 
 
 def hf_config(weights: Weights) -> dict[str, Any]:
-    """As transformers reads it from `config.json`."""
+    """The `config.json` for transformers."""
     config, about = weights.config, weights.classifier
-    kind = ("ViTForImageClassification" if about else "ViTModel", "vit")
-    found: dict[str, Any] = {
+    network, model_type = ("ViTForImageClassification" if about else "ViTModel"), "vit"
+    settings: dict[str, Any] = {
         "hidden_size": config["embed_dim"],
         "num_hidden_layers": config["depth"],
         "num_attention_heads": config["num_heads"],
@@ -88,7 +84,7 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "hidden_act": "gelu",
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        "layer_norm_eps": 1e-6,  # transformers' own default is another
+        "layer_norm_eps": 1e-6,  # transformers' own default is 1e-12
         "image_size": config["image_size"][0],
         "patch_size": config["patch_size"][0],
         "num_channels": config["in_chans"],
@@ -96,8 +92,8 @@ def hf_config(weights: Weights) -> dict[str, Any]:
         "dtype": "float32",
     }
     if weights.has_decoder:
-        kind = ("ViTMAEForPreTraining", "vit_mae")
-        found |= {
+        network, model_type = "ViTMAEForPreTraining", "vit_mae"
+        settings |= {
             "decoder_hidden_size": config["decoder_embed_dim"],
             "decoder_num_hidden_layers": config["decoder_depth"],
             "decoder_num_attention_heads": config["decoder_num_heads"],
@@ -106,13 +102,13 @@ def hf_config(weights: Weights) -> dict[str, Any]:
             "norm_pix_loss": config["norm_pix_loss"],
         }
     if about:
-        found["id2label"] = {str(i): name for i, name in enumerate(about["classes"])}
-        found["label2id"] = {name: i for i, name in enumerate(about["classes"])}
-    return {"architectures": [kind[0]], "model_type": kind[1], **found}
+        settings["id2label"] = {str(i): name for i, name in enumerate(about["classes"])}
+        settings["label2id"] = {name: i for i, name in enumerate(about["classes"])}
+    return {"architectures": [network], "model_type": model_type, **settings}
 
 
 def hf_processor(weights: Weights) -> dict[str, Any]:
-    """As transformers reads it from `preprocessor_config.json`."""
+    """The `preprocessor_config.json` for transformers."""
     height, width = weights.config["image_size"]
     return {
         "image_processor_type": "ViTImageProcessor",
@@ -128,23 +124,30 @@ def hf_processor(weights: Weights) -> dict[str, Any]:
 
 
 USE = {
-    "mae": 'import mae\n\nmodel = mae.{load}("{name}")',
-    "official": 'import mae\n\nmodel = mae.{load}("{name}")  # the official scripts: --resume or --finetune {name}',
+    "mae": '{load}("{name}")',
+    "official": '{load}("{name}")  # the official scripts: --resume or --finetune {name}',
     "timm": "import timm\n\n{timm}\nfeatures = model.forward_features(images)  # (B, 1 + patches, width), unmasked",
     "hf": 'from transformers import {hf}\n\nmodel = {hf}.from_pretrained("{name}"{hf_more})',
-    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")  # of numpy arrays\n'
+    "onnx": 'import onnxruntime\n\nsession = onnxruntime.InferenceSession("{name}")  # takes numpy arrays\n'
     "outputs = session.run(None, {{{feed}}})",
     "export": 'import torch\n\nmodel = torch.export.load("{name}").module()',
 }
 
 
-def card(weights: Weights, format: str, name: str, folder: bool, checks: list[str], lost: list[str]) -> str:
-    """A model card in Markdown, with the head that hubs read."""
+def card_text(weights: Weights, format: str, name: str, folder: bool, checks: list[str], lost: list[str]) -> str:
+    """A model card in Markdown, with the header that model hubs read.
+
+    Args:
+        format: One of USE.
+        name: Of the file or folder that the card describes.
+        checks: What was compared, and how it came out.
+        lost: What the format does not hold.
+    """
     about, description = weights.classifier, weights.description
     licence = description.get("licence", UNKNOWN_LICENCE)
-    load = "load" if weights.has_decoder else "load_encoder"
+    load = f"import mae\n\nmodel = mae.{'load' if weights.has_decoder else 'load_encoder'}"
     if about:
-        load = "classifier.load_classifier"
+        load = "from mae.weights.classifier import load_classifier\n\nmodel = load_classifier"
     local = f'model = timm.create_model("local-dir:{name}", pretrained=True)'
     if not folder:
         arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(weights).items())
@@ -162,32 +165,31 @@ def card(weights: Weights, format: str, name: str, folder: bool, checks: list[st
     head |= {"pipeline_tag": "image-classification" if about else "image-feature-extraction"}
     if re.fullmatch(r"[\w.-]+|CC BY-NC 4\.0", licence):
         head["license"] = licence.lower().replace(" ", "-")
+    title = architecture_name(weights)
     rows = {
-        "architecture": architecture(weights),
+        "architecture": title,
         "holds": {"classifier": "a classifier", "autoencoder": "encoder and decoder"}.get(weights.holds, "an encoder"),
-        "parameters": f"{parameters(weights):,}",
-        "images": f"mean {rounded(description['mean'])}, std {rounded(description['std'])} of channels in [0, 1]",
+        "parameters": f"{sum(value.numel() for value in weights.state.values()):,}",
+        "images": "mean {}, std {} of channels in [0, 1]".format(
+            *(", ".join(f"{value:.4g}" for value in description[key]) for key in ("mean", "std"))
+        ),
     }
     if weights.has_decoder:
-        target = "pixels normalised within each patch" if weights.config["norm_pix_loss"] else "plain pixels"
+        target = target_in_words(weights.config["norm_pix_loss"])
         rows["the decoder predicts"] = f"{target}, {description['mask_ratio']:g} of the patches hidden"
     if about:
-        rows["classes"] = f"{len(about['classes'])}, from the {about['pool']} of tokens" if about else ""
+        rows["classes"] = f"{len(about['classes'])}, from the {about['pool']} of tokens"
     rows |= {key: str(description[key]) for key in ("step", "images_seen") if key in description}
     rows |= {"converted from": f"{weights.source.name} ({weights.format} format)", "licence": licence}
     lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "tags: [mae, vit]", "---", ""]
-    lines += [f"# {architecture(weights)} by masked autoencoding", "", "```python", use, "```", ""]
+    lines += [f"# {title} by masked autoencoding", "", "```python", use, "```", ""]
     lines += ["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows.items()), ""]
-    for title, items in (("Checked", checks), ("Left out", lost), ("Taken to be so", list(weights.notes))):
+    for heading, items in (("Checked", checks), ("Left out", lost), ("Assumed", list(weights.notes))):
         if items:
-            lines += [f"## {title}", "", *(f"- {item}" for item in items), ""]
+            lines += [f"## {heading}", "", *(f"- {item}" for item in items), ""]
     lines += ["He et al., Masked Autoencoders Are Scalable Vision Learners, arXiv:2111.06377.", ""]
     return "\n".join(lines)
 
 
-def rounded(values: list[float]) -> str:
-    return ", ".join(f"{value:.4g}" for value in values)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
+def write_config(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")

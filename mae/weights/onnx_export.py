@@ -1,7 +1,7 @@
 """Networks as graphs that run without this package: ONNX files, torch.export programs, int8 weights.
 
-Shapes: B images of C channels and H x W pixels; N patches an image, of P values each; D encoder width. B is free in
-every graph; H and W are those of the network, or, where asked for, free in multiples of the patch.
+Shapes: B images of C channels and H x W pixels; N patches per image, of P values each; D encoder width. B is free in
+every graph; H and W are those of the network or, on request, any multiples of the patch.
 """
 
 import json
@@ -21,19 +21,19 @@ from torch.export import Dim
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, patchify, random_masking, take
 
-BATCHES = (1, 2, 5)  # what checks compare
+BATCHES = (1, 2, 5)  # batch sizes that checks compare
 
-SMALLEST = 2  # patches a side, where sizes are free: torch.export takes lengths of 1 for constants
+SMALLEST = 2  # patches per side where sizes are free: torch.export takes lengths of 1 for constants
 
 
 class Graph(nn.Module):
-    """What a graph computes: `forward` takes tensors named by `takes` and returns those named by `gives`.
+    """A network to export: `forward` takes tensors named by `takes` and returns tensors named by `gives`.
 
     The network inside is put into eval mode.
 
     Attributes:
-        free_size: H and W are free: multiples of the patch, at least two patches a side.
-        encoder: What images go through; its grid and patch are the graph's.
+        free_size: Whether H and W are free: multiples of the patch, at least two patches per side.
+        encoder: The encoder, whose grid and patch size are the graph's.
     """
 
     takes: tuple[str, ...] = ("images",)
@@ -52,14 +52,14 @@ class Graph(nn.Module):
         return height, width
 
     def example(self, batch: int, grid: Pair | None = None, seed: int = 0) -> tuple[Tensor, ...]:
-        """Random inputs, for images of so many patches; None: the network's own number."""
+        """Random inputs, for images of `grid` rows and columns of patches; None: the network's own grid."""
         (rows, columns), (height, width) = grid or self.grid, self.patch_size
-        draw = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
         channels = self.encoder.patch_embed.proj.in_channels
-        return (torch.randn(batch, channels, rows * height, columns * width, generator=draw),)
+        return (torch.randn(batch, channels, rows * height, columns * width, generator=generator),)
 
     def shapes(self) -> tuple[dict[int, Any], ...]:
-        """Which lengths of each input are free, as torch.export wants it."""
+        """The free dimensions of each input, as torch.export expects them."""
         images: dict[int, Any] = {0: Dim("batch")}
         if self.free_size:
             height, width = self.patch_size
@@ -67,7 +67,7 @@ class Graph(nn.Module):
         return (images,)
 
     def grids(self) -> list[Pair]:
-        """What sizes of images, in patches, checks compare: where they are free smaller, larger, not square."""
+        """The image sizes that checks compare, in patches; where they are free also smaller, larger and oblong ones."""
         rows, columns = self.grid
         if not self.free_size:
             return [self.grid]
@@ -107,11 +107,12 @@ class Encoder(Graph):
 
 
 class Reconstruction(Graph):
-    """Images (B, C, H, W) and scores (B, N) -> pred (B, N, P) of every patch and mask (B, N), as `predict` gives them.
+    """Images (B, C, H, W) and noise (B, N) -> pred (B, N, P) of every patch and mask (B, N), as `predict` gives them.
 
-    The mask comes from outside: the int(N * (1 - mask_ratio)) lowest scores stay visible, and mask is True elsewhere.
-    Any mask that hides so many patches can so be given, as scores 0 and 1. To rounding, not to the bit, `predict`:
-    decoder tokens go back to raster order before the decoder, which is one gather in the graph instead of three.
+    The caller decides the mask: the int(N * (1 - mask_ratio)) patches of lowest noise stay visible, and mask is True
+    for the others. Any mask that hides this number of patches can be given as noise of 0 and 1. Results equal those of
+    `predict` up to rounding: decoder tokens are put into raster order before the decoder, which takes one gather in
+    the graph instead of three.
 
     Raises:
         ValueError: The ratio would leave no patch visible or none hidden.
@@ -131,15 +132,15 @@ class Reconstruction(Graph):
         return self.model.encoder
 
     def example(self, batch: int, grid: Pair | None = None, seed: int = 0) -> tuple[Tensor, ...]:
-        draw = torch.Generator().manual_seed(seed + 1)
-        return *super().example(batch, grid, seed), torch.rand(batch, self.model.num_patches, generator=draw)
+        generator = torch.Generator().manual_seed(seed + 1)
+        return *super().example(batch, grid, seed), torch.rand(batch, self.model.num_patches, generator=generator)
 
     def shapes(self) -> tuple[dict[int, Any], ...]:
         (images,) = super().shapes()
         return images, {0: images[0]}
 
     def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        # Nothing here may ask for len() of a tensor: that is a constant to torch.export.
+        # Nothing here may use len() of a tensor, which torch.export takes for a constant.
         model = self.model
         keep, hide, mask = masking = random_masking(noise, self.mask_ratio)
         latent = model.encode_visible(take(patchify(images, model.patch_size), keep), keep)  # (B, 1 + K, D)
@@ -167,8 +168,8 @@ class Logits(Graph):
         return logits
 
 
-def needed(package: str) -> Any:
-    """A package of the extra "onnx".
+def import_onnx_package(package: str) -> Any:
+    """Import a package of the extra "onnx".
 
     Raises:
         UserError: It is not installed.
@@ -182,111 +183,111 @@ def needed(package: str) -> Any:
 
 def program(graph: Graph) -> torch.export.ExportedProgram:
     """The graph, traced by torch.export."""
-    # Two images: a batch of one would be taken for a constant.
+    # Two images, because a batch of one would be taken for a constant.
     with torch.no_grad():
-        made = torch.export.export(graph, graph.example(2), dynamic_shapes=graph.shapes())
-    for module in made.graph_module.modules():
+        exported = torch.export.export(graph, graph.example(2), dynamic_shapes=graph.shapes())
+    for module in exported.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
-            node.meta.pop("stack_trace", None)  # paths of this machine, which are nobody else's business
-    return made
+            node.meta.pop("stack_trace", None)  # it shows paths of this machine
+    return exported
 
 
 def to_onnx(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]:
     """Write an ONNX file; returns what was written.
 
-    One file up to 1.5 GiB of weights. Above, as protobuf ends at 2 GB, the weights lie beside it in NAME.data, which
-    the graph asks for by that name: to be safe from half-written files, write into another folder, not under another
-    name.
+    Up to 1.5 GiB of weights there is one file. Larger weights lie beside it in NAME.data, since protobuf is limited to
+    2 GB. The graph refers to that file by name, so write to another folder, not under another name, to be safe from
+    half-written files.
 
     Args:
-        description: Of the weights; stands as JSON in the file's metadata, under the key "mae".
+        description: Of the weights; stored as JSON in the file's metadata, under the key "mae".
 
     Raises:
         UserError: The packages that ONNX needs are missing.
     """
     for package in ("onnx", "onnxscript"):
-        needed(package)
+        import_onnx_package(package)
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used")  # a second time: it is one length
-        made = torch.onnx.export(
+        warnings.filterwarnings("ignore", ".*The axis name: batch will not be used")  # it is the same length
+        onnx_program = torch.onnx.export(
             program(graph),
             dynamo=True,
             input_names=list(graph.takes),
             output_names=list(graph.gives),
-            dynamic_shapes=graph.shapes(),  # of a program that has them these are names alone
+            dynamic_shapes=graph.shapes(),  # here only the names count: the program has them already
             custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
             verbose=False,
         )
-    assert made is not None
-    for node in made.model.graph:
-        node.metadata_props.clear()  # names of classes: of use to those who debug the exporter
-    made.model.metadata_props["mae"] = json.dumps(description)
-    made.save(path, external_data=False)  # it is external above torch's limit all the same
-    return [file for file in (path, beside(path)) if file.exists()]
+    assert onnx_program is not None
+    for node in onnx_program.model.graph:
+        node.metadata_props.clear()  # names of classes, for debugging the exporter
+    onnx_program.model.metadata_props["mae"] = json.dumps(description)
+    onnx_program.save(path, external_data=False)  # above torch's limit the data are external all the same
+    return [file for file in (path, external_data_path(path)) if file.exists()]
 
 
-def beside(path: Path) -> Path:
-    """Where the weights lie that are too many for one file."""
+def external_data_path(path: Path) -> Path:
+    """The file for weights that are too large for the ONNX file."""
     return path.with_name(f"{path.name}.data")
 
 
 def stable_sort(values: Any, *, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """torch's stable sort, which its exporter does not know: in TopK equal values come in the order of their indices.
+    """torch's stable sort, which its exporter does not know, as TopK, which keeps equal values in index order.
 
     Returns:
         Sorted values and their indices.
     """
-    op = needed("onnxscript").opset18
+    op = import_onnx_package("onnxscript").opset18
     length = op.Shape(values, start=dim, end=dim + 1 or None)
     return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
 
 
 def session(path: Path, threads: int = 1) -> Any:
     """An onnxruntime.InferenceSession on the CPU."""
-    runtime = needed("onnxruntime")
+    runtime = import_onnx_package("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads = threads
-    # Between two runs its threads would otherwise go on asking for work, and take cores from whoever comes next.
+    # Otherwise its threads keep spinning between two runs and take cores from whatever runs next.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def run_onnx(running: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of a `session`."""
-    given = {one.name: value.numpy() for one, value in zip(running.get_inputs(), inputs, strict=True)}
-    return tuple(torch.from_numpy(value) for value in running.run(None, given))
+def run_onnx(onnx_session: Any, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Run a `session`; returns its outputs."""
+    feed = {node.name: value.numpy() for node, value in zip(onnx_session.get_inputs(), inputs, strict=True)}
+    return tuple(torch.from_numpy(value) for value in onnx_session.run(None, feed))
 
 
 def check_onnx(path: Path, graph: Graph, batches: Sequence[int] = BATCHES) -> float:
     """The greatest absolute difference of any output between ONNX Runtime and PyTorch, both on the CPU.
 
-    On random inputs of several batch sizes and, where they are free, several sizes of images. In masks a patch that
-    differs is a difference of 1.
+    The inputs are random, in several batch sizes and, where they are free, several image sizes. A patch that differs
+    in a mask is a difference of 1.
     """
-    running = session(path)
-    return max(difference(run_onnx(running, inputs), graph(*inputs)) for inputs in trials(graph, batches))
+    onnx_session = session(path)
+    return max(difference(run_onnx(onnx_session, x), graph(*x)) for x in check_inputs(graph, batches))
 
 
 def check_export(path: Path, graph: Graph, batches: Sequence[int] = BATCHES) -> float:
-    """As `check_onnx`, of a .pt2 file."""
+    """As `check_onnx`, for a .pt2 file."""
     loaded = torch.export.load(path).module()
-    return max(difference(loaded(*inputs), graph(*inputs)) for inputs in trials(graph, batches))
+    return max(difference(loaded(*x), graph(*x)) for x in check_inputs(graph, batches))
 
 
-def trials(graph: Graph, batches: Sequence[int]) -> list[tuple[Tensor, ...]]:
+def check_inputs(graph: Graph, batches: Sequence[int]) -> list[tuple[Tensor, ...]]:
     return [graph.example(n, grid, seed) for seed, grid in enumerate(graph.grids()) for n in batches]
 
 
-def difference(found: Any, wanted: Any) -> float:
+def difference(outputs: Any, expected: Any) -> float:
     """Greatest absolute difference of outputs, one tensor or several; infinite where shapes or types differ."""
-    pairs = zip(*([one] if isinstance(one, Tensor) else one for one in (found, wanted)), strict=True)
-    worst = 0.0
-    for one, other in pairs:
-        if one.shape != other.shape or one.dtype != other.dtype:
+    pairs = zip(*([x] if isinstance(x, Tensor) else x for x in (outputs, expected)), strict=True)
+    greatest = 0.0
+    for output, reference in pairs:
+        if output.shape != reference.shape or output.dtype != reference.dtype:
             return float("inf")
-        gap = float((one.double() - other.double()).abs().max())
-        worst = max(worst, gap if gap == gap else float("inf"))  # NaN is no small difference
-    return worst
+        gap = float((output.double() - reference.double()).abs().max())
+        greatest = max(greatest, gap if gap == gap else float("inf"))  # NaN counts as infinite
+    return greatest
 
 
 def to_export(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]:
@@ -301,35 +302,35 @@ def to_export(graph: Graph, path: Path, description: dict[str, Any]) -> list[Pat
 
 
 def quantize(src: Path, dst: Path) -> list[Path]:
-    """From a float32 ONNX file one whose linear layers have int8 weights; returns what was written.
+    """Write a copy of a float32 ONNX file whose linear layers have int8 weights; returns what was written.
 
-    Weights have a scale for each output. They use seven of their eight bits: processors without VNNI add products in
-    pairs of 16 bits, which the eighth would overflow. Activations become uint8 as they come, by a scale for the whole
-    tensor: so what is said of an image depends on the images beside it in the batch, about as much as on the rounding
-    itself. The patch embedding (a convolution), attention's own products, norms and positions stay float32: they hold
-    few weights or none.
+    Weights have one scale per output. They use seven of their eight bits, because processors without VNNI add pairs of
+    products in 16 bits, which the eighth bit would overflow. Activations become uint8 at run time, with one scale for
+    the whole tensor: the result for an image therefore depends on the other images in the batch, about as much as on
+    the rounding itself. The patch embedding (a convolution), attention's own products, norms and positions stay
+    float32: they hold few weights or none.
 
     Raises:
         UserError: The packages that ONNX needs are missing.
     """
     for package in ("onnx", "onnxruntime"):
-        needed(package)
-    quantization = needed("onnxruntime.quantization")
-    shapes = needed("onnxruntime.quantization.shape_inference")
-    large = beside(src).exists()
+        import_onnx_package(package)
+    quantization = import_onnx_package("onnxruntime.quantization")
+    shapes = import_onnx_package("onnxruntime.quantization.shape_inference")
+    large = external_data_path(src).exists()
     with tempfile.TemporaryDirectory(dir=dst.parent) as folder:
-        # Shapes alone: there is nothing that ONNX Runtime could simplify, and its own operators bind a file to it.
-        ready = Path(folder) / "ready.onnx"
+        # Only infer shapes: there is nothing to simplify, and ONNX Runtime's own operators would bind the file to it.
+        prepared = Path(folder) / "prepared.onnx"
         shapes.quant_pre_process(
             src,
-            ready,
+            prepared,
             skip_symbolic_shape=True,
             skip_optimization=True,
             save_as_external_data=large,
             all_tensors_to_one_file=large,
         )
         quantization.quantize_dynamic(
-            ready,
+            prepared,
             dst,
             op_types_to_quantize=["MatMul"],
             per_channel=True,

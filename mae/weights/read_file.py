@@ -1,7 +1,7 @@
-"""Files of weights as they are: what kind of file, the tensors in it, and what is said beside them. Nothing is run.
+"""Reading files of weights: the kind of file, its tensors, and what is recorded beside them. No code in them is run.
 
-A pickle may hold tensors, plain values and argparse.Namespace, in which the official scripts keep their settings; what
-asks for any other class is refused by its name.
+A pickle may hold tensors, plain values and argparse.Namespace, in which the official scripts store their settings. A
+file that asks for any other class is refused, and the error names the class.
 """
 
 import argparse
@@ -22,43 +22,45 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.runtime import checkpoint_files
-from mae.weights.state_dict_keys import State, bare
+from mae.weights.state_dict_keys import State, bare_name
 
-RUN = ("model.safetensors", "checkpoints/last.ckpt", "encoder.safetensors")  # what of a run folder is taken, if there
+# Of a run folder, the first of these that exists is read.
+RUN_FILES = ("model.safetensors", "checkpoints/last.ckpt", "encoder.safetensors")
 
-MODEL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-HEADER = 100_000_000  # bytes, at most, of what a safetensors file says of its tensors
+HEADER = 100_000_000  # bytes, at most, of the header of a safetensors file
 
-AVERAGED = ("state_dict_ema", "model_ema")
+AVERAGED_KEYS = ("state_dict_ema", "model_ema")
 
-TENSORS = (*AVERAGED, "state_dict", "model")  # where other software keeps them, in the order in which it looks itself
+# Where other software stores tensors, in the order in which it looks for them itself.
+TENSOR_KEYS = (*AVERAGED_KEYS, "state_dict", "model")
 
-SETTINGS = ("args", "arch", "epoch")
+SETTING_KEYS = ("args", "arch", "epoch")
 
 GRAPHS = (".onnx", ".pt2")
 
-# Classes that torch reads itself.
-KNOWN = ("argparse.Namespace", "collections.OrderedDict", "builtins.set", "_codecs.encode")
+# Classes that torch reads by itself.
+KNOWN_CLASSES = ("argparse.Namespace", "collections.OrderedDict", "builtins.set", "_codecs.encode")
 
 
 class Opened(NamedTuple):
-    """What a file holds."""
+    """The content of a file."""
 
-    path: Path  # of the file, where SRC is a folder
+    path: Path  # of the file, also where SRC is a folder
     container: str  # "safetensors" or "torch"
     state: State  # on the CPU, mapped from the file where it allows that; without the prefixes of wrappers
-    description: dict[str, Any] | None  # our own
-    about: dict[str, Any]  # what else is said: `config` (a JSON file), `key` (of the tensors), `args`, `arch`, `epoch`
-    optimizer: bool  # it has the state of one
+    description: dict[str, Any] | None  # the one that our own files hold
+    about: dict[str, Any]  # `config` (a JSON file beside it), `key` (of the tensors), `args`, `arch`, `epoch`
+    optimizer: bool  # it holds the state of an optimiser
     notes: list[str]
 
 
 def open_weights(src: str | Path) -> Opened:
-    """The weights of a file or folder.
+    """Open the weights of a file or folder.
 
     Raises:
-        UserError: There are none, or they cannot be read: the file is named, and what is wrong with it.
+        UserError: There are none, or they cannot be read; the error names the file and what is wrong with it.
     """
     path = Path(src).expanduser()
     if path.is_dir():
@@ -81,8 +83,8 @@ def open_weights(src: str | Path) -> Opened:
 
 
 def in_folder(folder: Path) -> Path:
-    """The file to take of a run folder, or of one that transformers or timm has saved."""
-    names = MODEL if (folder / "config.json").is_file() else (*RUN, *MODEL)
+    """The file to read in a run folder, or in a folder that transformers or timm has saved."""
+    names = MODEL_FILES if (folder / "config.json").is_file() else (*RUN_FILES, *MODEL_FILES)
     for name in names:
         if (folder / name).is_file():
             return folder / name
@@ -90,30 +92,30 @@ def in_folder(folder: Path) -> Path:
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """What transformers or timm have written of the weights in a JSON file beside them, if there is one."""
-    folder = path.name in MODEL
-    beside = path.with_name("config.json" if folder else f"{path.name}.json")
-    config = json_of(beside, must=folder)
-    if not {"model_type", "architecture"} & config.keys():  # it may be about anything
+    """The configuration that transformers or timm has written beside the weights, if there is one."""
+    in_saved_folder = path.name in MODEL_FILES
+    beside = path.with_name("config.json" if in_saved_folder else f"{path.name}.json")
+    config = read_json(beside, required=in_saved_folder)
+    if not {"model_type", "architecture"} & config.keys():  # a JSON file about something else
         return {}
-    processor = json_of(beside.with_name("preprocessor_config.json"), must=True) if folder else {}
+    processor = read_json(beside.with_name("preprocessor_config.json"), required=True) if in_saved_folder else {}
     return {"config": {**config, "processor": processor}}
 
 
-def json_of(path: Path, must: bool) -> dict[str, Any]:
-    """The settings in a JSON file; none, where there is no file, or none of that kind.
+def read_json(path: Path, required: bool) -> dict[str, Any]:
+    """The settings in a JSON file; empty where the file does not exist or holds something else.
 
     Raises:
-        UserError: They must be readable, and are not.
+        UserError: `required`, and the file exists but holds no settings.
     """
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text())
         if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__}, no settings")
+            raise ValueError(f"it holds a {type(content).__name__} instead of settings")
     except (OSError, ValueError) as error:
-        if must:
+        if required:
             raise UserError(f"{path} cannot be read: {error}") from None
         return {}
     return content
@@ -147,7 +149,7 @@ def open_safetensors(path: Path) -> Opened:
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}
-            state = {key: file.get_tensor(key) for key in file.keys()}  # a safetensors file, no dict
+            state = {key: file.get_tensor(key) for key in file.keys()}  # `file` is no dict
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
     try:
@@ -155,64 +157,67 @@ def open_safetensors(path: Path) -> Opened:
         if not isinstance(description, dict | None):
             raise ValueError(f"a {type(description).__name__}")
     except ValueError as error:
-        raise UserError(f"{path} is damaged: the text by which it describes itself cannot be read: {error}") from None
-    return Opened(path, "safetensors", cleaned(path, state), description, {}, False, [])
+        raise UserError(f"{path} is damaged: its own description cannot be read: {error}") from None
+    return Opened(path, "safetensors", with_bare_names(path, state), description, {}, False, [])
 
 
 def open_torch(path: Path, content: Any = None) -> Opened:
-    """What a file of torch holds; `content` is what `unpickled` has read from it, where it has been read already."""
-    content = unpickled(path) if content is None else content
+    """What a file of torch holds; `content` is what `load_pickle` has read from it, where it has been read already."""
+    content = load_pickle(path) if content is None else content
     if isinstance(content, Tensor) or not isinstance(content, Mapping):
-        raise UserError(f"{path} holds a {type(content).__name__}; wanted is a dictionary of tensors")
+        raise UserError(f"{path} holds a {type(content).__name__} instead of a dictionary of tensors")
     description = content.get("mae")
     if isinstance(description, dict) and (version := content.get("mae_format", 0)) > checkpoint_files.FORMAT:
         raise UserError(
             f"{path} was written by a newer version of this package (format {version}, this one reads up to "
             f"{checkpoint_files.FORMAT}): update the package"
         )
-    about = {name: content[name] for name in SETTINGS if name in content}
+    about = {name: content[name] for name in SETTING_KEYS if name in content}
     if isinstance(about.get("args"), argparse.Namespace):
         about["args"] = vars(about["args"])
-    key = next((key for key in TENSORS if isinstance(content.get(key), Mapping)), None)
-    notes = [f"the averaged weights are taken ({key})"] if key in AVERAGED else []
+    key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), Mapping)), None)
+    notes = [f"the averaged weights are used ({key})"] if key in AVERAGED_KEYS else []
     state = dict(content[key] if key else content)
     optimizer = any(name.startswith("optimizer") for name in content if isinstance(name, str))
-    about = about if key is None else {"key": key, **about}
-    own = description if isinstance(description, dict) else None
-    return Opened(path, "torch", cleaned(path, state), own, about, optimizer, notes)
+    if key is not None:
+        about["key"] = key
+    if not isinstance(description, dict):
+        description = None
+    return Opened(path, "torch", with_bare_names(path, state), description, about, optimizer, notes)
 
 
-def unpickled(path: Path) -> Any:
-    """The content, tensors mapped from the file where it is of a kind that can be."""
-    failed: Exception | None = None
+def load_pickle(path: Path) -> Any:
+    """The content, with tensors mapped from the file where its format allows that."""
+    failure: Exception | None = None
     for mmap in (True, False):
         try:
             with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of old files, which torch reads all the same
+                warnings.simplefilter("ignore")  # about old files, which torch reads all the same
                 return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except RuntimeError as error:
-            failed = error
+            failure = error
             if "mmap" not in str(error):  # files from before torch 1.6 cannot be mapped
                 break
         except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-            failed = error
+            failure = error
             break
-    said = str(failed)
-    if strangers := [name for name in classes_in(path) if name not in KNOWN and not name.startswith("torch.")]:
+    message = str(failure)
+    classes = classes_in_pickle(path)
+    if unknown := [name for name in classes if name not in KNOWN_CLASSES and not name.startswith("torch.")]:
         raise UserError(
-            f"{path} is not safe to load: it asks for {', '.join(strangers[:3])}, which could run any code; only "
+            f"{path} is not safe to load: it asks for {', '.join(unknown[:3])}, which could run any code; only "
             "tensors, plain values and argparse.Namespace are read. If you trust it, save its state_dict alone where "
             "it comes from"
         )
-    if isinstance(failed, pickle.UnpicklingError):
-        # torch's first sentences advise to load it all the same; what is wrong comes later.
-        match = re.search(r"[Uu]nsupported [^\n]*", said)
+    if isinstance(failure, pickle.UnpicklingError):
+        # The first sentences of torch's message advise to load the file all the same; the cause comes later.
+        match = re.search(r"[Uu]nsupported [^\n]*", message)
         raise UserError(f"{path} is not safe to load: it holds more than tensors ({match[0] if match else 'a pickle'})")
-    raise UserError(f"{path} is damaged or cut off: {(said.splitlines() or [type(failed).__name__])[0]}")
+    raise UserError(f"{path} is damaged or cut off: {(message.splitlines() or [type(failure).__name__])[0]}")
 
 
-def classes_in(path: Path) -> list[str]:
-    """What a pickle, or one in a zip archive, would import: read as a list of instructions, of which none is run."""
+def classes_in_pickle(path: Path) -> list[str]:
+    """The classes that a pickle would import; its instructions are only listed, none is run."""
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
@@ -221,50 +226,50 @@ def classes_in(path: Path) -> list[str]:
             pickles = [path.read_bytes()]
     except Exception:  # whatever a damaged archive makes zipfile raise
         return []
-    found: dict[str, None] = {}
+    classes: dict[str, None] = {}
     for data in pickles:
         words: list[str] = []  # strings in the order of their use
         memo: list[str] = []
-        with contextlib.suppress(Exception):  # damaged: what was found until there counts
+        with contextlib.suppress(Exception):  # of a damaged pickle, the classes up to there count
             for operation, argument, _ in pickletools.genops(data):
                 if operation.name == "GLOBAL":
-                    found[str(argument).replace(" ", ".")] = None
+                    classes[str(argument).replace(" ", ".")] = None
                 elif operation.name == "STACK_GLOBAL":
-                    found[".".join(words[-2:])] = None
+                    classes[".".join(words[-2:])] = None
                 elif operation.name == "MEMOIZE":
                     memo.append(words[-1] if words else "")
                 elif operation.name in ("BINGET", "LONG_BINGET") and int(argument or 0) < len(memo):
                     words.append(memo[int(argument or 0)])
                 elif isinstance(argument, str):
                     words.append(argument)
-    return list(found)
+    return list(classes)
 
 
-def cleaned(path: Path, state: Mapping[Any, Any]) -> State:
-    """By bare names.
+def with_bare_names(path: Path, state: Mapping[Any, Any]) -> State:
+    """The tensors by their names without the prefixes of wrappers.
 
     Raises:
-        UserError: What is there is no dictionary of tensors, or a name comes twice.
+        UserError: Something else than a tensor is among them, a tensor has no values, or a name comes twice.
     """
-    found: State = {}
+    tensors: State = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise UserError(
-                f"{path} holds no weights: {key!r} is a {type(value).__name__}, where tensors by their names are wanted"
+                f"{path} holds no weights: {key!r} is a {type(value).__name__}, but tensors by their names are expected"
             )
         if value.layout is not torch.strided or value.is_meta:
             raise UserError(f"{path}: {key} has no numbers of its own (it is sparse or a placeholder)")
-        name = bare(key)
-        if name in found:
+        name = bare_name(key)
+        if name in tensors:
             raise UserError(f"{path} holds {name} twice, with and without a prefix: keep one of them")
-        found[name] = value
-    if not found:
+        tensors[name] = value
+    if not tensors:
         raise UserError(f"{path} holds no tensors")
-    return found
+    return tensors
 
 
 def open_parts(index: Path, config: dict[str, Any]) -> Opened:
-    """Weights in several files, as transformers splits large ones."""
+    """Open weights in several files, as transformers splits large ones."""
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
@@ -273,6 +278,6 @@ def open_parts(index: Path, config: dict[str, Any]) -> Opened:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index} names {name}, which is not beside it")
-        part = open_weights(index.with_name(name))
-        state |= part.state
-    return Opened(index, part.container, state, None, config, False, [])
+        opened = open_weights(index.with_name(name))
+        state |= opened.state
+    return Opened(index, opened.container, state, None, config, False, [])

@@ -1,7 +1,8 @@
-"""The names of the same tensors in other software: the official code, timm, Hugging Face's transformers.
+"""Names of the same tensors in this project, the official code, timm and Hugging Face's transformers.
 
-Ours are those of MaskedAutoencoder: timm's behind `encoder.`, and the official ones of the decoder. A classifier is all
-encoder, its head included. Values are never changed; only Hugging Face keeps queries, keys and values apart.
+Our names are those of MaskedAutoencoder: timm's behind `encoder.`, and the official ones for the decoder. All names of
+a classifier, also those of its head, begin with `encoder.`. Values are never changed, but transformers stores queries,
+keys and values as three tensors.
 """
 
 import re
@@ -16,11 +17,10 @@ State = dict[str, Tensor]
 
 ENCODER = "encoder."
 
-DECODER = ("decoder_", "mask_token")  # how the names of a decoder's tensors begin, with us and officially
+DECODER = ("decoder_", "mask_token")  # prefixes of the decoder's tensors, in our names and the official ones
 
-
-# As in the files on Hugging Face's hub. In memory transformers 5 has others, and in what it writes others again for a
-# decoder's blocks: HF_SPELLINGS makes the first of each.
+# The names in files on Hugging Face's hub. transformers 5 has other names in memory, and others again for a decoder's
+# blocks in the files that it writes: HF_SPELLINGS turns each into the name on the hub.
 HF_NAMES = {
     "vit.embeddings.cls_token": "encoder.cls_token",
     "vit.embeddings.position_embeddings": "encoder.pos_embed",
@@ -56,18 +56,18 @@ HF_SPELLINGS = (
     (r"\.mlp\.fc2\.", ".output.dense."),
 )
 
-BLOCK = re.compile(r"(encoder\.blocks\.|decoder_blocks\.)(\d+\.)(.*)")
+BLOCK_KEY = re.compile(r"(encoder\.blocks\.|decoder_blocks\.)(\d+\.)(.*)")
 
-PARTS = ("query", "key", "value")
+QKV = ("query", "key", "value")
 
 
-def bare(key: str) -> str:
-    """Without what wrappers put before a name: DDP, torch.compile, a LightningModule."""
+def bare_name(key: str) -> str:
+    """The name without the prefixes that wrappers add: DDP, torch.compile, a LightningModule."""
     return re.sub(r"^((module|_orig_mod|model)\.)+", "", key).replace("._orig_mod.", ".")
 
 
 def dialect_of(state: State) -> Dialect | None:
-    """Whose names these are; None: nobody's that is known here."""
+    """Which software's names these are; None if they are unknown."""
     if any(re.match(r"(vit\.)?embeddings\.(patch_embeddings|cls_token|position_embeddings)", key) for key in state):
         return "hf"
     if any(key.startswith((f"{ENCODER}patch_embed.", f"{ENCODER}blocks.")) for key in state):
@@ -78,21 +78,21 @@ def dialect_of(state: State) -> Dialect | None:
 
 
 def to_ours(state: State, dialect: Dialect) -> State:
-    """Under our names. A name that the dialect does not know stays as it is."""
+    """The tensors under our names. A name that the dialect does not know stays as it is."""
     if dialect == "mae":
         return dict(state)
     if dialect == "official":
         return {official_to_ours(key): value for key, value in state.items()}
     ours = {hf_to_ours(key): value for key, value in state.items()}
     for key in [key for key in ours if ".attn.query." in key]:
-        parts = [key.replace(".attn.query.", f".attn.{part}.") for part in PARTS]
+        parts = [key.replace(".attn.query.", f".attn.{part}.") for part in QKV]
         if all(part in ours for part in parts):
             ours[key.replace(".attn.query.", ".attn.qkv.")] = torch.cat([ours.pop(part) for part in parts])
     return ours
 
 
 def from_ours(state: State, dialect: Dialect) -> State:
-    """The inverse of `to_ours`."""
+    """The tensors under the names of a dialect: the inverse of `to_ours`."""
     if dialect == "mae":
         return dict(state)
     if dialect == "official":
@@ -102,7 +102,7 @@ def from_ours(state: State, dialect: Dialect) -> State:
         if ".attn.qkv." not in key:
             theirs[ours_to_hf(key)] = value
             continue
-        for part, chunk in zip(PARTS, value.chunk(3), strict=True):
+        for part, chunk in zip(QKV, value.chunk(3), strict=True):
             theirs[ours_to_hf(key.replace(".attn.qkv.", f".attn.{part}."))] = chunk.contiguous()
     return theirs
 
@@ -112,7 +112,7 @@ def official_to_ours(key: str) -> str:
 
 
 def official_name(key: str) -> str:
-    """Of one of our tensors."""
+    """The official name of one of our tensors."""
     return key.removeprefix(ENCODER)
 
 
@@ -121,15 +121,15 @@ def hf_to_ours(key: str) -> str:
         key = re.sub(pattern, spelling, key)
     for theirs, ours in HF_NAMES.items():
         if key.startswith(theirs):
-            return BLOCK.sub(lambda m: m[1] + m[2] + renamed(m[3], HF_BLOCK), ours + key.removeprefix(theirs))
+            return BLOCK_KEY.sub(lambda m: m[1] + m[2] + renamed(m[3], HF_BLOCK), ours + key.removeprefix(theirs))
     return key
 
 
 def ours_to_hf(key: str) -> str:
-    if match := BLOCK.fullmatch(key):
+    if match := BLOCK_KEY.fullmatch(key):
         key = match[1] + match[2] + renamed(match[3], {ours: theirs for theirs, ours in HF_BLOCK.items()})
     for theirs, ours in HF_NAMES.items():
-        if key.startswith(ours):  # the last, the empty one, fits all
+        if key.startswith(ours):  # the last, empty one matches every name
             return theirs + key.removeprefix(ours)
     raise AssertionError(key)
 

@@ -1,4 +1,4 @@
-"""Weights by our names, with what is known of them, whatever file they came from."""
+"""Weights under our names and what is known about them, whatever file they came from."""
 
 import hashlib
 from pathlib import Path
@@ -21,17 +21,18 @@ POSITIONS = (f"{ENCODER}pos_embed", "decoder_pos_embed")
 
 
 class Weights(NamedTuple):
-    """What SRC holds, under the names of MaskedAutoencoder; without a decoder only names that begin with `encoder.`
+    """The weights that SRC holds, under the names of MaskedAutoencoder; an encoder's names all begin with `encoder.`
 
-    Of a classifier these are its timm names behind `encoder.`, head included.
+    A classifier has its timm names behind `encoder.`, those of its head included.
     """
 
     source: Path
     state: State  # floating-point numbers are float32
     description: dict[str, Any]  # model: arguments of MaskedAutoencoder; mean, std, step, images_seen, ...
     format: Format = "mae"
-    notes: tuple[str, ...] = ()  # what the file does not tell and was taken to be, and what of it was left out
-    problems: tuple[str, ...] = ()  # why it is no use: tensors that are missing, unknown or of another shape
+    notes: tuple[str, ...] = ()  # what the file does not record and was assumed, and what of it was left out
+    problems: tuple[str, ...] = ()  # why they cannot be used: tensors that are missing, unknown or of another shape
+    target_assumed_from: str = ""  # why norm_pix_loss was assumed to be what it is; "": it is recorded or stated
 
     @property
     def has_decoder(self) -> bool:
@@ -42,13 +43,18 @@ class Weights(NamedTuple):
         return "classifier" if self.classifier else "autoencoder" if self.has_decoder else "encoder"
 
     @property
+    def target(self) -> str | None:
+        """What the decoder predicts, in words; None where there is no decoder."""
+        return target_in_words(self.config.get("norm_pix_loss", True)) if self.has_decoder else None
+
+    @property
     def config(self) -> dict[str, Any]:
         config: dict[str, Any] = self.description["model"]
         return config
 
     @property
     def classifier(self) -> dict[str, Any] | None:
-        """classes, pool and head of a classifier; None of a pre-trained model."""
+        """classes, pool and head of a classifier; None for a pre-trained model."""
         return self.description.get("classifier")
 
     @property
@@ -63,7 +69,7 @@ class Weights(NamedTuple):
         return {key.removeprefix(ENCODER): value for key, value in self.state.items() if key.startswith(ENCODER)}
 
     def fingerprint(self) -> str:
-        """The same for the same weights, wherever they lie: of names, shapes and a part of every tensor."""
+        """A hash of names, shapes and a part of every tensor: the same for the same weights, wherever they lie."""
         digest = hashlib.blake2b(digest_size=8)
         for key in sorted(self.state):
             value = self.state[key]
@@ -75,14 +81,14 @@ class Weights(NamedTuple):
         if not self.has_decoder:
             kind = "a classifier" if self.classifier else "an encoder"
             raise UserError(
-                f"{self.source} holds {kind} without decoder; a pre-training's model.safetensors or .ckpt has one"
+                f"{self.source} holds {kind} without decoder; model.safetensors or a .ckpt of a pre-training has one"
             )
 
     def require_pretrained(self, allowed: bool, flag: str | None) -> None:
-        """A classifier's encoder has seen labels: as a starting point or for features it must be asked for.
+        """Refuse a classifier, whose encoder has seen labels, unless the caller has asked for one.
 
         Args:
-            flag: What allows it, if anything does.
+            flag: The option that allows it, if there is one.
         """
         if self.classifier and not allowed:
             raise UserError(
@@ -98,7 +104,7 @@ class Weights(NamedTuple):
         return self.classifier
 
     def build(self) -> MaskedAutoencoder:
-        """The network of this size, in eval mode. Its tensors are these, not copies: no memory is taken for others.
+        """The network, in eval mode. It holds these tensors, not copies: no further memory is taken.
 
         Raises:
             UserError: There is no decoder.
@@ -108,13 +114,13 @@ class Weights(NamedTuple):
             model = MaskedAutoencoder(**self.config)
         model.load_state_dict(self.state, assign=True)
         for positions in (model.pos_embed, model.decoder_pos_embed):
-            positions.requires_grad_(False)  # which assignment does not keep
+            positions.requires_grad_(False)  # assignment loses this
         return model.eval()
 
     def encoder(self) -> VisionTransformer:
         """The encoder, in eval mode and frozen; `forward_features(images)` gives (B, 1 + N, D), class token first.
 
-        A classifier by mean pooling has no final norm for its tokens: theirs is then the plain one, weight 1, bias 0.
+        A classifier with mean pooling has no final norm for its tokens: they then get one of weight 1 and bias 0.
         """
         state = {key: value for key, value in self.timm_state.items() if not key.startswith(("head.", "fc_norm."))}
         if self.classifier and "norm.weight" not in state:
@@ -126,14 +132,14 @@ class Weights(NamedTuple):
         return encoder.eval().requires_grad_(False)
 
     def adapted(self, image_size: int | Pair | None = None, in_chans: int | None = None) -> "Weights":
-        """For images of another size or other channels.
+        """These weights for images of another size or with other channels.
 
-        Positions, of the decoder too, are resampled (bicubic) where the grid of patches is another. Channels go by
-        timm's rule: one is the sum of the three, several repeat them, scaled by 3 / n; means and stds alike. A decoder
+        Positions, also the decoder's, are resampled (bicubic) where the grid of patches changes. Channels follow timm's
+        rule: one is the sum of the three, several repeat them, scaled by 3 / n; means and stds alike. A decoder
         predicts the channels that it was trained on, so it is left out where they change.
 
         Raises:
-            UserError: The size is not divisible by the patch, or channels are made of other than three.
+            UserError: The size is not divisible by the patch, or the channels change from a number other than three.
         """
         state, model, notes = dict(self.state), dict(self.config), list(self.notes)
         about = {**self.description, "model": model}
@@ -150,7 +156,7 @@ class Weights(NamedTuple):
                 )
         if in_chans is not None and in_chans != (before := model["in_chans"]):
             if before != 3 or in_chans < 1:
-                raise UserError(f"in_chans {in_chans}: {self.source} takes {before}; channels are made of three alone")
+                raise UserError(f"in_chans {in_chans}: {self.source} takes {before}; only 3 channels can be adapted")
             stem = f"{ENCODER}patch_embed.proj.weight"
             state = {key: value for key, value in state.items() if key.startswith(ENCODER)}
             state[stem] = adapt_input_conv(in_chans, state[stem].clone())
@@ -164,8 +170,30 @@ class Weights(NamedTuple):
         return self._replace(state=state, description=about, notes=tuple(notes))
 
 
-def folded_head(state: State) -> State:
-    """A probe's BatchNorm, which has no weights of its own, as part of the linear layer after it."""
+def target_in_words(norm_pix_loss: bool) -> str:
+    return "pixels normalised within each patch" if norm_pix_loss else "plain pixels"
+
+
+def merge_lora(state: State, scale: float) -> State:
+    """Add low-rank adapters, as peft names them, to the weights that they adapt; other states come back as they are.
+
+    Args:
+        scale: lora_alpha / rank.
+    """
+    merged = {}
+    for key, value in state.items():
+        if ".lora_" in key:
+            continue
+        if key.endswith(".base_layer.weight"):
+            layer = key.removesuffix(".base_layer.weight")
+            down, up = state[f"{layer}.lora_A.default.weight"], state[f"{layer}.lora_B.default.weight"]
+            value = value + scale * up @ down
+        merged[key.replace(".base_layer.", ".")] = value
+    return merged
+
+
+def fold_batchnorm(state: State) -> State:
+    """Make a probe's BatchNorm, which has no weights of its own, part of the linear layer after it."""
     state = dict(state)
     mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
     state.pop(f"{ENCODER}head.0.num_batches_tracked", None)
@@ -175,8 +203,8 @@ def folded_head(state: State) -> State:
 
 
 def resample_positions(positions: Tensor, old: Pair, new: Pair) -> Tensor:
-    """(1, 1 + N, D) of one grid -> of another: bicubic, the class token's row kept.
+    """Resample positions (1, 1 + N, D) from one grid to another (bicubic); the class token's row is kept.
 
-    As the reference: without align_corners, and without the antialiasing that timm has on by default.
+    As in the reference: without align_corners, and without the antialiasing that timm uses by default.
     """
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1, antialias=False)

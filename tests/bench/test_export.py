@@ -27,7 +27,7 @@ def encoder(tmp_path: Path) -> Path:
     about = {"mean": [0.5] * 3, "std": [0.25] * 3, "model": model.config, "mask_ratio": 0.75, "step": 0}
     folder = tmp_path / "run"
     folder.mkdir()
-    return load.export(model.state_dict(), about, folder)[1]
+    return load.export_autoencoder(model.state_dict(), about, folder)[1]
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mae.models.mae import MaskedAutoencoder
 from mae.models.vit import build
-from mae.weights.detect import ArchOverrides
+from mae.weights.detect_architecture import NO_OVERRIDES, ArchOverrides
 from mae.weights.state_dict_keys import from_ours
 
 State = dict[str, Tensor]
@@ -77,13 +77,13 @@ class Kind(NamedTuple):
 
     Attributes:
         write: The network and an empty folder -> what is then given as SRC.
-        told: What must be told, for SMALL.
+        overrides: What a caller must state about SMALL.
     """
 
     write: Callable[[MaskedAutoencoder, Path], Path]
     format: str
     holds: str = "autoencoder"
-    told: ArchOverrides = HEADS
+    overrides: ArchOverrides = HEADS
 
 
 def torch_file(content: Any, path: Path, **options: Any) -> Path:
@@ -184,9 +184,9 @@ KINDS = {
     "safetensors": Kind(lambda n, d: (save_file(official(n), d / "x.safetensors"), d / "x.safetensors")[1], "official"),
     "timm": Kind(lambda n, d: torch_file(official(n, encoder=True), d / "x.pth"), "timm", "encoder"),
     "timm training": Kind(timm_training, "timm", "encoder"),
-    "timm folder": Kind(timm_folder, "timm", "encoder", ArchOverrides()),
-    "hub .bin": Kind(hub_bin, "hf", told=ArchOverrides()),
-    "hub in parts": Kind(hub_parts, "hf", told=ArchOverrides()),
+    "timm folder": Kind(timm_folder, "timm", "encoder", NO_OVERRIDES),
+    "hub .bin": Kind(hub_bin, "hf", overrides=NO_OVERRIDES),
+    "hub in parts": Kind(hub_parts, "hf", overrides=NO_OVERRIDES),
     "hub encoder alone": Kind(hub_encoder, "hf", "encoder"),
 }
 
@@ -310,12 +310,12 @@ BAD: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "description of ours that is none": (
         ".safetensors",
         lambda d: safetensors_bytes(official(autoencoder()), d, {"mae": "no JSON"}),
-        "describes itself",
+        "its own description cannot be read",
     ),
     "description of ours without a model": (
         ".safetensors",
         lambda d: safetensors_bytes(autoencoder().state_dict(), d, {"mae": '{"mean": [0.5]}'}),
-        "does not fit its own description|describes itself",
+        "its own description",
     ),
     "code": (".pkl", lambda d: pickle.dumps(System(d / "boom")), r"not safe to load: it asks for \w+\.system"),
     "code in a torch zip": (

@@ -41,7 +41,7 @@ def save_encoder(folder: Path, seed: int = 0, width: int = 32) -> Path:
     torch.manual_seed(seed)
     small = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
     model = MaskedAutoencoder(28, 7, 1, embed_dim=width, depth=2, num_heads=2, **small)
-    load.export(model.state_dict(), {"model": model.config, "mean": [MEAN], "std": [STD]}, folder)
+    load.export_autoencoder(model.state_dict(), {"model": model.config, "mean": [MEAN], "std": [STD]}, folder)
     return folder
 
 

@@ -78,7 +78,7 @@ def test_a_step_is_that_of_autograd_and_torch_sgd() -> None:
     rows, rates = torch.arange(100), torch.tensor([[0.1, 1.0], [0.1, 1.0]])
     found = linear_heads.fit(data[0], data[1], rows, rates, CLASSES, epochs=3, batch_size=100, seed=0, device="cpu")
     start = linear_heads.fit(data[0], data[1], rows, rates, CLASSES, epochs=0, batch_size=100, seed=0, device="cpu")
-    inputs = linear_heads.prepared(start, data[0][0])[1]  # (n, D + 1) of the second kind
+    inputs = linear_heads.standardised(start, data[0][0])[1]  # (n, D + 1) of the second kind
     assert torch.allclose(inputs[:, :-1].mean(dim=0), torch.zeros(8), atol=1e-5)
     assert torch.allclose(inputs[:, :-1].std(dim=0, correction=0), torch.ones(8), atol=1e-4)
     weight = start.weight[1, :, 1].clone().requires_grad_()  # of rate 1

@@ -21,8 +21,9 @@ import mae
 from mae.errors import TrainingFailed, UserError
 from mae.models.mae import SIZES, MaskedAutoencoder
 from mae.models.vit import build
-from mae.weights import convert, detect, load
+from mae.weights import convert, load
 from mae.weights.classifier import load_classifier
+from mae.weights.detect import usable_weights
 from mae.weights.weights import Weights
 
 SMALL = {
@@ -41,7 +42,7 @@ def autoencoder(**settings: Any) -> MaskedAutoencoder:
 
 
 def saved(folder: Path, model: MaskedAutoencoder) -> Path:
-    load.export(model.state_dict(), {"model": model.config, **ABOUT}, folder)
+    load.export_autoencoder(model.state_dict(), {"model": model.config, **ABOUT}, folder)
     return folder / "model.safetensors"
 
 
@@ -53,7 +54,7 @@ def source(tmp_path: Path) -> Path:
 
 def converted(src: Path, dst: Path, format: str, *more: object) -> Weights:
     convert.convert_command([str(src), str(dst), "--format", format, *map(str, more)])
-    return detect.read(dst)
+    return usable_weights(dst)
 
 
 def local_dir(folder: Path) -> Any:
@@ -76,17 +77,17 @@ def require_same(one: Weights, other: Weights) -> None:
 def test_there_and_back_is_the_same_to_the_bit(tmp_path: Path, format: str, name: str, norm_pix_loss: bool) -> None:
     src = saved(tmp_path, autoencoder(norm_pix_loss=norm_pix_loss))
     there = converted(src, tmp_path / name, format)
-    require_same(there, detect.read(src))
+    require_same(there, usable_weights(src))
     assert (there.format, there.holds, there.notes) == (format, "autoencoder", ())
     back = converted(tmp_path / name, tmp_path / "back.safetensors", "mae")
-    require_same(back, detect.read(src))
+    require_same(back, usable_weights(src))
     assert {key: back.description[key] for key in ABOUT} == ABOUT
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x"])
 def test_timm_computes_the_same_features(tmp_path: Path, source: Path, name: str) -> None:
     there = converted(source, tmp_path / name, "timm")
-    own = detect.read(source)
+    own = usable_weights(source)
     assert {key: v for key, v in own.state.items() if key.startswith("encoder.")}.keys() == there.state.keys()
     assert all(torch.equal(value, own.state[key]) for key, value in there.state.items())
     if name == "x":
@@ -117,7 +118,7 @@ def test_transformers_compute_the_same(tmp_path: Path, norm_pix_loss: bool) -> N
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
     assert list(processor.image_mean) == ABOUT["mean"]
     theirs.save_pretrained(tmp_path / "again")  # under the names of this version of transformers, not those of its hub
-    require_same(detect.read(tmp_path / "again"), detect.read(tmp_path / "hf"))
+    require_same(usable_weights(tmp_path / "again"), usable_weights(tmp_path / "hf"))
 
     converted(tmp_path / "encoder.safetensors", tmp_path / "vit", "hf")
     vit = transformers.AutoModel.from_pretrained(tmp_path / "vit").eval()
@@ -176,7 +177,7 @@ def test_a_file_that_does_not_tell_its_heads(tmp_path: Path) -> None:
     with open(REFERENCE / "mae_tiny.safetensors", "rb") as file:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     facts = json.loads(header["__metadata__"]["json"])
-    with pytest.raises(UserError, match=r"tiny.pth does not tell how many attention heads.*--num_heads"):
+    with pytest.raises(UserError, match=r"tiny.pth does not record how many attention heads.*--num_heads"):
         converted(src, dst, "mae")
     heads, decoder_heads = facts["num_heads"], facts["decoder_num_heads"]
     told = ("--num_heads", heads, "--decoder_num_heads", decoder_heads, "--norm_pix_loss", "true")
@@ -234,10 +235,10 @@ def test_a_writer_that_changes_a_number_is_found_out(
 
 def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
     wide = saved(tmp_path, autoencoder(image_size=(32, 48)))
-    with pytest.raises(UserError, match=r"image_size 32x48 .* squares alone; --format timm or mae holds it"):
+    with pytest.raises(UserError, match=r"image_size 32x48 .* only squares; --format timm or mae holds it"):
         converted(wide, tmp_path / "hf", "hf")
     assert converted(wide, tmp_path / "t", "timm").config["image_size"] == [32, 48]
-    require_same(converted(wide, tmp_path / "o.pth", "official"), detect.read(wide))
+    require_same(converted(wide, tmp_path / "o.pth", "official"), usable_weights(wide))
     for args, said in (
         (["x.bin", "--format", "official"], r"x.bin: --format official wants .pth"),
         (["nowhere/x.pth", "--format", "official"], "there is no folder"),
@@ -259,21 +260,21 @@ def test_a_folder_holds_what_was_written_last(tmp_path: Path, source: Path) -> N
     encoder = source.with_name("encoder.safetensors")
     assert converted(encoder, dst, "mae", "--force").holds == "encoder"
     assert sorted(os.listdir(dst)) == ["README.md", "encoder.safetensors"]
-    assert (converted(source, dst, "timm", "--force").format, detect.read(dst).holds) == ("timm", "encoder")
+    assert (converted(source, dst, "timm", "--force").format, usable_weights(dst).holds) == ("timm", "encoder")
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match="run is a run folder"):
         converted(source, run, "timm", "--force")
     (tmp_path / "x.pth").mkdir()
-    with pytest.raises(UserError, match=r"x.pth is a folder; wanted is the other"):
+    with pytest.raises(UserError, match=r"x.pth is a folder, but a file is to be written"):
         converted(source, tmp_path / "x.pth", "official", "--force")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(UserError, match="file is a file; wanted is the other"):
+    with pytest.raises(UserError, match="file is a file, but a folder is to be written"):
         converted(source, tmp_path / "file", "hf", "--force")
 
 
 def test_a_signal_leaves_nothing_behind(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert, "same_tensors", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(convert, "check_same_tensors", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     listed = sorted(os.listdir(tmp_path))
     with pytest.raises(SystemExit) as stop:
         converted(source, tmp_path / "x.pth", "official")
@@ -340,6 +341,14 @@ def test_a_card_stands_beside_everything(
         assert isinstance(scope["model"], torch.nn.Module)
 
 
+def test_the_card_of_a_classifier_loads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    converted(probe_or_classifier(tmp_path, "class", "linear"), tmp_path / "m.safetensors", "mae")
+    scope: dict[str, Any] = {}
+    exec((tmp_path / "m.safetensors.md").read_text().split("```python\n")[1].split("```")[0], scope)
+    assert scope["model"].classes == ["a", "b", "c", "d"]
+
+
 class Hub:
     """What `huggingface_hub` would send, up to the network."""
 
@@ -376,7 +385,7 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(tmp_path: Path, source: Path
     assert done.returncode == 2, done.stderr
     assert done.stderr.count("\n") == 1
     assert "mae: error: --push me/x: " in done.stderr
-    assert detect.read(tmp_path / "out").holds == "autoencoder"
+    assert usable_weights(tmp_path / "out").holds == "autoencoder"
 
 
 # ---- the sizes of the paper ------------------------------------------------------------------------------------------
@@ -395,7 +404,7 @@ def test_round_trips_of_real_sizes(tmp_path: Path, size: str, patch: int, more: 
     model = MaskedAutoencoder(224, patch, **{**SIZES[size]._asdict(), **more})
     src = saved(tmp_path, model)
     del model
-    own = detect.read(src)
+    own = usable_weights(src)
     for format, name in (("official", "o.pth"), ("hf", "hf")):
         converted(src, tmp_path / name, format)
         require_same(converted(tmp_path / name, tmp_path / "back.safetensors", "mae", "--force"), own)

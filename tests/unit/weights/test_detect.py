@@ -33,9 +33,10 @@ import mae
 from mae.errors import UserError
 from mae.launch.stages import FinetuneCLI, LinearProbeCLI, PretrainCLI
 from mae.models.mae import MaskedAutoencoder, sincos_positions
-from mae.weights.classifier import load_classifier, network_of
-from mae.weights.detect import ArchOverrides, examine, read
-from mae.weights.model_card import card
+from mae.weights.classifier import build_classifier, load_classifier
+from mae.weights.detect import detect_weights, usable_weights
+from mae.weights.detect_architecture import ArchOverrides
+from mae.weights.model_card import card_text
 from mae.weights.state_dict_keys import dialect_of, from_ours, to_ours
 from mae.weights.weights import Weights
 
@@ -53,9 +54,9 @@ def images_for(network: MaskedAutoencoder, count: int = 2) -> tuple[torch.Tensor
     return torch.rand(shape, generator=draw), torch.rand(count, network.num_patches, generator=draw)
 
 
-def complains(src: Path, match: str, told: ArchOverrides = HEADS) -> str:
+def complains(src: Path, match: str, overrides: ArchOverrides = HEADS) -> str:
     with pytest.raises(UserError, match=match) as caught:
-        read(src, told)
+        usable_weights(src, overrides)
     assert "\n" not in str(caught.value)
     assert src.name in str(caught.value)
     return str(caught.value)
@@ -67,7 +68,7 @@ def complains(src: Path, match: str, told: ArchOverrides = HEADS) -> str:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_numbers_that_were_written(name: str, tmp_path: Path) -> None:
     kind, network = KINDS[name], autoencoder(norm_pix_loss=False)
-    weights = read(kind.write(network, tmp_path), kind.told._replace(norm_pix_loss=False))
+    weights = usable_weights(kind.write(network, tmp_path), kind.overrides._replace(norm_pix_loss=False))
     assert (weights.format, weights.holds, weights.problems) == (kind.format, kind.holds, ())
     images, noise = images_for(network)
     with torch.no_grad():
@@ -83,8 +84,8 @@ def test_every_kind_of_file_gives_the_numbers_that_were_written(name: str, tmp_p
 def test_the_order_of_names_does_not_matter(tmp_path: Path) -> None:
     state = official(autoencoder())
     turned = dict(reversed(state.items()))
-    a = read(torch_file({"model": state}, tmp_path / "a.pth"), HEADS)
-    b = read(torch_file({"model": turned}, tmp_path / "b.pth"), HEADS)
+    a = usable_weights(torch_file({"model": state}, tmp_path / "a.pth"), HEADS)
+    b = usable_weights(torch_file({"model": turned}, tmp_path / "b.pth"), HEADS)
     assert same(a.state, b.state)
     assert a.config == b.config
     assert a.fingerprint() == b.fingerprint()
@@ -93,7 +94,7 @@ def test_the_order_of_names_does_not_matter(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_precisions_are_used_as_float32(dtype: torch.dtype, tmp_path: Path) -> None:
     state = {key: value.to(dtype) for key, value in official(autoencoder()).items()}
-    weights = read(torch_file({"model": state}, tmp_path / "x.pth"), HEADS)
+    weights = usable_weights(torch_file({"model": state}, tmp_path / "x.pth"), HEADS)
     assert all(torch.equal(weights.state["encoder." + key], state[key].float()) for key in ("cls_token", "norm.bias"))
     assert {value.dtype for value in weights.state.values()} == {torch.float32}
     assert f"stored as {str(dtype).removeprefix('torch.')}, used as float32" in weights.notes
@@ -103,16 +104,16 @@ def test_other_precisions_are_used_as_float32(dtype: torch.dtype, tmp_path: Path
 @pytest.mark.parametrize("width", [192, 768])
 def test_heads_are_told_by_the_width(width: int, tmp_path: Path) -> None:
     network = autoencoder(**(WIDE | {"embed_dim": width, "num_heads": width // 64, "decoder_embed_dim": 512}))
-    weights = read(torch_file({"model": official(network)}, tmp_path / "x.pth"))
+    weights = usable_weights(torch_file({"model": official(network)}, tmp_path / "x.pth"))
     assert weights.config == network.config
-    assert any(f"num_heads is not told: taken to be {width // 64}" in note for note in weights.notes)
-    assert any("decoder_num_heads is not told: taken to be 16" in note for note in weights.notes)
+    assert any(f"num_heads is not recorded: assumed to be {width // 64}" in note for note in weights.notes)
+    assert any("decoder_num_heads is not recorded: assumed to be 16" in note for note in weights.notes)
 
 
 @pytest.mark.parametrize("key", ["num_heads", "decoder_num_heads"])
 def test_heads_that_nothing_tells_are_asked_for(key: str, tmp_path: Path) -> None:
     path = torch_file({"model": official(autoencoder())}, tmp_path / "x.pth")
-    complains(path, f"does not tell how many attention heads .*--{key}", HEADS._replace(**{key: None}))
+    complains(path, f"does not record how many attention heads .*--{key}", HEADS._replace(**{key: None}))
     complains(path, f"{key} 3 does not divide its width", HEADS._replace(**{key: 3}))
     complains(path, f"{key} 0 does not divide its width", HEADS._replace(**{key: 0}))
 
@@ -128,11 +129,11 @@ def test_heads_that_nothing_tells_are_asked_for(key: str, tmp_path: Path) -> Non
 )
 def test_the_target_by_the_names_of_published_files(name: str, normalised: bool, tmp_path: Path) -> None:
     path = torch_file({"model": official(autoencoder())}, tmp_path / name)
-    weights = read(path, HEADS)
+    weights = usable_weights(path, HEADS)
     assert weights.config["norm_pix_loss"] == normalised
-    assert sum("what its decoder predicts is not told" in note for note in weights.notes) == 1
+    assert sum("what its decoder predicts is not recorded" in note for note in weights.notes) == 1
     assert "non-commercial" in weights.description["licence"] or "BY-NC" in weights.description["licence"]
-    told = read(path, HEADS._replace(norm_pix_loss=not normalised))
+    told = usable_weights(path, HEADS._replace(norm_pix_loss=not normalised))
     assert told.config["norm_pix_loss"] == (not normalised)
     assert not any("what its decoder predicts" in note for note in told.notes)
 
@@ -141,7 +142,7 @@ def test_the_target_by_the_names_of_published_files(name: str, normalised: bool,
 def test_settings_of_the_official_script_count(normalised: bool, tmp_path: Path) -> None:
     network = autoencoder(embed_dim=48, num_heads=12, depth=1, decoder_num_heads=16)
     args = argparse.Namespace(**(vars(SCRIPT) | {"norm_pix_loss": normalised, "mask_ratio": 0.6}))
-    weights = read(torch_file({"model": official(network), "args": args, "epoch": 2}, tmp_path / "x.pth"))
+    weights = usable_weights(torch_file({"model": official(network), "args": args, "epoch": 2}, tmp_path / "x.pth"))
     assert weights.config == network.config | {"norm_pix_loss": normalised}
     assert weights.description["mask_ratio"] == 0.6
 
@@ -149,7 +150,7 @@ def test_settings_of_the_official_script_count(normalised: bool, tmp_path: Path)
 def test_a_prefix_in_the_midst_is_left_out(tmp_path: Path) -> None:
     state = {key.replace("blocks.0.", "blocks.0._orig_mod."): v for key, v in official(autoencoder()).items()}
     assert any("._orig_mod." in key for key in state)
-    assert same(read(torch_file(state, tmp_path / "x.pth"), HEADS).state, dict(autoencoder().state_dict()))
+    assert same(usable_weights(torch_file(state, tmp_path / "x.pth"), HEADS).state, dict(autoencoder().state_dict()))
 
 
 # ---- grids -----------------------------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ def test_a_prefix_in_the_midst_is_left_out(tmp_path: Path) -> None:
 def test_fixed_positions_tell_the_grid(size: tuple[int, int], dtype: torch.dtype, tmp_path: Path) -> None:
     network = autoencoder(image_size=size)
     state = {key: value.to(dtype) for key, value in official(network).items()}
-    assert read(torch_file(state, tmp_path / "x.pth"), HEADS).config["image_size"] == list(size)
+    assert usable_weights(torch_file(state, tmp_path / "x.pth"), HEADS).config["image_size"] == list(size)
 
 
 def learned(grid: tuple[int, int], path: Path, **beside: Any) -> Path:
@@ -172,8 +173,8 @@ def learned(grid: tuple[int, int], path: Path, **beside: Any) -> Path:
 @pytest.mark.parametrize("grid", [(2, 4), (3, 5)])  # 3 x 5 and the class token are 4 x 4
 def test_learned_positions_of_an_oblong_grid_must_be_told(grid: tuple[int, int], tmp_path: Path) -> None:
     path = learned(grid, tmp_path / "x.pth")
-    complains(path, f"{grid[0] * grid[1]} patches, which is no square: tell --grid")
-    weights = read(path, HEADS._replace(grid=grid))
+    complains(path, f"{grid[0] * grid[1]} patches, which do not form a square: state --grid")
+    weights = usable_weights(path, HEADS._replace(grid=grid))
     assert weights.grid == grid
     assert weights.config["image_size"] == [7 * grid[0], 7 * grid[1]]
     complains(path, f"--grid 3 3: .* has {grid[0] * grid[1]} patches", HEADS._replace(grid=(3, 3)))
@@ -182,8 +183,8 @@ def test_learned_positions_of_an_oblong_grid_must_be_told(grid: tuple[int, int],
 
 def test_a_square_is_assumed_of_learned_positions(tmp_path: Path) -> None:
     path = learned((2, 8), tmp_path / "x.pth")
-    assert read(path, HEADS).grid == (4, 4)
-    assert read(path, HEADS._replace(grid=(2, 8))).grid == (2, 8)
+    assert usable_weights(path, HEADS).grid == (4, 4)
+    assert usable_weights(path, HEADS._replace(grid=(2, 8))).grid == (2, 8)
 
 
 # ---- this project's own ----------------------------------------------------------------------------------------------
@@ -198,8 +199,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_our_run_is_the_same_in_all_its_files(run: Path) -> None:
-    folder, export = read(run), read(run / "model.safetensors")
-    checkpoint, encoder = read(run / "checkpoints" / "last.ckpt"), read(run / "encoder.safetensors")
+    folder, export = usable_weights(run), usable_weights(run / "model.safetensors")
+    checkpoint, encoder = usable_weights(run / "checkpoints" / "last.ckpt"), usable_weights(run / "encoder.safetensors")
     assert [w.holds for w in (folder, export, checkpoint, encoder)] == ["autoencoder"] * 3 + ["encoder"]
     assert [w.format for w in (folder, export, checkpoint, encoder)] == ["mae"] * 4
     assert same(folder.state, export.state)
@@ -222,12 +223,12 @@ def test_our_classifiers(stage: Any, run: Path, tmp_path: Path) -> None:
     settings += ["--model.warmup_epochs=0.01", "--data.crop_scale=null", "--trainer.max_steps=3"]
     settings += ["--data.auto_augment=null", "--model.drop_path=0"] if stage is FinetuneCLI else []
     stage([*settings, f"--model.encoder={run}", f"--run_dir={tmp_path / 'run'}"]).fit()
-    weights = read(tmp_path / "run")
+    weights = usable_weights(tmp_path / "run")
     assert (weights.format, weights.holds, weights.notes) == ("mae", "classifier", ())
-    assert same(weights.state, read(tmp_path / "run" / "checkpoints" / "last.ckpt").state)
+    assert same(weights.state, usable_weights(tmp_path / "run" / "checkpoints" / "last.ckpt").state)
     assert weights.require_classifier()["classes"] == [str(i) for i in range(10)]
     if stage is LinearProbeCLI:  # which trains the head alone
-        own = read(run).timm_state
+        own = usable_weights(run).timm_state
         assert all(torch.equal(value, own[key]) for key, value in weights.timm_state.items() if "head" not in key)
 
 
@@ -238,7 +239,7 @@ def test_our_classifiers(stage: Any, run: Path, tmp_path: Path) -> None:
 def test_classifiers_compute_what_they_were_trained_for(pool: str, head: str, tmp_path: Path) -> None:
     network = classifier(pool, head)
     path = torch_file({"model": network.state_dict(), "epoch": 9}, tmp_path / "x.pth")
-    weights = read(path, HEADS)
+    weights = usable_weights(path, HEADS)
     assert (weights.format, weights.holds) == ("official", "classifier")
     about = weights.require_classifier()
     assert (about["pool"], about["head"], about["classes"]) == (pool, head, ["0", "1", "2", "3", "4"])
@@ -266,7 +267,7 @@ def test_names_of_classes_in_a_folder_of_timm(tmp_path: Path) -> None:
         "pretrained_cfg": {"label_names": list("abcde"), "crop_pct": 0.9, "license": "cc-by-nc-4.0", "mean": [0.5] * 3},
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    weights = read(tmp_path)
+    weights = usable_weights(tmp_path)
     about = weights.require_classifier()
     assert (about["classes"], about["crop_pct"]) == (list("abcde"), 0.9)
     assert weights.description["licence"] == "cc-by-nc-4.0"
@@ -298,7 +299,7 @@ def test_what_transformers_saves_has_its_loss(parts: bool, tmp_path: Path) -> No
     network = theirs("ViTMAEForPreTraining")
     network.save_pretrained(tmp_path, max_shard_size="20KB" if parts else "1GB")
     assert (tmp_path / "model.safetensors.index.json").exists() == parts
-    model = read(tmp_path).build()
+    model = usable_weights(tmp_path).build()
     images, noise = images_for(model)
     with torch.no_grad():
         expected = network(images, noise=noise).loss
@@ -308,12 +309,12 @@ def test_what_transformers_saves_has_its_loss(parts: bool, tmp_path: Path) -> No
 def test_an_encoder_that_transformers_saves_has_its_features(tmp_path: Path) -> None:
     network = theirs("ViTMAEModel")
     network.save_pretrained(tmp_path)
-    weights = read(tmp_path)
+    weights = usable_weights(tmp_path)
     assert (weights.format, weights.holds) == ("hf", "encoder")
     whole = theirs("ViTMAEForPreTraining")
     whole.vit.load_state_dict(network.state_dict())
     whole.save_pretrained(tmp_path / "whole")
-    assert same(weights.timm_state, read(tmp_path / "whole").timm_state)
+    assert same(weights.timm_state, usable_weights(tmp_path / "whole").timm_state)
 
 
 def test_a_classifier_that_transformers_saves_has_its_logits(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_the_processor_beside_it_tells_mean_and_std(tmp_path: Path) -> None:
     KINDS["hub .bin"].write(autoencoder(), tmp_path)
     about = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.2, 0.1]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
-    weights = read(tmp_path)
+    weights = usable_weights(tmp_path)
     assert (weights.description["mean"], weights.description["std"]) == (about["image_mean"], about["image_std"])
     assert weights.description["mask_ratio"] == 0.6
     assert not any("mean and std" in note for note in weights.notes)
@@ -356,7 +357,7 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_run(name: str, tmp_path:
 
 
 def test_problems_are_found_without_an_error(tmp_path: Path) -> None:
-    weights = examine(bad_file("a wrong shape", tmp_path), HEADS)
+    weights = detect_weights(bad_file("a wrong shape", tmp_path), HEADS)
     assert weights.problems == ("encoder.blocks.1.attn.proj.weight is (32, 31), wanted (32, 32)",)
 
 
@@ -370,7 +371,7 @@ def test_a_safetensors_file_whose_length_looks_like_another_kind(begin: bytes, t
             padding or int.from_bytes(b"PK", "little") // 8 * 8 - length if begin == b"PK" else -(length - 128) % 256
         )
     assert path.read_bytes().startswith(begin)
-    assert same(read(path, HEADS).state, dict(autoencoder().state_dict()))
+    assert same(usable_weights(path, HEADS).state, dict(autoencoder().state_dict()))
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:
@@ -384,15 +385,15 @@ def test_an_index_that_names_what_is_not_there(tmp_path: Path) -> None:
     names = json.loads(index.read_text())
     (tmp_path / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors does not exist"):
-        read(tmp_path)
+        usable_weights(tmp_path)
     for bad in ("../x.safetensors", "/etc/passwd"):
         index.write_text(json.dumps({"weight_map": {key: bad for key in names["weight_map"]}}))
         with pytest.raises(UserError, match="which is not beside it"):
-            read(tmp_path)
+            usable_weights(tmp_path)
     for text in ("", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         index.write_text(text)
         with pytest.raises(UserError, match=r"index\.json (cannot be read|names 3)"):
-            read(tmp_path)
+            usable_weights(tmp_path)
 
 
 def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
@@ -400,7 +401,7 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     for text in ("{", "[1]"):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(UserError, match=r"config\.json "):
-            read(tmp_path)
+            usable_weights(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -418,7 +419,7 @@ def test_settings_of_a_wrong_kind_are_one_line(key: str, value: Any, tmp_path: P
         path.write_text("{}")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     with pytest.raises(UserError, match=r"cannot be used|does not fit its own description|with relu") as caught:
-        read(tmp_path, HEADS)
+        usable_weights(tmp_path, HEADS)
     assert "\n" not in str(caught.value)
 
 
@@ -427,7 +428,7 @@ def test_settings_that_are_null_are_not_told(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({key: value if key == "model_type" else None for key, value in config.items()}))
-    weights = read(tmp_path, HEADS)
+    weights = usable_weights(tmp_path, HEADS)
     assert weights.config == autoencoder().config
     assert any("norm_pix_loss true" in note for note in weights.notes)
 
@@ -446,7 +447,7 @@ def test_a_description_of_ours_that_lacks_a_size(key: str, tmp_path: Path) -> No
 
 @pytest.fixture
 def weights(tmp_path: Path) -> Weights:
-    return read(torch_file({"model": official(autoencoder())}, tmp_path / "x.pth"), HEADS)
+    return usable_weights(torch_file({"model": official(autoencoder())}, tmp_path / "x.pth"), HEADS)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 13])
@@ -460,7 +461,7 @@ def test_channels_by_the_rule_of_timm(channels: int, tmp_path: Path) -> None:
     expected = timm.create_model(
         "vit_tiny_patch16_224.augreg_in21k", depth=1, num_classes=0, in_chans=channels, **kwargs
     )
-    adapted = read(path).adapted(in_chans=channels)
+    adapted = usable_weights(path).adapted(in_chans=channels)
     assert same(adapted.timm_state, dict(expected.state_dict()))
     assert adapted.encoder()(torch.rand(1, channels, 224, 224)).shape == (1, 192)
     assert len(adapted.description["mean"]) == len(adapted.description["std"]) == channels
@@ -505,7 +506,7 @@ def test_images_that_do_not_go(weights: Weights) -> None:
             weights.adapted(size)
     with pytest.raises(UserError, match="in_chans 0"):
         weights.adapted(in_chans=0)
-    with pytest.raises(UserError, match=r"in_chans 3: .* takes 4; channels are made of three alone"):
+    with pytest.raises(UserError, match=r"in_chans 3: .* takes 4; only 3 channels can be adapted"):
         weights.adapted(in_chans=4).adapted(in_chans=3)
 
 
@@ -539,17 +540,17 @@ def classifier_of_timm(**settings: Any) -> VisionTransformer:
 def test_the_pool_of_a_classifier_is_asked_for_where_no_tensor_tells_it(tmp_path: Path) -> None:
     network = classifier_of_timm(global_pool="avg", fc_norm=False)
     torch.save(network.state_dict(), tmp_path / "x.pth")
-    weights = read(tmp_path / "x.pth")
-    assert "what it judges by is not told: taken to be the class token (pool class)" in weights.notes
-    told = read(tmp_path / "x.pth", ArchOverrides(pool="mean"))
-    assert not any("judges" in note for note in told.notes)
+    weights = usable_weights(tmp_path / "x.pth")
+    assert "its pool is not recorded: its head is assumed to take the class token (pool class)" in weights.notes
+    told = usable_weights(tmp_path / "x.pth", ArchOverrides(pool="mean"))
+    assert not any("pool" in note for note in told.notes)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(network_of(told)(images), network(images), rtol=0, atol=1e-5)
-        assert (network_of(weights)(images) - network(images)).abs().max() > 0.1
+        torch.testing.assert_close(build_classifier(told)(images), network(images), rtol=0, atol=1e-5)
+        assert (build_classifier(weights)(images) - network(images)).abs().max() > 0.1
     torch.save(classifier_of_timm(global_pool="avg", fc_norm=True).state_dict(), tmp_path / "y.pth")
     with pytest.raises(UserError, match=r"pool class: .* has mean"):
-        read(tmp_path / "y.pth", ArchOverrides(pool="class"))
+        usable_weights(tmp_path / "y.pth", ArchOverrides(pool="class"))
 
 
 def test_an_official_probe_of_the_mean_of_tokens(tmp_path: Path) -> None:
@@ -559,11 +560,11 @@ def test_an_official_probe_of_the_mean_of_tokens(tmp_path: Path) -> None:
     norm.running_mean, norm.running_var = torch.randn(192), torch.rand(192) + 0.5
     network.head = torch.nn.Sequential(norm.eval(), network.head)  # type: ignore[assignment]
     torch.save({"model": network.state_dict()}, tmp_path / "checkpoint-89.pth")
-    weights = read(tmp_path / "checkpoint-89.pth")
+    weights = usable_weights(tmp_path / "checkpoint-89.pth")
     assert any("BatchNorm is folded" in note for note in weights.notes)
     images = torch.randn(3, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(network_of(weights)(images), network(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(build_classifier(weights)(images), network(images), rtol=1e-5, atol=1e-5)
 
 
 def test_numbers_that_are_not_finite_are_not_used(tmp_path: Path) -> None:
@@ -573,30 +574,30 @@ def test_numbers_that_are_not_finite_are_not_used(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"x.pth cannot be used: encoder.blocks.0.mlp.fc1.bias has numbers that are not"
     ):
-        read(tmp_path / "x.pth")
+        usable_weights(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize(
     ("name", "more", "licence"),
     [
         ("mae_finetuned_vit_base.pth", {}, "CC BY-NC 4.0"),
-        ("x.pth", {}, "not told: CC BY-NC 4.0, if the authors of the paper published these weights"),
+        ("x.pth", {}, "not recorded: CC BY-NC 4.0, if the authors of the paper published these weights"),
         ("checkpoint-799.pth", {"optimizer": {}}, None),
     ],
 )
 def test_licences_are_not_made_up(tmp_path: Path, name: str, more: dict[str, Any], licence: str | None) -> None:
     torch.save({"model": classifier_of_timm().state_dict(), **more}, tmp_path / name)
-    weights = read(tmp_path / name)
+    weights = usable_weights(tmp_path / name)
     assert weights.description.get("licence") == licence
-    head = card(weights, "timm", "x", True, [], []).split("---")[1]
+    head = card_text(weights, "timm", "x", True, [], []).split("---")[1]
     assert ("license: cc-by-nc-4.0" in head) == (licence == "CC BY-NC 4.0")
 
 
 def test_graphs_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x.pt2").write_bytes(b"PK\3\4")
     with pytest.raises(UserError, match=r"x.pt2 is a graph, which is run and not read back"):
-        read(tmp_path / "x.pt2")
+        usable_weights(tmp_path / "x.pt2")
     torch.save({}, tmp_path / "x.pth")
     monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(UserError, match=r"x.pth cannot be read: Permission denied"):
-        read(tmp_path / "x.pth")
+        usable_weights(tmp_path / "x.pth")

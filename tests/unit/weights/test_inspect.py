@@ -67,7 +67,7 @@ def changed(tmp_path: Path, **tensors: Any) -> Path:
 def test_every_kind_can_be_used(name: str, tmp_path: Path, look: Look) -> None:
     kind = KINDS[name]
     src = kind.write(autoencoder(), tmp_path)
-    lines, facts = look(src, *(HEADS if kind.told.num_heads else []))
+    lines, facts = look(src, *(HEADS if kind.overrides.num_heads else []))
     assert (facts["format"], facts["holds"]) == (kind.format, kind.holds)
     assert facts["uses"]["probe, finetune, knn, embed"].startswith("yes")
     assert facts["uses"]["reconstruct"].startswith("yes" if kind.holds == "autoencoder" else "no, it has no decoder")
@@ -89,7 +89,7 @@ def test_the_table_of_an_autoencoder(tmp_path: Path, look: Look) -> None:
     assert facts["parameters"] == {"encoder": encoder, "decoder": decoder}
     assert row(lines, "parameters") == f"encoder {encoder:,}, decoder {decoder:,}"
     assert row(lines, "decoder") == "width 512, depth 1, heads 16"
-    assert row(lines, "target").startswith("not told: by its file's name it is plain pixels")
+    assert row(lines, "target") == "plain pixels (not recorded: assumed from its file's name)"
     assert row(lines, "kind") == "encoder and decoder, in the format of the official code"
     assert row(lines, "mean, std") == "0.485 0.456 0.406; 0.229 0.224 0.225"
     assert row(lines, "numbers") == "float32 (38 tensors)"
@@ -116,7 +116,7 @@ def test_our_own_run(tmp_path: Path, look: Look) -> None:
     assert row(lines, "target") == "pixels normalised within each patch"
     assert (facts["training_state"], facts["notes"], facts["warnings"]) == (None, [], [])
     last = run / "checkpoints" / "last.ckpt"
-    assert facts["uses"]["resume"] == f"no, these are weights alone: {last} has the state of the training"
+    assert facts["uses"]["resume"] == f"no, it holds only weights: {last} has the state of the training"
     lines, facts = look(last)
     assert facts["uses"]["resume"] == "yes"
     assert facts["training_state"]["step"] == 2

@@ -129,7 +129,7 @@ def test_checks_use_what_is_free() -> None:
     assert one.grids() == [(4, 3)]
     assert len(set(free.grids())) == 3
     assert any(rows != columns for rows, columns in free.grids())
-    assert [len(images) for (images,) in onnx_export.trials(one, (1, 5))] == [1, 5]
+    assert [len(images) for (images,) in onnx_export.check_inputs(one, (1, 5))] == [1, 5]
 
 
 def test_difference_sees_what_is_wrong() -> None:
@@ -255,7 +255,7 @@ def test_what_is_missing_is_named(package: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, package, None)
     words = rf'ONNX files need the package {package}: pip install "vit-mae-lightning\[onnx\]"'
     with pytest.raises(UserError, match=words):
-        onnx_export.needed(package)
+        onnx_export.import_onnx_package(package)
     path = tmp_path / "graph.onnx"
     work = {
         "onnx": [lambda: onnx_export.to_onnx(graph("encoder"), path, ABOUT), lambda: onnx_export.quantize(path, path)],
