@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair
-from mae.models.vit import Unallocated, build
+from mae.models.meta_device import meta_parameters
+from mae.models.vit import build
 from mae.weights import load
 from mae.weights.weights import Weights, resample_positions
 
@@ -113,7 +114,7 @@ def network_of(weights: Weights) -> VisionTransformer:
         UserError: They are of none.
     """
     about = weights.require_classifier()
-    with Unallocated():
+    with meta_parameters():
         network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
     network.load_state_dict(weights.timm_state, assign=True)
     return network.eval().requires_grad_(False)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import SIZES, MaskedAutoencoder, Pair, as_pair, sincos_positions
-from mae.models.vit import Pool, Unallocated
+from mae.models.meta_device import meta_parameters
+from mae.models.vit import Pool
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
 from mae.weights.weights import Format, Weights, folded_head
@@ -453,7 +454,7 @@ def named(keys: Sequence[str]) -> str:
 
 def shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """Of every tensor that weights of this description have."""
-    with Unallocated():
+    with meta_parameters():
         model = MaskedAutoencoder(**weights.config)
     found = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     about, width = weights.classifier, model.encoder.embed_dim
