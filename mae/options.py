@@ -1,5 +1,6 @@
 """Options that commands share: a parser whose errors are one line, and checks of files to write."""
 
+import math
 import os
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,3 +51,25 @@ def out_folder(path: str) -> Path:
     except OSError as error:
         raise UserError(f"--out {path} cannot be made: {error.strerror}") from None
     return Path(path)
+
+
+def check_ranges(group: str, interval: str, **values: Any) -> None:
+    """Refuse settings that are outside an interval.
+
+    Args:
+        group: Of the settings on the command line: `--GROUP.KEY`; empty: `--KEY`.
+        interval: As in mathematics: "[0, 1)" is 0 or more and below 1, "(0, inf)" is above 0.
+        values: By key; numbers, sequences of them, or None, which is not looked at.
+
+    Raises:
+        UserError: Names the key, its value and what is wanted.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = f"at least {low:g}" if interval[0] == "[" else f"above {low:g}"
+    below = "" if high == math.inf else f" and at most {high:g}" if interval[-1] == "]" else f" and below {high:g}"
+    for key, value in values.items():
+        for number in [] if value is None else value if isinstance(value, list | tuple) else [value]:
+            reached = low <= number if interval[0] == "[" else low < number
+            if not (reached and (number <= high if interval[-1] == "]" else number < high)):
+                option = f"--{group}.{key}" if group else f"--{key}"
+                raise UserError(f"{option} {value}: it must be {above}{below}")

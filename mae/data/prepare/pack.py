@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae.data.crops import resized_crop
-from mae.data.datasets import Reading, Samples, default_workers
+from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, moments, open_image
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, finish, suffix_of
@@ -125,8 +125,8 @@ class Records(Samples):
         self.files, self.encoding = source, encoding
 
     def __getitem__(self, index: int) -> Record:
-        if self.reading:
-            self.reading.note(index)
+        if self.progress:
+            self.progress.set(index)
         suffix, where = suffix_of(self.files.name(index)), self.files.where(index)
         try:
             data = self.files.read(index)
@@ -268,7 +268,7 @@ def write_shards(records: Records, folder: Path, split: str, workers: int, shard
         UserError: An image cannot be read, or a shard not be written.
     """
     source, n = records.files, len(records.files)
-    records.reading = Reading(source, workers)
+    records.progress = WorkerProgress(source, workers)
     loader = DataLoader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=as_is)
     columns = [array(kind) for kind in "IqqI"]  # shard, offset, size, crc32
     sums, bad = np.zeros((source.in_chans, 2)), 0

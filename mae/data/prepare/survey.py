@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data.datasets import Reading
+from mae.data.datasets import WorkerProgress
 from mae.data.decode import IMAGE_SUFFIXES, BadImage, moments, open_image
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
@@ -65,14 +65,14 @@ class Examined(Dataset[Found]):
     """Images read once and decoded whole. Items are ranges of indices."""
 
     def __init__(self, source: FileSource, in_chans: int, workers: int) -> None:
-        self.source, self.in_chans, self.reading = source, in_chans, Reading(source, workers)
+        self.source, self.in_chans, self.progress = source, in_chans, WorkerProgress(source, workers)
 
     def __getitem__(self, indices: range) -> Found:
         records, sums, size = np.zeros(len(indices), RECORD), np.zeros((2, self.in_chans)), 0
         errors = {}
         files = self.source.read_all(indices)
         for row, index in enumerate(indices):
-            self.reading.note(index)
+            self.progress.set(index)
             data = next(files)
             try:
                 if isinstance(data, BadImage):

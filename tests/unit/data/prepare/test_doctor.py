@@ -374,7 +374,7 @@ def test_a_dead_loader_process_names_its_image(
     monkeypatch.setattr(doctor, "open_images", lambda place, in_chans: Deadly(100))
     assert main(["doctor", str(tmp_path), "--num_workers=1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the last file it was at: 70.ppm" in line
+    assert "the last file it read: 70.ppm" in line
 
 
 MEMORY = """
