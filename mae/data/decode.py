@@ -22,9 +22,19 @@ from mae.data import jpeg
 from mae.data.crops import Box, resized_crop
 from mae.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(  # compared in lower case
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
-)
+# The formats that Pillow may read, with their suffixes. It goes by the content, and a file named .jpg must not start,
+# say, its Ghostscript reader. JPEG is first, as the first format that accepts the content wins.
+FORMATS = {
+    "JPEG": {".jpg", ".jpeg"},
+    "PNG": {".png"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+    "PPM": {".ppm", ".pgm", ".pbm"},
+}
+
+IMAGE_SUFFIXES = frozenset({".npy"}.union(*FORMATS.values()))  # compared in lower case
 
 MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377; more are refused by the header alone
 
@@ -32,10 +42,6 @@ MAX_BYTES = 8 * MAX_PIXELS  # of a file: 4 uncompressed channels of 16 bits
 
 ALPHA_BACKGROUND = 255  # white, in every channel, behind transparent parts
 
-
-# The formats of IMAGE_SUFFIXES and no others: Pillow goes by the content, and a file named .jpg must not start, say, its
-# Ghostscript reader. JPEG is first, as the first format that accepts the content wins.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -256,7 +262,7 @@ def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(path, f"not an image in a known format ({', '.join(_FORMATS)})") from error
+        raise BadImage(path, f"not an image in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # damaged files make Pillow raise nearly any type, from KeyError to MemoryError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadImage(path, reason or type(error).__name__) from error
@@ -318,12 +324,12 @@ def _read_pillow_header(stream: BytesIO) -> Image.Image:
     # warnings it has shown, so "once" warnings of other libraries would come back with every image.
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    return Image.open(stream, formats=_FORMATS)
+    return Image.open(stream, formats=list(FORMATS))
 
 
 def _is_plain(image: Image.Image) -> bool:
     """Whether a JPEG file holds one image (not several, as MPO does) that is upright."""
-    return image.format == "JPEG" and _orientation(image) not in _UPRIGHT
+    return image.format == "JPEG" and not is_turned(image)
 
 
 def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
@@ -349,6 +355,11 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # Pillow raises many types
         return 1  # damaged EXIF does not make the pixels bad; some files of ImageNet have it
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image is not upright by its EXIF orientation."""
+    return _orientation(image) in _UPRIGHT
 
 
 def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
@@ -390,15 +401,3 @@ def _with_channels(image: Image.Image, in_chans: int) -> Image.Image:
         opaque.paste(image, mask=image.getchannel("A"))  # per channel round((a * x + (255 - a) * 255) / 255)
         image = opaque
     return image if image.mode == mode else image.convert(mode)
-
-
-def moments(pixels: Tensor) -> list[tuple[float, float]]:
-    """Mean and mean square of each channel of (C, H, W) pixels, scaled to [0, 1]; from exact integer sums."""
-    full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
-    result = []
-    for channel in pixels:
-        counts = torch.bincount(channel.flatten() if full == 255 else channel.flatten().int())
-        levels = torch.arange(len(counts))
-        total, squares = int((counts * levels).sum()), int((counts * levels * levels).sum())
-        result.append((total / (n * full), squares / (n * full * full)))
-    return result
