@@ -115,11 +115,8 @@ def random_crop_box(
         ratio: Smallest and largest width / height of the box; uniform on a log scale.
     """
     draws = torch.rand(22, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for area_draw, ratio_draw in zip(draws[:10], draws[10:20], strict=True):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
-        aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
-        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        box_height, box_width = _box_sides(height * width, area_draw, ratio_draw, scale, ratio)
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(draws[20] * (height - box_height + 1))
             left = int(draws[21] * (width - box_width + 1))
@@ -143,12 +140,19 @@ def single_draw_box(
     This is the crop of the official linear probe, after the TensorFlow pipeline; more of its crops are large.
     """
     draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    aspect = math.exp(log_low + (log_high - log_low) * draws[1])
-    box_height = max(1, min(height, round(math.sqrt(area / aspect))))
-    box_width = max(1, min(width, round(math.sqrt(area * aspect))))
+    box_height, box_width = _box_sides(height * width, draws[0], draws[1], scale, ratio)
+    box_height, box_width = max(1, min(height, box_height)), max(1, min(width, box_width))
     return int(draws[2] * (height - box_height + 1)), int(draws[3] * (width - box_width + 1)), box_height, box_width
+
+
+def _box_sides(
+    pixels: int, area_draw: float, ratio_draw: float, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int]:
+    """Height and width of a random box of an image with this many pixels, from two draws in [0, 1)."""
+    area = pixels * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:

@@ -4,7 +4,7 @@ import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
@@ -84,8 +84,8 @@ def default_workers() -> int:
 class Samples(Dataset[Any]):
     """Images of a source. Subclasses say what an item is."""
 
-    def __init__(self, source: Source, size: Pair) -> None:
-        self.source, self.size = source, size
+    def __init__(self, source: Source) -> None:
+        self.source = source
         self.progress: WorkerProgress | None = None
 
     def open_images(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
@@ -98,9 +98,6 @@ class Samples(Dataset[Any]):
 
 class DecodedSamples(Samples):
     """Decoded images of any size, (C, H, W), or the reason why one cannot be decoded. Items are indices."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, (0, 0))
 
     def __getitem__(self, index: int) -> Tensor | BadImage:
         try:
@@ -129,8 +126,8 @@ class TrainSamples(Samples):
         distort: Distort | None = None,
         reduced: bool = False,
     ):
-        super().__init__(source, size)
-        self.in_chans, self.seed = in_chans, seed
+        super().__init__(source)
+        self.size, self.in_chans, self.seed = size, in_chans, seed
         self.crop, self.flip, self.distort, self.reduced = crop, flip, distort, reduced
 
     def draw(self, key: Key, height: int, width: int) -> tuple[bool, Box]:
@@ -158,22 +155,14 @@ class TrainSamples(Samples):
                 image, flip = torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), False
             images.append(image)
             flips.append(flip)
-        return self.batch(keys, stack(images), flips, errors, decoders)
+        batch = make_batch(self.source, [index for _, index in keys], stack(images), decoders)
+        return self.for_training(batch, keys, flips, errors)
 
-    def batch(
-        self, keys: list[Key], images: Tensor, flips: list[bool], errors: dict[int, BadImage], decoders: dict[str, int]
-    ) -> Batch:
-        epochs, indices = zip(*keys, strict=True)
-        return Batch(
-            images,
-            label_tensor(self.source, indices),
-            torch.tensor(indices),
-            torch.tensor(epochs),
-            torch.tensor(flips),
-            torch.tensor([0.0 if i in errors else 1.0 for i in range(len(keys))]),
-            list(errors.values()),
-            dict(decoders),
-        )
+    def for_training(self, batch: Batch, keys: list[Key], flips: Sequence[bool], errors: dict[int, BadImage]) -> Batch:
+        """The batch with its epochs, flips and errors; the latter by place in the batch."""
+        epochs = torch.tensor([epoch for epoch, _ in keys])
+        weight = torch.tensor([0.0 if i in errors else 1.0 for i in range(len(keys))])
+        return batch._replace(epochs=epochs, flip=torch.tensor(flips), weight=weight, errors=list(errors.values()))
 
 
 class ResidentSamples(TrainSamples):
@@ -192,18 +181,19 @@ class ResidentSamples(TrainSamples):
         device = self.images.device
         height, width = self.images.shape[2:]
         flips, boxes = zip(*(self.draw(key, height, width) for key in keys), strict=True)
-        indices = torch.tensor([index for _, index in keys], device=device)
-        images = batched_resized_crop(self.images[indices], torch.tensor(boxes, device=device), self.size)
-        errors = {i: self.bad[index] for i, (_, index) in enumerate(keys) if index in self.bad}
-        return self.batch(keys, images, list(flips), errors, {})
+        indices = [index for _, index in keys]
+        whole = self.images[torch.tensor(indices, device=device)]
+        images = batched_resized_crop(whole, torch.tensor(boxes, device=device), self.size)
+        errors = {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad}
+        return self.for_training(make_batch(self.source, indices, images), keys, flips, errors)
 
 
 class WholeSamples(Samples):
     """Batches for evaluation: resized and centre-cropped, without randomness. Items are lists of indices."""
 
     def __init__(self, source: Source, size: Pair, crop_pct: float):
-        super().__init__(source, size)
-        self.crop_pct = crop_pct
+        super().__init__(source)
+        self.size, self.crop_pct = size, crop_pct
 
     def __getitem__(self, indices: list[int]) -> Batch:
         images, decoders = [], Counter[str]()
@@ -217,17 +207,7 @@ class WholeSamples(Samples):
                 # A score is over all images or is not given: unlike in training, no bad image is tolerated.
                 return error_batch(error)
             decoders[picture.decoder] += 1
-        n = len(indices)
-        return Batch(
-            stack(images),
-            label_tensor(self.source, indices),
-            torch.tensor(indices),
-            torch.full((n,), HELD_OUT_EPOCH),
-            torch.zeros(n, dtype=torch.bool),
-            torch.ones(n),
-            [],
-            dict(decoders),
-        )
+        return make_batch(self.source, indices, stack(images), decoders)
 
 
 def worker_death_message(error: BaseException) -> str | None:
@@ -246,9 +226,22 @@ def worker_death_message(error: BaseException) -> str | None:
     )
 
 
-def label_tensor(source: Source, indices: Sequence[int]) -> Tensor:
-    """(B,) int64, all -1 if the source has no labels."""
-    return torch.tensor([-1 if source.labels is None else source.labels[index] for index in indices])
+def make_batch(
+    source: Source, indices: Sequence[int], images: Tensor, decoders: Mapping[str, int] | None = None
+) -> Batch:
+    """A batch for evaluation: no flips, all weights 1. Labels are -1 if the source has none."""
+    n = len(indices)
+    labels = [-1 if source.labels is None else source.labels[index] for index in indices]
+    return Batch(
+        images,
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(indices, dtype=torch.long),
+        torch.full((n,), HELD_OUT_EPOCH),
+        torch.zeros(n, dtype=torch.bool),
+        torch.ones(n),
+        [],
+        dict(decoders or {}),
+    )
 
 
 def error_batch(error: BadImage) -> Batch:

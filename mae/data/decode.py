@@ -139,10 +139,8 @@ class Picture:
         decoder: The library that makes the pixels, for the log.
     """
 
-    decoder = "memory"
-
-    def __init__(self, pixels: Tensor) -> None:
-        self._pixels = pixels
+    def __init__(self, pixels: Tensor, decoder: str = "memory") -> None:
+        self._pixels, self.decoder = pixels, decoder
         self.height, self.width = pixels.shape[1:]
 
     def pixels(self) -> Tensor:
@@ -163,22 +161,12 @@ class Picture:
         return resized_crop(self.pixels(), box, size)
 
 
-class PillowPicture(Picture):
-    decoder = "Pillow"
-
-
-class NpyPicture(Picture):
-    decoder = "numpy"
-
-
 class JpegPicture(Picture):
     """A JPEG for libjpeg-turbo, decoded when and as far as needed; by Pillow if that fails."""
 
-    decoder = "libjpeg-turbo"
-
     def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int) -> None:
         self.data, self.path, self.header, self.in_chans = data, path, header, in_chans
-        self.height, self.width = header.height, header.width
+        self.height, self.width, self.decoder = header.height, header.width, "libjpeg-turbo"
 
     def pixels(self) -> Tensor:
         return self._decode(self.height, 1)
@@ -272,7 +260,7 @@ def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
     if not data:
         raise BadImage(path, "empty file")
     if os.path.splitext(path)[1].lower() == ".npy":
-        return NpyPicture(_decode_npy(data, path, in_chans))
+        return Picture(_decode_npy(data, path, in_chans), "numpy")
     if in_chans not in _MODES:
         raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
     header = jpeg.read_header(data)
@@ -347,7 +335,7 @@ def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
         image = image.transpose(turn)
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return PillowPicture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1))
+    return Picture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1), "Pillow")
 
 
 def _orientation(image: Image.Image) -> int:

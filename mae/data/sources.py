@@ -3,9 +3,9 @@
 import gzip
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 
 from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
 from mae.errors import UserError
+
+T = TypeVar("T")
 
 
 class Source:
@@ -48,11 +50,7 @@ class Source:
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         """Each image, or the error for it; a source may fetch all of them at once."""
-        for index in indices:
-            try:
-                yield self.open(index)
-            except BadImage as error:
-                yield error
+        return results_or_errors(self.open, indices)
 
 
 class ArraySource(Source):
@@ -86,11 +84,7 @@ class FileSource(Source):
 
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
         """The bytes of each image's file, or the error for it."""
-        for index in indices:
-            try:
-                yield self.read(index)
-            except BadImage as error:
-                yield error
+        return results_or_errors(self.read, indices)
 
     def open(self, index: int) -> Picture:
         return self._open_bytes(self.read(index), index)
@@ -104,6 +98,15 @@ class FileSource(Source):
 
     def _open_bytes(self, data: bytes, index: int) -> Picture:
         return open_image(data, self.where(index), self.in_chans)
+
+
+def results_or_errors(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | BadImage]:
+    """The result of `read` for each index, or the BadImage that it raised."""
+    for index in indices:
+        try:
+            yield read(index)
+        except BadImage as error:
+            yield error
 
 
 class FolderSource(FileSource):

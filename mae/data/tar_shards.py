@@ -5,7 +5,6 @@ labels, its class number `00001234.cls`. Beside them `index.safetensors` says wh
 training sees the same batches as from the folder that was packed.
 """
 
-import io
 import json
 import os
 import posixpath
@@ -13,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
@@ -177,30 +176,6 @@ class RecordSource(FileSource):
         return table.files[table.file[index]], int(table.offset[index]), int(table.size[index])
 
 
-class FilePart(io.RawIOBase):
-    """A part of a file that can be read as if it were a file."""
-
-    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
-        self.file, self.start, self.size, self.at = file, start, size, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self.at
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        self.at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.size}[whence]
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.at)
-        self.file.seek(self.start + self.at)
-        data = self.file.read(left if size < 0 else min(size, left))
-        self.at += len(data)
-        return data
-
-
 def scan_tar(
     path: Path, start: int = 0, size: int | None = None, suffixes: frozenset[str] = IMAGE_SUFFIXES
 ) -> Iterator[tuple[str, int, int]]:
@@ -216,10 +191,15 @@ def scan_tar(
     """
     try:
         with open(path, "rb") as file:
-            part = FilePart(file, start, os.fstat(file.fileno()).st_size - start if size is None else size)
-            with tarfile.open(fileobj=part, mode="r:") as tar:
-                while (member := tar.next()) is not None:
+            end = os.fstat(file.fileno()).st_size if size is None else start + size
+            if start == end:
+                raise tarfile.ReadError("empty file")
+            file.seek(start)
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                while (member := tar.next()) is not None and member.offset < end:
                     tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them in memory
+                    if tar.offset > end:
+                        raise tarfile.ReadError("unexpected end of data")
                     name = posixpath.normpath(member.name).lstrip("/")  # as after unpacking
                     if name.startswith("../"):
                         raise UserError(f"{path}: {member.name} would lie outside the folder: unpack the archive")
@@ -228,11 +208,11 @@ def scan_tar(
                         continue
                     if not member.isreg() or member.issparse():
                         raise UserError(f"{path}: {member.name} is a link or a sparse file: unpack the archive")
-                    yield name, start + member.offset_data, member.size
+                    yield name, member.offset_data, member.size
                 # tarfile takes an unreadable header for the end of the archive and would omit all that follows.
-                part.seek(tar.offset)
-                if part.read(tarfile.BLOCKSIZE).strip(b"\0"):
-                    raise tarfile.ReadError(f"no header at byte {start + tar.offset}")
+                file.seek(tar.offset)
+                if file.read(max(0, min(tarfile.BLOCKSIZE, end - tar.offset))).strip(b"\0"):
+                    raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a tar file that can be read: {error}; unpack it if it is compressed") from None
 

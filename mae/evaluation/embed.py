@@ -21,10 +21,9 @@ from tqdm import tqdm
 
 from mae.data.crops import center_box
 from mae.data.datamodule import ImageData
-from mae.data.datasets import Batch, WholeSamples, label_tensor, stack
+from mae.data.datasets import Batch, WholeSamples, make_batch, stack
 from mae.data.decode import BadImage
 from mae.data.loaders import Loader
-from mae.data.sampling import HELD_OUT_EPOCH
 from mae.data.sources import FileSource
 from mae.data.tar_shards import INDEX, holds_images, open_images
 from mae.errors import PeerLost, UserError
@@ -248,17 +247,8 @@ class ReadableSamples(WholeSamples):
                 kept.append(index)
             except BadImage as error:
                 errors.append(error)
-        n = len(kept)
-        return Batch(
-            stack(images) if images else torch.zeros(0, 1, 1, 1),
-            label_tensor(self.source, kept),
-            torch.tensor(kept, dtype=torch.long),
-            torch.full((n,), HELD_OUT_EPOCH),
-            torch.zeros(n, dtype=torch.bool),
-            torch.ones(n),
-            errors,
-            {},
-        )
+        pixels = stack(images) if images else torch.zeros(0, 1, 1, 1)
+        return make_batch(self.source, kept, pixels)._replace(errors=errors)
 
 
 class Batches(Sampler[list[int]]):

@@ -123,7 +123,7 @@ class Records(Samples):
     """The records of the images of a source, made by loader processes. Items are indices."""
 
     def __init__(self, source: FileSource, encoding: Encoding) -> None:
-        super().__init__(source, (0, 0))
+        super().__init__(source)
         self.files, self.encoding = source, encoding
 
     def __getitem__(self, index: int) -> Record:
