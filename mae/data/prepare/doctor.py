@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -103,27 +103,29 @@ def find_problems(
     splits: dict[str, SplitSurvey], summaries: dict[str, SplitSummary], groups: DuplicateGroups
 ) -> list[Finding]:
     """All problems, the most serious first."""
-    problems = [*stopping_problems(splits, summaries), *other_problems(splits, summaries, groups)]
-    return [problem for problem in problems if problem.count]
+    checks = chain(stopping_problems(splits, summaries), other_problems(splits, summaries, groups))
+    return [check for check in checks if check.count]
 
 
-def problem(count: int, noun: str, rest: str, advice: str, names: Iterable[str] = (), stops: bool = False) -> Finding:
+def new_finding(
+    count: int, noun: str, rest: str, advice: str, names: Iterable[str] = (), stops: bool = False
+) -> Finding:
     return Finding(stops, count, f"{plural(count, noun)} {rest}", list(names), advice)
 
 
 def stopping_problems(splits: dict[str, SplitSurvey], summaries: dict[str, SplitSummary]) -> Iterator[Finding]:
     unknown = unknown_classes(splits, "val", "train")
     advice = "every command stops; remove from val, or add such images to train"
-    yield problem(len(unknown), "class", "in val that train lacks", advice, unknown, stops=True)
+    yield new_finding(len(unknown), "class", "in val that train lacks", advice, unknown, stops=True)
     for key, summary in summaries.items():
         bad = len(summary.unreadable)
         advice = f"mae pretrain stops; remove or replace, or set --data.max_bad_images {bad}"
         if key == "val":
             advice = "every training and evaluation stops; remove or replace"
-        yield problem(bad, "unreadable image", f"in {key}", advice, stops=True)
+        yield new_finding(bad, "unreadable image", f"in {key}", advice, stops=True)
     for key, summary in summaries.items():
         empty, advice = summary.empty_classes, "mae linprobe and mae finetune stop; fill or remove"
-        yield problem(len(empty), "empty class folder", f"in {key}", advice, empty, stops=True)
+        yield new_finding(len(empty), "empty class folder", f"in {key}", advice, empty, stops=True)
 
 
 def other_problems(
@@ -132,36 +134,36 @@ def other_problems(
     train, counts = summaries["train"], groups.counts()
     advice = "scores come out too good; remove from one of the two"
     names = duplicate_examples(splits, groups, groups.leaked)
-    yield problem(counts["held_out_in_train"], "image", "of val in train, too", advice, names)
+    yield new_finding(counts["held_out_in_train"], "image", "of val in train, too", advice, names)
     advice = "at most one of its labels is right; keep one"
     names = duplicate_examples(splits, groups, groups.contradictory)
-    yield problem(counts["under_several_classes"], "image", "under several classes", advice, names)
+    yield new_finding(counts["under_several_classes"], "image", "under several classes", advice, names)
     advice = "so no image has a label; for more than mae pretrain, move into a class"
-    yield problem(train.beside_classes, "image", "beside the folders in train", advice)
+    yield new_finding(train.beside_classes, "image", "beside the folders in train", advice)
     for key, summary in summaries.items():
         advice = "such images count twice; remove the copies"
-        yield problem(summary.copies, "copy", f"of other images in {key}", advice)
+        yield new_finding(summary.copies, "copy", f"of other images in {key}", advice)
     few = [f"{name} {count}" for name, count in train.classes.items() if count < FEW]
     advice = "little to learn from, and below 2 mae linprobe and mae finetune stop; add images, or remove the class"
-    yield problem(len(few), "class", f"with fewer than {FEW} images in train", advice, few)
+    yield new_finding(len(few), "class", f"with fewer than {FEW} images in train", advice, few)
     missing = unknown_classes(splits, "train", "val")
     advice = "no score tells how well these are known; add images to val"
-    yield problem(len(missing), "class", "in train that val lacks", advice, missing)
+    yield new_finding(len(missing), "class", "in train that val lacks", advice, missing)
     for key, summary in summaries.items():
         split = splits[key]
         what = f"in {key} with a side below {TINY} pixels"
         advice = "perhaps thumbnails or icons; remove, unless the model is for such sizes"
-        yield problem(summary.small[TINY], "image", what, advice, first_names(split, split.below(TINY)))
+        yield new_finding(summary.small[TINY], "image", what, advice, first_names(split, split.below(TINY)))
         ignored = {suffix: count for suffix, count in summary.other_files.items() if suffix in IGNORED_SUFFIXES}
         what = f"in {key} in formats that are not read"
         advice = "images by their suffix, left out; convert to JPEG or PNG, and name JPEGs .jpg"
-        yield problem(sum(ignored.values()), "file", what, advice, ignored)
+        yield new_finding(sum(ignored.values()), "file", what, advice, ignored)
         misnamed = split.marked("other suffix")
         what = f"in {key} under another format's suffix"
         advice = "read by content here, but not by every program; rename"
-        yield problem(int(misnamed.sum()), "image", what, advice, first_names(split, misnamed))
+        yield new_finding(int(misnamed.sum()), "image", what, advice, first_names(split, misnamed))
         links = summary.dangling_links
-        yield problem(len(links), "dangling link", f"in {key}", "remove, or restore what it points to", links)
+        yield new_finding(len(links), "dangling link", f"in {key}", "remove, or restore what it points to", links)
 
 
 def first_names(split: SplitSurvey, which: np.ndarray) -> list[str]:
