@@ -208,7 +208,7 @@ def pack_images(config: Namespace) -> None:
             records = Records(source, encoding)
             packed[split] = write_shards(records, folders[split], split, workers, config.shard_mb, allowed)
             allowed -= packed[split].about["bad_images"]
-        for split, index in packed.items():  # last: a folder with an index counts as complete
+        for split, index in packed.items():  # all at the end: packing into a folder with an index is refused
             finish(folders[split], index)
     for split, index in packed.items():
         size, count, encoded = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
