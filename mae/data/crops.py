@@ -1,7 +1,7 @@
-"""Which part of an image is looked at, and resizing it.
+"""Crops: choosing a box of an image, and resizing it.
 
 Images are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535].
-A box is (top, left, height, width) in whole pixels of the image as decoded, that is after its EXIF rotation.
+A box is (top, left, height, width) in whole pixels of the decoded image, after its EXIF rotation.
 """
 
 import math
@@ -15,15 +15,15 @@ Box = tuple[int, int, int, int]
 
 
 class Crop(NamedTuple):
-    """Random resized crop: area as a fraction of the image, and width over height."""
+    """A random resized crop: `scale` is the area as a fraction of the image, `ratio` is width / height."""
 
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    single_draw: bool = False  # else up to ten draws, until one fits into the image
+    single_draw: bool = False  # False: up to ten draws, until one fits into the image
 
     def box(self, draw: torch.Generator, height: int, width: int) -> Box:
-        choose = single_draw_box if self.single_draw else random_crop_box
-        return choose(draw, height, width, self.scale, self.ratio)
+        draw_box = single_draw_box if self.single_draw else random_crop_box
+        return draw_box(draw, height, width, self.scale, self.ratio)
 
     def __str__(self) -> str:
         low, high = self.scale
@@ -33,9 +33,9 @@ class Crop(NamedTuple):
 def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
 
-    The dtype stays, uint8 (nearly always within a level of Pillow's crop and resize) or uint16 (through float32).
-    The result is dense, channels last where the image's are. A box that has the size already is cut out and not
-    filtered.
+    The dtype is kept: uint8 (nearly always within one level of Pillow's crop and resize) or uint16 (through float32).
+    The result is dense, and channels last if the image is. A box that already has the size is cut out without
+    filtering.
     """
     top, left, height, width = box
     crop = image[:, top : top + height, left : left + width]
@@ -43,7 +43,7 @@ def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
         return _dense(crop)
     if crop.dtype == torch.uint16:  # bicubic overshoots, so it needs clamping; the uint8 kernel does that by itself
         return _bicubic(crop.float(), size).round_().clamp_(0, 65535).to(torch.uint16)
-    if crop.shape[0] > 4:  # beyond 4 channels torch takes a path about three times slower, to the same pixels
+    if crop.shape[0] > 4:  # above 4 channels torch takes a path to the same pixels that is about three times slower
         return torch.cat([_bicubic(part, size) for part in torch.split(crop, 4)])
     return _bicubic(crop, size)
 
@@ -55,29 +55,29 @@ def _dense(image: Tensor) -> Tensor:
 
 
 def is_channels_last(image: Tensor) -> bool:
-    """Whether the channels of a pixel of (C, H, W) lie side by side in memory, as decoders leave them."""
+    """Whether the channels of a pixel of (C, H, W) are adjacent in memory, as decoders leave them."""
     return image.stride(0) == 1
 
 
 def _bicubic(image: Tensor, size: tuple[int, int]) -> Tensor:
     batch = _dense(image)[None]
-    if is_channels_last(image):  # with the strides of a batch: torch's fast kernel for these goes by them
+    if is_channels_last(image):  # the strides of a batch select torch's fast kernel for channels last
         batch = batch.as_strided(batch.shape, (batch.numel(), *batch.stride()[1:]))
     return F.interpolate(batch, size=size, mode="bicubic", antialias=True)[0]
 
 
 def batched_resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """As `resized_crop`, of many images of one size at once, on any device; within a level or two of it.
+    """As `resized_crop`, for many images of one size at once, on any device; the result is within two levels of it.
 
     Args:
         images: (B, C, H, W) uint8.
-        boxes: (B, 4) int64, a box an image, on the same device.
+        boxes: (B, 4) int64, one box per image, on the same device.
 
     Returns:
         (B, C, *size) uint8, contiguous.
     """
     top, left, height, width = boxes.unbind(1)
-    # Across first, then down, rounded in between: as the kernel for one image does.
+    # First across, then down, with rounding in between, as in the kernel for one image.
     across = _filters(left, width, images.shape[3], size[1])  # (B, size[1], W)
     down = _filters(top, height, images.shape[2], size[0])  # (B, size[0], H)
     narrowed = (images.float() @ across.transpose(1, 2)[:, None]).round_().clamp_(0, 255)
@@ -85,7 +85,7 @@ def batched_resized_crop(images: Tensor, boxes: Tensor, size: tuple[int, int]) -
 
 
 def _filters(start: Tensor, length: Tensor, side: int, wanted: int) -> Tensor:
-    """(B, wanted, side): what each of `side` pixels weighs in each of `wanted` ones; bicubic with antialiasing."""
+    """(B, wanted, side): the weight of each of `side` pixels in each of `wanted` ones; bicubic with antialiasing."""
     places = torch.arange(side, device=start.device) - start[:, None, None]  # (B, 1, side), within the box
     step = length.float() / wanted  # pixels of the box per pixel of the result
     stretch = step.clamp(min=1)[:, None, None]
@@ -108,24 +108,21 @@ def random_crop_box(
 ) -> Box:
     """Draw the box of torchvision's RandomResizedCrop: an area, an aspect ratio, then a place.
 
-    Takes 22 numbers from the (CPU) generator whatever happens, so what is drawn after it does not depend on the image.
+    Always takes 22 numbers from the (CPU) generator, so that later draws do not depend on the image.
 
     Args:
-        scale: Smallest and largest area of the box, as fractions of the image's.
+        scale: Smallest and largest area of the box, as fractions of the image.
         ratio: Smallest and largest width / height of the box; uniform on a log scale.
     """
     draws = torch.rand(22, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for area_draw, ratio_draw in zip(draws[:10], draws[10:20], strict=True):
-        area = height * width * (scale[0] + (scale[1] - scale[0]) * area_draw)
-        aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
-        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        box_height, box_width = _box_sides(height * width, area_draw, ratio_draw, scale, ratio)
         if 0 < box_height <= height and 0 < box_width <= width:
             top = int(draws[20] * (height - box_height + 1))
             left = int(draws[21] * (width - box_width + 1))
             return top, left, box_height, box_width
 
-    # Ten misses, an image much longer than wide or the reverse: the largest central box whose ratio is allowed.
+    # No draw fits, as the image is much longer than wide or the reverse: the largest central box of an allowed ratio.
     box_height = min(height, round(width / ratio[0]))
     box_width = min(width, round(height * ratio[1]))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
@@ -138,27 +135,35 @@ def single_draw_box(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Box:
-    """As `random_crop_box`, but drawn once: a side that is too long is cut to the image's, whatever ratio that leaves.
+    """As `random_crop_box`, but with one draw; a side that is too long is cut to the image, so the ratio may change.
 
-    This is the crop of the official linear probe, after the TensorFlow pipeline; it keeps more large crops.
+    This is the crop of the official linear probe, after the TensorFlow pipeline; more of its crops are large.
     """
     draws = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws[0])
-    aspect = math.exp(log_low + (log_high - log_low) * draws[1])
-    box_height = max(1, min(height, round(math.sqrt(area / aspect))))
-    box_width = max(1, min(width, round(math.sqrt(area * aspect))))
+    box_height, box_width = _box_sides(height * width, draws[0], draws[1], scale, ratio)
+    box_height, box_width = max(1, min(height, box_height)), max(1, min(width, box_width))
     return int(draws[2] * (height - box_height + 1)), int(draws[3] * (width - box_width + 1)), box_height, box_width
 
 
-def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
-    """The part of a height x width image that evaluation looks at, to be resized to `size` (height, width).
+def _box_sides(
+    pixels: int, area_draw: float, ratio_draw: float, scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int]:
+    """Height and width of a random box of an image with this many pixels, from two draws in [0, 1)."""
+    area = pixels * (scale[0] + (scale[1] - scale[0]) * area_draw)
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = math.exp(log_low + (log_high - log_low) * ratio_draw)
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
-    Stands for the usual two steps, resize until the image just covers size / crop_pct, then cut `size` out of the
-    middle, with one resize and to the nearest whole pixel of the original. The official 256 -> 224 is crop_pct 0.875.
+
+def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
+    """The box of a height x width image for evaluation, to be resized to `size` (height, width).
+
+    The usual two steps are to resize until the image just covers size / crop_pct, and to cut `size` out of the centre.
+    This box does both with one resize, to the nearest whole pixel of the original. The official 256 -> 224 is
+    crop_pct 0.875.
 
     Args:
-        crop_pct: In (0, 1]; 1 keeps the whole of the side that limits.
+        crop_pct: In (0, 1]; with 1 the limiting side is kept whole.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")

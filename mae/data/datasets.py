@@ -1,10 +1,10 @@
-"""From images to batches: what a loader process does with the numbers that a sampler gives it."""
+"""Map-style data sets that turn the indices of a sampler into batches; this is the work of the loader processes."""
 
 import os
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakSet
@@ -19,8 +19,8 @@ from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
 from mae.errors import UserError
 
-# A socket's path has 107 characters at most; Python adds "/pymp-xxxxxxxx/listener-xxxxxxxx". Where that is too long a
-# loader process fails to answer, in a thread of its own, and training would wait forever.
+# The path of a socket has at most 107 characters, of which Python needs "/pymp-xxxxxxxx/listener-xxxxxxxx". With a
+# longer one a thread of the loader process fails, and training would wait for it forever.
 LONGEST_TMPDIR = 75
 
 Pair = tuple[int, int]
@@ -29,45 +29,46 @@ Distort = Callable[[Tensor], Tensor]  # (C, H, W) uint8 -> the same shape, by th
 
 
 class Batch(NamedTuple):
-    """What travels from the loader to a training step."""
+    """A batch on its way from the loader to a training step."""
 
     images: Tensor  # (B, C, H, W): uint8 or uint16 from the loader, float and normalised on the device
     labels: Tensor  # (B,) int64, -1 where there is none
-    indices: Tensor  # (B,) int64, place of the image in its data set
-    epochs: Tensor  # (B,) int64; with index and seed all that this sample's mask depends on
-    flip: Tensor  # (B,) bool, to be mirrored left to right on the device
-    weight: Tensor  # (B,) float, 0 where the image could not be read and its slot holds zeros
+    indices: Tensor  # (B,) int64, index of the image in its data set
+    epochs: Tensor  # (B,) int64; the mask of a sample depends on this, its index and the seed, and on nothing else
+    flip: Tensor  # (B,) bool, True = to be flipped left to right on the device
+    weight: Tensor  # (B,) float, 0 if the image could not be read and its slot holds zeros
     errors: list[BadImage]  # the images that could not be read
-    decoders: dict[str, int]  # how many images each decoder made
-    noise: Tensor | None = None  # (B, N) float masking scores, added before the transfer by whoever masks
+    decoders: dict[str, int]  # number of images that each decoder made
+    noise: Tensor | None = None  # (B, N) float, the noise for random masking; pre-training adds it before the transfer
 
 
-class Reading:
-    """Which image each loader process is at, in memory that they share: asked when one of them has died.
+class WorkerProgress:
+    """The image that each loader process is reading, in shared memory, so that the main process can name it on a crash.
 
     Raises:
-        UserError: TMPDIR does not let processes talk.
+        UserError: TMPDIR is too long for the sockets between processes.
     """
 
-    all: ClassVar["WeakSet[Reading]"] = WeakSet()  # of this process
+    instances: ClassVar["WeakSet[WorkerProgress]"] = WeakSet()  # those of this process
 
     def __init__(self, source: Source, workers: int) -> None:
         if workers and len(os.fsencode(folder := tempfile.gettempdir())) > LONGEST_TMPDIR:
             raise UserError(
-                f"TMPDIR {folder} has more than {LONGEST_TMPDIR} characters, too many for sockets between loader "
+                f"TMPDIR {folder} has more than {LONGEST_TMPDIR} characters, too many for the sockets of loader "
                 "processes: set TMPDIR to a shorter path, such as /tmp, or --data.num_workers 0"
             )
         self.source, self.workers = source, workers
-        self.slots = RawArray("q", 2 * workers)  # process id, image, of each worker
-        Reading.all.add(self)  # last: another loader's process may die at any moment, this one included
+        self.slots = RawArray("q", 2 * workers)  # for each worker, its process id and the index of its image
+        WorkerProgress.instances.add(self)  # last, as the message about a dead process may be needed at any moment
 
-    def note(self, index: int) -> None:
+    def set(self, index: int) -> None:
+        """Note the image that this process reads next; the main process notes nothing."""
         worker = get_worker_info()
         if worker is not None:
             self.slots[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), index]
 
     def last(self, pid: int) -> str | None:
-        """The image that this process was at."""
+        """The image that a loader process was reading, or None if the process is not one of these."""
         for worker in range(self.workers):
             owner, index = self.slots[2 * worker : 2 * worker + 2]
             if owner == pid:
@@ -76,45 +77,42 @@ class Reading:
 
 
 def default_workers() -> int:
-    """Loader processes: one a spare core, 8 at most."""
+    """The number of loader processes: one for each spare core, at most 8."""
     return min(8, len(os.sched_getaffinity(0)) - 1)
 
 
 class Samples(Dataset[Any]):
-    """Images of a source, opened in the order asked for."""
+    """Images of a source. Subclasses say what an item is."""
 
-    def __init__(self, source: Source, size: Pair) -> None:
-        self.source, self.size = source, size
-        self.reading: Reading | None = None
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.progress: WorkerProgress | None = None
 
-    def opened(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+    def open_images(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         pictures = self.source.open_all(indices)
         for index in indices:
-            if self.reading:
-                self.reading.note(index)
+            if self.progress:
+                self.progress.set(index)
             yield next(pictures)
 
 
 class DecodedSamples(Samples):
-    """Images as they are, (C, H, W), or why they are not. Items are indices."""
-
-    def __init__(self, source: Source) -> None:
-        super().__init__(source, (0, 0))
+    """Decoded images of any size, (C, H, W), or the reason why one cannot be decoded. Items are indices."""
 
     def __getitem__(self, index: int) -> Tensor | BadImage:
         try:
-            picture = next(self.opened([index]))
+            picture = next(self.open_images([index]))
             return picture if isinstance(picture, BadImage) else picture.pixels()
         except BadImage as error:
             return error
 
 
 class TrainSamples(Samples):
-    """Batches for training, each image cropped and flipped as (seed, epoch, index) says. Items are lists of keys.
+    """Batches for training, each image cropped and flipped by its (seed, epoch, index). Items are lists of keys.
 
     Args:
-        distort: Where there is one, it sees the flipped crop; else the flip is left to the device.
-        reduced: As for `images.Picture.resized_crop`.
+        distort: Applied to the flipped crop; without it the flip is left to the device.
+        reduced: As for `decode.Picture.resized_crop`.
     """
 
     def __init__(
@@ -128,12 +126,12 @@ class TrainSamples(Samples):
         distort: Distort | None = None,
         reduced: bool = False,
     ):
-        super().__init__(source, size)
-        self.in_chans, self.seed = in_chans, seed
+        super().__init__(source)
+        self.size, self.in_chans, self.seed = size, in_chans, seed
         self.crop, self.flip, self.distort, self.reduced = crop, flip, distort, reduced
 
     def draw(self, key: Key, height: int, width: int) -> tuple[bool, Box]:
-        """Whether to flip, and what to crop."""
+        """Draw whether to flip an image and the box to crop from it."""
         draw = generator(self.seed, *key, "augment")
         flip = torch.rand((), generator=draw).item() < self.flip
         return flip, self.crop.box(draw, height, width) if self.crop else center_box(height, width, self.size)
@@ -142,7 +140,7 @@ class TrainSamples(Samples):
         images: list[Tensor] = []
         flips, decoders = [], Counter[str]()
         errors: dict[int, BadImage] = {}
-        for key, picture in zip(keys, self.opened([index for _, index in keys]), strict=True):
+        for key, picture in zip(keys, self.open_images([index for _, index in keys]), strict=True):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
@@ -157,29 +155,21 @@ class TrainSamples(Samples):
                 image, flip = torch.zeros(self.in_chans, *self.size, dtype=torch.uint8), False
             images.append(image)
             flips.append(flip)
-        return self.batch(keys, stack(images), flips, errors, decoders)
+        batch = make_batch(self.source, [index for _, index in keys], stack(images), decoders)
+        return self.for_training(batch, keys, flips, errors)
 
-    def batch(
-        self, keys: list[Key], images: Tensor, flips: list[bool], errors: dict[int, BadImage], decoders: dict[str, int]
-    ) -> Batch:
-        epochs, indices = zip(*keys, strict=True)
-        return Batch(
-            images,
-            labels_of(self.source, indices),
-            torch.tensor(indices),
-            torch.tensor(epochs),
-            torch.tensor(flips),
-            torch.tensor([0.0 if i in errors else 1.0 for i in range(len(keys))]),
-            list(errors.values()),
-            dict(decoders),
-        )
+    def for_training(self, batch: Batch, keys: list[Key], flips: Sequence[bool], errors: dict[int, BadImage]) -> Batch:
+        """The batch with its epochs, flips and errors; the latter by place in the batch."""
+        epochs = torch.tensor([epoch for epoch, _ in keys])
+        weight = torch.tensor([0.0 if i in errors else 1.0 for i in range(len(keys))])
+        return batch._replace(epochs=epochs, flip=torch.tensor(flips), weight=weight, errors=list(errors.values()))
 
 
 class ResidentSamples(TrainSamples):
-    """As `TrainSamples`, from images of one size that lie on a device: cropped there, all of a batch at once.
+    """As `TrainSamples`, but from images of one size in the memory of a device, which crops a whole batch at once.
 
     Args:
-        images: (n, C, H, W) uint8, by index of the source; zeros where an image is bad.
+        images: (n, C, H, W) uint8, by index of the source; zeros for unreadable images.
         bad: The unreadable images, by index.
     """
 
@@ -191,98 +181,102 @@ class ResidentSamples(TrainSamples):
         device = self.images.device
         height, width = self.images.shape[2:]
         flips, boxes = zip(*(self.draw(key, height, width) for key in keys), strict=True)
-        chosen = torch.tensor([index for _, index in keys], device=device)
-        images = batched_resized_crop(self.images[chosen], torch.tensor(boxes, device=device), self.size)
-        errors = {i: self.bad[index] for i, (_, index) in enumerate(keys) if index in self.bad}
-        return self.batch(keys, images, list(flips), errors, {})
+        indices = [index for _, index in keys]
+        whole = self.images[torch.tensor(indices, device=device)]
+        images = batched_resized_crop(whole, torch.tensor(boxes, device=device), self.size)
+        errors = {i: self.bad[index] for i, index in enumerate(indices) if index in self.bad}
+        return self.for_training(make_batch(self.source, indices, images), keys, flips, errors)
 
 
 class WholeSamples(Samples):
-    """Batches for evaluation: resized, centre crop, no randomness. Items are lists of indices."""
+    """Batches for evaluation: resized and centre-cropped, without randomness. Items are lists of indices."""
 
     def __init__(self, source: Source, size: Pair, crop_pct: float):
-        super().__init__(source, size)
-        self.crop_pct = crop_pct
+        super().__init__(source)
+        self.size, self.crop_pct = size, crop_pct
 
     def __getitem__(self, indices: list[int]) -> Batch:
         images, decoders = [], Counter[str]()
-        for picture in self.opened(indices):
+        for picture in self.open_images(indices):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
                 box = center_box(picture.height, picture.width, self.size, self.crop_pct)
                 images.append(picture.resized_crop(box, self.size))
             except BadImage as error:
-                # Held-out figures are over all images or over none: unlike in training there is no tolerance.
-                return failed_batch(error)
+                # A score is over all images or is not given: unlike in training, no bad image is tolerated.
+                return error_batch(error)
             decoders[picture.decoder] += 1
-        n = len(indices)
-        return Batch(
-            stack(images),
-            labels_of(self.source, indices),
-            torch.tensor(indices),
-            torch.full((n,), HELD_OUT_EPOCH),
-            torch.zeros(n, dtype=torch.bool),
-            torch.ones(n),
-            [],
-            dict(decoders),
-        )
+        return make_batch(self.source, indices, stack(images), decoders)
 
 
 def worker_death_message(error: BaseException) -> str | None:
-    """What to say where an error of torch tells that loader processes have died; None for other errors."""
+    """The message for an error of torch that says that loader processes have died; None for other errors."""
     match = re.search(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (.*)", str(error))
-    if not match and error.__context__:  # torch raises it anywhere, and Lightning may fail over tidying up after it
+    if not match and error.__context__:  # torch raises it anywhere, and then Lightning may fail while it cleans up
         return worker_death_message(error.__context__)
     if not match:
         return None
     pids = [int(pid) for pid in match[1].split(",")]
-    files = [last for pid in pids for reading in Reading.all if (last := reading.last(pid))]
-    how = match[2].strip().rstrip(".")
+    files = [file for pid in pids for progress in WorkerProgress.instances if (file := progress.last(pid))]
+    reason = match[2].strip().rstrip(".")
     return (
-        f"a loader process (pid {match[1].strip()}) {how}; the last file it was at: {', '.join(files) or 'none yet'}. "
+        f"a loader process (pid {match[1].strip()}) {reason}; the last file it read: {', '.join(files) or 'none yet'}. "
         "If the machine ran out of memory, lower --data.num_workers"
     )
 
 
-def labels_of(source: Source, indices: Sequence[int]) -> Tensor:
-    """(B,) int64, -1 where there are no labels."""
-    return torch.tensor([-1 if source.labels is None else source.labels[index] for index in indices])
+def make_batch(
+    source: Source, indices: Sequence[int], images: Tensor, decoders: Mapping[str, int] | None = None
+) -> Batch:
+    """A batch for evaluation: no flips, all weights 1. Labels are -1 if the source has none."""
+    n = len(indices)
+    labels = [-1 if source.labels is None else source.labels[index] for index in indices]
+    return Batch(
+        images,
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(indices, dtype=torch.long),
+        torch.full((n,), HELD_OUT_EPOCH),
+        torch.zeros(n, dtype=torch.bool),
+        torch.ones(n),
+        [],
+        dict(decoders or {}),
+    )
 
 
-def failed_batch(error: BadImage) -> Batch:
-    """Carries the error to the main process, where it is one line; raised in a worker it would be a page."""
+def error_batch(error: BadImage) -> Batch:
+    """An empty batch that carries an error to the main process: raised in a worker, it would come with a traceback."""
     empty = torch.zeros(0, dtype=torch.long)
     return Batch(torch.zeros(0, 1, 1, 1), empty, empty, empty, empty.bool(), empty.float(), [error], {})
 
 
 def blank_batch(size: int, in_chans: int, image_size: Pair) -> Batch:
-    """As it comes to a training step, but for masking scores: black images of class 0."""
+    """A batch as a training step gets it, but without noise: black images of class 0."""
     zeros = torch.zeros(size, dtype=torch.long)
     images = torch.zeros(size, in_chans, *image_size)
     return Batch(images, zeros, torch.arange(size), zeros, zeros.bool(), torch.ones(size), [], {})
 
 
 def stack(images: list[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W), channels last where all are; uint8 beside uint16 is widened: 255 -> 65535."""
+    """(C, H, W) each -> (B, C, H, W), channels last if all are; uint8 beside uint16 is widened, 255 to 65535."""
     if len({image.dtype for image in images}) > 1:
         images = [(i.int() * 257).to(torch.uint16) if i.dtype == torch.uint8 else i for i in images]
-    batch: Tensor  # in a loader process, straight into memory shared with the main one
+    batch: Tensor  # in a loader process default_collate stacks directly into memory shared with the main process
     if all(map(is_channels_last, images)):
-        batch = default_collate([image.permute(1, 2, 0) for image in images])
+        batch = default_collate([image.permute(1, 2, 0) for image in images])  # (B, H, W, C)
         return batch.permute(0, 3, 1, 2)
     batch = default_collate(images)
     return batch
 
 
 def mirrored(images: Tensor, flip: Tensor) -> Tensor:
-    """(B, C, H, W), left and right exchanged where `flip` (B,) is True."""
+    """(B, C, H, W) with the images flipped left to right for which `flip`, (B,) bool, is True."""
     return torch.where(flip[:, None, None, None], images.flip(3), images)
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 or uint16 -> float, contiguous: full scale is 1, then minus mean over std, both of (C,)."""
+    """(B, C, H, W) uint8 or uint16 -> float, contiguous: scaled to [0, 1], then normalised by mean and std of (C,)."""
     full = 255.0 if images.dtype == torch.uint8 else 65535.0
-    # In place: the memory of a batch is new each time, and making it costs more than the arithmetic.
+    # In place, because allocating the memory of a batch costs more than the arithmetic.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return pixels.div_(full).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

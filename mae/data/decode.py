@@ -1,6 +1,6 @@
-"""From a file to pixels: find image files, decode them.
+"""Finding image files and decoding them to integer pixels.
 
-Pixels are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing here normalises or makes floats.
+Pixels are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing here converts to float or normalises.
 """
 
 import math
@@ -22,20 +22,26 @@ from mae.data import jpeg
 from mae.data.crops import Box, resized_crop
 from mae.errors import UserError
 
-IMAGE_SUFFIXES = frozenset(  # compared in lower case
-    (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
-)
+# The formats that Pillow may read, with their suffixes. It goes by the content, and a file named .jpg must not start,
+# say, its Ghostscript reader. JPEG is first, as the first format that accepts the content wins.
+FORMATS = {
+    "JPEG": {".jpg", ".jpeg"},
+    "PNG": {".png"},
+    "WEBP": {".webp"},
+    "BMP": {".bmp"},
+    "GIF": {".gif"},
+    "TIFF": {".tif", ".tiff"},
+    "PPM": {".ppm", ".pgm", ".pbm"},
+}
 
-MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377. A header that claims more is refused unread
+IMAGE_SUFFIXES = frozenset({".npy"}.union(*FORMATS.values()))  # compared in lower case
 
-MAX_BYTES = 8 * MAX_PIXELS  # nothing compressed, 4 channels of 16 bits
+MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377; more are refused by the header alone
 
-ALPHA_BACKGROUND = 255  # white, in every channel: what shows through where an image is transparent
+MAX_BYTES = 8 * MAX_PIXELS  # of a file: 4 uncompressed channels of 16 bits
 
+ALPHA_BACKGROUND = 255  # white, in every channel, behind transparent parts
 
-# The formats behind IMAGE_SUFFIXES and no other: Pillow goes by content, and a file named .jpg must not start, say,
-# its Ghostscript reader. JPEG first, as the first to accept the content wins.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -43,7 +49,7 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82
 
 _ORIENTATION_TAG = 0x0112
 
-_UPRIGHT = {  # EXIF orientation -> what undoes it; 1 is upright already
+_UPRIGHT = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -57,28 +63,34 @@ _PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 class BadImage(Exception):
-    """A file that cannot be turned into the pixels asked for; `str()` is one line, "path: reason"."""
+    """A file that cannot be decoded as asked; `str()` is one line, "path: reason"."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(str(path), reason)  # both in args, so that it survives pickling between processes
+        super().__init__(str(path), reason)  # both in args, so that the error can be pickled between processes
         self.path = str(path)
         self.reason = reason
 
     def __str__(self) -> str:
-        # A file name may hold line breaks, or bytes that are not UTF-8 and cannot be printed.
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in f"{self.path}: {' '.join(self.reason.split())}")
+        return printable(f"{self.path}: {' '.join(self.reason.split())}")
+
+
+def printable(text: str) -> str:
+    """Text with line breaks and other unprintable characters escaped; file names may hold them, or invalid UTF-8."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def find_images(root: str | Path) -> list[str]:
     """All image files below `root` at any depth, as POSIX paths relative to it, in code point order on every machine.
 
-    Known by their suffix; hidden files and folders (.name) are left out. Links to folders are followed, except where
-    they lead back into themselves; a dangling link to an image is listed, so that it is reported and not lost.
-    A folder that cannot be read is a UserError.
+    Image files are known by their suffix; hidden files and folders (.name) are left out. Links to folders are followed
+    unless they lead back to a folder above them. A dangling link to an image is listed, so that it is reported.
+
+    Raises:
+        UserError: A folder cannot be read.
     """
     root = Path(root)
-    found = []
-    # Each folder waits with the identities of the folders above it: a link to one of those would never end.
+    images = []
+    # Each folder on the stack has the identities of the folders above it: a link to one of these would never end.
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         folder, above = stack.pop()
@@ -91,8 +103,8 @@ def find_images(root: str | Path) -> list[str]:
             if is_dir(entry):
                 stack.append((prefix + entry.name, above))
             elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
-                found.append(prefix + entry.name)
-    return sorted(found)
+                images.append(prefix + entry.name)
+    return sorted(images)
 
 
 def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
@@ -104,7 +116,7 @@ def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
-    """Also of a link; a link to itself is none."""
+    """Whether an entry is a folder or a link to one; a link to itself is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -120,53 +132,41 @@ def _folder_id(folder: Path) -> tuple[int, int]:
 
 
 class Picture:
-    """One image: its size is known; its pixels may not have been decoded yet.
+    """One image whose size is known and whose pixels may not be decoded yet.
 
     Attributes:
-        height, width: Of the image turned upright.
-        decoder: Who made the pixels, for the log.
+        height, width: Size in pixels, after EXIF rotation.
+        decoder: The library that makes the pixels, for the log.
     """
 
-    decoder = "memory"
-
-    def __init__(self, pixels: Tensor) -> None:
-        self._pixels = pixels
+    def __init__(self, pixels: Tensor, decoder: str = "memory") -> None:
+        self._pixels, self.decoder = pixels, decoder
         self.height, self.width = pixels.shape[1:]
 
     def pixels(self) -> Tensor:
-        """(C, H, W) uint8, or uint16 where a `.npy` file holds that; the strides are the decoder's.
+        """(C, H, W) uint8, or uint16 from a `.npy` file that holds it; the strides are those of the decoder.
 
         Raises:
-            BadImage: They cannot be decoded.
+            BadImage: The image cannot be decoded.
         """
         return self._pixels
 
     def resized_crop(self, box: Box, size: tuple[int, int], reduced: bool = False) -> Tensor:
-        """As the function of this name, of the whole image's pixels.
+        """As `crops.resized_crop`, applied to the pixels of the whole image.
 
         Args:
-            reduced: Decode a JPEG's large boxes at a half, quarter or eighth of the size where that is still enough:
-                faster, and not the same pixels.
+            reduced: Decode large boxes of a JPEG at a half, quarter or eighth of the size if that suffices: faster, but
+                not the same pixels.
         """
         return resized_crop(self.pixels(), box, size)
 
 
-class PillowPicture(Picture):
-    decoder = "Pillow"
-
-
-class NpyPicture(Picture):
-    decoder = "numpy"
-
-
 class JpegPicture(Picture):
-    """A JPEG for libjpeg-turbo, decoded when and as far as it is needed; by Pillow where that fails."""
-
-    decoder = "libjpeg-turbo"
+    """A JPEG for libjpeg-turbo, decoded when and as far as needed; by Pillow if that fails."""
 
     def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int) -> None:
         self.data, self.path, self.header, self.in_chans = data, path, header, in_chans
-        self.height, self.width = header.height, header.width
+        self.height, self.width, self.decoder = header.height, header.width, "libjpeg-turbo"
 
     def pixels(self) -> Tensor:
         return self._decode(self.height, 1)
@@ -186,7 +186,7 @@ class JpegPicture(Picture):
         return resized_crop(pixels, (top, left, height, width), size)
 
     def _decode(self, rows: int, reduce: int) -> Tensor:
-        with _told_as_bad_image(self.path):
+        with _errors_as_bad_image(self.path):
             pixels = jpeg.decode(self.data, self.header, rows, reduce)
             whole = _open_with_pillow(self.data, self.path, self.in_chans) if pixels is None else None
         if whole is not None:
@@ -197,22 +197,29 @@ class JpegPicture(Picture):
 
 
 def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
-    """Read one image file whole, or raise BadImage: never part of a picture, never a Pillow or system error.
+    """Decode one image file completely.
 
     Args:
         path: An image file (known by its content) or a `.npy` file of shape (H, W, C), or (H, W) for one channel.
-        in_chans: Channels wanted. Image files give 1 (grey), 3 (RGB) or 4 (RGB and alpha); with 1 and 3, transparent
-            parts are laid on white. A `.npy` file must hold exactly this many, any number.
+        in_chans: Channels of the result. Image files give 1 (grey), 3 (RGB) or 4 (RGB and alpha); with 1 and 3,
+            transparent parts are laid on white. A `.npy` file must hold exactly this many, which may be any number.
 
     Returns:
         As `Picture.pixels`.
+
+    Raises:
+        BadImage: The image cannot be read or decoded, or only in part. No other error is raised.
     """
     return open_image(read_file(path), path, in_chans).pixels()
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a file, or BadImage; more than any image needs are not read."""
-    with _told_as_bad_image(path), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+    """The bytes of an image file.
+
+    Raises:
+        BadImage: The file cannot be read, or is larger than any image of at most MAX_PIXELS.
+    """
+    with _errors_as_bad_image(path), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         size = status.st_size
         if not stat.S_ISREG(status.st_mode):
@@ -223,27 +230,27 @@ def read_file(path: str | Path) -> bytes:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for somebody to write
+    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for a writer
 
 
 def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
     """An image from the bytes of its file; arguments and errors as for `decode_image`.
 
     Args:
-        path: For messages; and its suffix tells `.npy` from all others, which are known by their content.
+        path: For messages; its suffix also tells `.npy` files from all others, which are known by their content.
     """
-    with _told_as_bad_image(path):
+    with _errors_as_bad_image(path):
         return _open_image(data, path, in_chans)
 
 
 @contextmanager
-def _told_as_bad_image(path: str | Path) -> Iterator[None]:
+def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
     try:
         yield
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(path, f"not an image in a known format ({', '.join(_FORMATS)})") from error
+        raise BadImage(path, f"not an image in a known format ({', '.join(FORMATS)})") from error
     except Exception as error:  # damaged files make Pillow raise nearly any type, from KeyError to MemoryError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadImage(path, reason or type(error).__name__) from error
@@ -253,7 +260,7 @@ def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
     if not data:
         raise BadImage(path, "empty file")
     if os.path.splitext(path)[1].lower() == ".npy":
-        return NpyPicture(_decode_npy(data, path, in_chans))
+        return Picture(_decode_npy(data, path, in_chans), "numpy")
     if in_chans not in _MODES:
         raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
     header = jpeg.read_header(data)
@@ -261,9 +268,9 @@ def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
         return _open_with_pillow(data, path, in_chans)
     _check_pixels(path, header.height, header.width)
     _check_end(data, path, "JPEG", header.data)
-    # Grey from colour is Pillow's formula, and it alone knows of alpha.
+    # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
     exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
-    if not exact or (header.metadata and not _is_plain(_asked_of_pillow(BytesIO(data)))):
+    if not exact or (header.metadata and not _is_plain(_read_pillow_header(BytesIO(data)))):
         return _open_with_pillow(data, path, in_chans)
     return JpegPicture(data, path, header, in_chans)
 
@@ -274,14 +281,14 @@ def _check_pixels(path: str | Path, height: int, width: int) -> None:
 
 
 def _check_end(data: bytes, path: str | Path, kind: str, start: int) -> None:
-    # A half-written file is often zeros to its full length. The JPEG and PNG decoders make pixels even of those.
+    # A half-written file often has zeros up to its full length, of which the JPEG and PNG decoders make pixels, too.
     marker = _END_MARKERS.get(kind, b"")
     if not data.endswith(marker) and data.find(marker, start) < 0:
         raise BadImage(path, f"file is truncated: no end of the {kind} data")
 
 
 def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
-    # The header by itself first: np.load would take the memory that it claims, before it finds the data missing.
+    # The header first: np.load would allocate the memory that it claims before it finds that data are missing.
     file = BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
@@ -299,47 +306,52 @@ def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
-def _asked_of_pillow(stream: BytesIO) -> Image.Image:
-    """The image as far as its header."""
-    # One narrow filter for the process, not catch_warnings for each image: entering and leaving that makes Python
-    # forget which warnings it has shown, so any other library's "once" warning would come back at every image.
+def _read_pillow_header(stream: BytesIO) -> Image.Image:
+    """Read the header of an image."""
+    # One narrow filter for the process instead of catch_warnings for each image: that makes Python forget which
+    # warnings it has shown, so "once" warnings of other libraries would come back with every image.
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
         warnings.filterwarnings("ignore", module=r"PIL\.")
-    return Image.open(stream, formats=_FORMATS)
+    return Image.open(stream, formats=list(FORMATS))
 
 
 def _is_plain(image: Image.Image) -> bool:
-    """Whether a JPEG file holds one image (not several, as MPO), upright."""
-    return image.format == "JPEG" and _orientation(image) not in _UPRIGHT
+    """Whether a JPEG file holds one image (not several, as MPO does) that is upright."""
+    return image.format == "JPEG" and not is_turned(image)
 
 
 def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
     stream = BytesIO(data)
-    image = _asked_of_pillow(stream)
+    image = _read_pillow_header(stream)
     _check_pixels(path, image.height, image.width)
     _check_end(data, path, image.format or "", stream.tell())
     image.load()  # raises on data that ends early: LOAD_TRUNCATED_IMAGES stays False
 
-    # The official MAE pipeline (torchvision ImageFolder) leaves the orientation out and sees such photographs lying on
-    # their side; we turn them upright. Hardly any ImageNet file has one.
+    # The official MAE pipeline (torchvision's ImageFolder) ignores the orientation and sees such photographs lying on
+    # their side; here they are turned upright. Hardly any file of ImageNet has one.
     turn = _UPRIGHT.get(_orientation(image))
     image = _with_channels(_eight_bit(image, data), in_chans)
     if turn is not None:
         image = image.transpose(turn)
 
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return PillowPicture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1))
+    return Picture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1), "Pillow")
 
 
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
-    except Exception:  # of many types, as above
-        return 1  # damaged EXIF does not make the pixels bad; some ImageNet files have it
+    except Exception:  # Pillow raises many types
+        return 1  # damaged EXIF does not make the pixels bad; some files of ImageNet have it
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image is not upright by its EXIF orientation."""
+    return _orientation(image) in _UPRIGHT
 
 
 def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
-    """The same image in a mode of 8 bits a channel: 16-bit samples become round(x / 257), so 65535 becomes 255."""
+    """The image in a mode of 8 bits per channel: 16-bit samples become round(x / 257), so 65535 becomes 255."""
     if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA"):
         samples = _png_16_bit_colour(image, data)
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -359,8 +371,8 @@ def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
 
 def _png_16_bit_colour(image: Image.Image, data: bytes) -> np.ndarray:
     """The samples of a 16-bit PNG with 2 to 4 channels, (H, W, C) uint16, of which Pillow keeps the high bytes."""
-    # Read once more, by other rules. Grey and alpha (colour type 4, in the header) goes as four channels of 8 bits, so
-    # that nothing is lost; the rest as if in the other byte order, so that what is kept is the low bytes.
+    # Read once more with other modes. Grey with alpha (colour type 4 in the header) is read as four channels of 8 bits,
+    # so that nothing is lost; others are read in the other byte order, so that Pillow keeps the low bytes.
     grey_alpha = data[25] == 4
     again = Image.open(BytesIO(data), formats=("PNG",))
     again.tile = [(*again.tile[0][:3], "RGBA" if grey_alpha else f"{image.mode};16L")]  # type: ignore[list-item]
@@ -377,15 +389,3 @@ def _with_channels(image: Image.Image, in_chans: int) -> Image.Image:
         opaque.paste(image, mask=image.getchannel("A"))  # per channel round((a * x + (255 - a) * 255) / 255)
         image = opaque
     return image if image.mode == mode else image.convert(mode)
-
-
-def moments(pixels: Tensor) -> list[tuple[float, float]]:
-    """Mean and mean square of each channel of (C, H, W) pixels, in [0, 1]; from whole numbers, so exact to rounding."""
-    full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
-    found = []
-    for channel in pixels:
-        counts = torch.bincount(channel.flatten() if full == 255 else channel.flatten().int())
-        levels = torch.arange(len(counts))
-        total, squares = int((counts * levels).sum()), int((counts * levels * levels).sum())
-        found.append((total / (n * full), squares / (n * full * full)))
-    return found

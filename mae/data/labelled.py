@@ -1,4 +1,4 @@
-"""Labelled data for probes and fine-tuning: few labels, held-out parts of the training set, strong augmentation."""
+"""Labelled data for linear probing and fine-tuning: label subsets, held-out training images, strong augmentation."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -18,10 +18,11 @@ from mae.data.decode import BadImage, Picture, is_dir
 from mae.data.sampling import Stream, hashed_name, seeded
 from mae.data.sources import FolderSource, Source
 from mae.errors import UserError
+from mae.options import check_ranges
 
 
 class Subset(Source):
-    """Some images of a source, in its order."""
+    """Some images of a labelled source, in the order of `indices`."""
 
     def __init__(self, source: Source, indices: Sequence[int]):
         assert source.labels is not None
@@ -49,13 +50,14 @@ class LabelledData(ImageData):
     """Images with classes.
 
     Args:
-        label_fraction: Train on this share of each class, such as 0.01 or 0.1, at least one image each.
-        labels_per_class: Train on so many images of each class.
-        subset_file: Train on the images that this file names, one a line: paths below the training folder, or file
-            names (as the published 1 % and 10 % lists of ImageNet).
-        subset_seed: Which images label_fraction and labels_per_class take. With one seed, more labels include fewer.
-        holdout: Share of each class's training images to hold out and report on, instead of the held-out split: to
-            choose settings by, so that the test images choose nothing.
+        label_fraction: Train on this fraction of each class, such as 0.01 or 0.1, at least one image of each.
+        labels_per_class: Train on this many images of each class.
+        subset_file: Train on the images listed in this file, one per line: paths below the training folder, or file
+            names (as in the published 1 % and 10 % lists of ImageNet).
+        subset_seed: Seed of the choice by label_fraction or labels_per_class. With the same seed, a larger subset
+            contains every smaller one.
+        holdout: Fraction of the training images of each class to hold out and validate on, instead of the validation
+            split: for choosing settings without looking at the test images.
     """
 
     single_draw = False
@@ -72,12 +74,9 @@ class LabelledData(ImageData):
         super().__init__(**kwargs)
         if sum(value is not None for value in (label_fraction, labels_per_class, subset_file)) > 1:
             raise UserError("--data.label_fraction, labels_per_class and subset_file exclude each other")
-        if label_fraction is not None and not 0 < label_fraction <= 1:
-            raise UserError(f"--data.label_fraction {label_fraction}: a share lies above 0, up to 1")
-        if labels_per_class is not None and labels_per_class < 1:
-            raise UserError(f"--data.labels_per_class {labels_per_class}: at least 1")
-        if not 0 <= holdout < 1:
-            raise UserError(f"--data.holdout {holdout}: a share lies in 0 to 1, 1 left out")
+        check_ranges("data", "(0, 1]", label_fraction=label_fraction)
+        check_ranges("data", "[1, inf)", labels_per_class=labels_per_class)
+        check_ranges("data", "[0, 1)", holdout=holdout)
         self.label_fraction, self.labels_per_class, self.subset_file = label_fraction, labels_per_class, subset_file
         self.subset_seed, self.holdout = subset_seed, holdout
         if self.crop is not None:
@@ -101,19 +100,19 @@ class LabelledData(ImageData):
                 check_classes(self.val_source, "held-out", fewest=0)
             indices = self.subset(whole)
             if self.holdout:
-                apart = self.hold_out(whole, indices)
-                self.val_source = Subset(whole, apart)
-                indices = sorted(set(indices) - set(apart))
+                held_out = self.hold_out(whole, indices)
+                self.val_source = Subset(whole, held_out)
+                indices = sorted(set(indices) - set(held_out))
         except UserError:
-            self.train_source = None  # a second call must not find half of the work done
+            self.train_source = None  # so that a second call checks again
             raise
         if len(indices) < len(whole):
             self.train_source = Subset(whole, indices)
 
     def subset(self, source: Source) -> list[int]:
-        """The training images that are used."""
+        """Indices of the images to train on, in ascending order."""
         if self.subset_file is not None:
-            return listed(source, Path(self.subset_file))
+            return read_subset_file(source, Path(self.subset_file))
         if self.label_fraction is None and self.labels_per_class is None:
             return list(range(len(source)))
         chosen = []
@@ -127,31 +126,35 @@ class LabelledData(ImageData):
         return sorted(chosen)
 
     def hold_out(self, source: Source, indices: Sequence[int]) -> list[int]:
-        """The share of `indices` that is held out, of each class."""
+        """The held-out ones among `indices`, a fraction of each class, in ascending order."""
         chosen = []
         for label, ranked in by_class(source, indices, self.subset_seed, "holdout").items():
             if len(ranked) < 2:
                 raise UserError(
-                    f"class {source.classes[label]} has {len(ranked)} training image: none can be held out of it "
+                    f"class {source.classes[label]} has {len(ranked)} training image: none can be held out "
                     "(--data.holdout 0)"
                 )
             chosen += ranked[: min(len(ranked) - 1, max(1, round(self.holdout * len(ranked))))]
         return sorted(chosen)
 
     def settings(self) -> dict[str, Any]:
-        own = ("label_fraction", "labels_per_class", "subset_file", "subset_seed", "holdout")
-        return super().settings() | {f"data.{key}": getattr(self, key) for key in own}
+        keys = ("label_fraction", "labels_per_class", "subset_file", "subset_seed", "holdout")
+        return super().settings() | {f"data.{key}": getattr(self, key) for key in keys}
 
 
 def check_classes(source: Source, which: str, fewest: int = 2) -> None:
-    """Every class has images, and every label is one of the classes.
+    """Check that every class has images and that every label is one of the classes.
+
+    Args:
+        which: The split, for messages.
+        fewest: Images that each class needs at least.
 
     Raises:
         UserError: Names the class or the label.
     """
     if source.labels is None:
         raise UserError(
-            f"the {which} images have no labels: wanted is a folder a class (train/CLASS/*, val/CLASS/*); "
+            f"the {which} images have no labels: put them into one folder per class (train/CLASS/*, val/CLASS/*); "
             "name the splits with --data.train_dir and --data.val_dir"
         )
     if wrong := [label for label in set(source.labels) if not 0 <= label < len(source.classes)]:
@@ -173,7 +176,7 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
 
 
 def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) -> dict[int, list[int]]:
-    """The images of each class in an order that hangs on the seed and on their names alone."""
+    """The images of each class, in an order that depends on the seed and on their names only."""
     assert source.labels is not None
     groups: dict[int, list[tuple[int, int]]] = {}
     for index in indices:
@@ -182,31 +185,35 @@ def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) 
     return {label: [index for _, index in sorted(groups[label])] for label in sorted(groups)}
 
 
-def listed(source: Source, path: Path) -> list[int]:
-    """The images that a file names."""
+def read_subset_file(source: Source, path: Path) -> list[int]:
+    """Indices of the images that a file lists, in ascending order.
+
+    Raises:
+        UserError: The file cannot be read, lists an unknown image, or lists none of a class.
+    """
     try:
-        wanted = {line.strip() for line in path.read_text().splitlines() if line.strip()}
+        lines = {line.strip() for line in path.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
-    chosen, found = [], set()
+    chosen, matched = [], set()
     for index in range(len(source)):
         name = source.name(index)
-        for key in {name, name.rsplit("/", 1)[-1]} & wanted:
+        if matches := {name, name.rsplit("/", 1)[-1]} & lines:
             chosen.append(index)
-            found.add(key)
-    if missing := sorted(wanted - found):
+            matched |= matches
+    if missing := sorted(lines - matched):
         raise UserError(f"--data.subset_file {path} names {missing[0]!r}, which is no training image")
     assert source.labels is not None
-    if bare := sorted(set(range(len(source.classes))) - {source.labels[i] for i in chosen}):
-        raise UserError(f"--data.subset_file {path} names no image of class {source.classes[bare[0]]}")
-    return sorted(set(chosen))
+    if empty := sorted(set(range(len(source.classes))) - {source.labels[i] for i in chosen}):
+        raise UserError(f"--data.subset_file {path} names no image of class {source.classes[empty[0]]}")
+    return chosen
 
 
 class ProbeData(LabelledData):
-    """Images for a linear probe: the paper's crops of 8 % to 100 % of the area, drawn once, and flips (Table 10).
+    """Images for linear probing: crops of 8 % to 100 % of the area, drawn only once, and flips (Table 10).
 
     Args:
-        crop_scale: Random resized crop: smallest and largest area as a fraction of the image; null: centre crop.
+        crop_scale: Smallest and largest area of the random resized crop, as fractions of the image; null: centre crop.
     """
 
     single_draw = True
@@ -216,13 +223,13 @@ class ProbeData(LabelledData):
 
 
 class FinetuneData(LabelledData):
-    """Images for fine-tuning: crops, flips, timm's RandAugment and random erasing as in the recipe (Table 9).
+    """Images for fine-tuning: crops, flips, timm's RandAugment and random erasing, as in the recipe (Table 9).
 
     Args:
-        crop_scale: Random resized crop: smallest and largest area as a fraction of the image; null: centre crop.
-        auto_augment: RandAugment as timm writes it; null: none. For RGB images only.
-        erase_prob: Probability of erasing a box of a training image with noise; the official code has 0.25, the paper
-            does not list it.
+        crop_scale: Smallest and largest area of the random resized crop, as fractions of the image; null: centre crop.
+        auto_augment: RandAugment in timm's notation, for RGB images only; null: none.
+        erase_prob: Probability of replacing a box of a training image by noise; 0.25 is from the official code, the
+            paper does not list it.
     """
 
     def __init__(
@@ -233,8 +240,7 @@ class FinetuneData(LabelledData):
         **kwargs: Any,
     ):
         super().__init__(crop_scale=crop_scale, **kwargs)
-        if not 0 <= erase_prob <= 1:
-            raise UserError(f"--data.erase_prob {erase_prob}: a probability lies in 0 to 1")
+        check_ranges("data", "[0, 1]", erase_prob=erase_prob)
         self.auto_augment, self.erase_prob = auto_augment, erase_prob
         if auto_augment is not None:
             if self.in_chans != 3 or self.mean is None:
@@ -248,27 +254,26 @@ class FinetuneData(LabelledData):
     def prepare(self, batch: Batch) -> Batch:
         batch = super().prepare(batch)
         if not self.erase_prob:
-            return batch  # the keys lie on the device: reading them waits for it
+            return batch  # without reading the keys, which would wait for the device
         keys = zip(batch.epochs.tolist(), batch.indices.tolist(), strict=True)
         for image, (epoch, index) in zip(batch.images, keys, strict=True):
             if epoch >= 0:  # not a held-out image
                 with seeded(self.seed, epoch, index, "erase"):
-                    self.erasing(image)  # in place, on the normalised image as in the reference
+                    self.erasing(image)  # in place, on the normalised image, as in the reference code
         return batch
 
     def augmentations(self) -> list[str]:
-        said = super().augmentations()
+        steps = super().augmentations()
         if isinstance(self.distort, RandAugment):
-            said.append(f"RandAugment {self.auto_augment}")
-        return said + ([f"random erasing {self.erasing.probability:g}"] if self.erasing.probability else [])
+            steps.append(f"RandAugment {self.auto_augment}")
+        return steps + ([f"random erasing {self.erasing.probability:g}"] if self.erasing.probability else [])
 
     def settings(self) -> dict[str, Any]:
-        own = {f"data.{key}": getattr(self, key) for key in ("auto_augment", "erase_prob")}
-        return super().settings() | own
+        return super().settings() | {"data.auto_augment": self.auto_augment, "data.erase_prob": self.erase_prob}
 
 
 class RandAugment:
-    """timm's RandAugment with the arguments that timm's own training transform gives it; (3, H, W) uint8 each way."""
+    """timm's RandAugment with the arguments of timm's training transform: (3, H, W) uint8 -> (3, H, W) uint8."""
 
     def __init__(self, description: str, side: int, mean: Sequence[float]):
         fill = tuple(min(255, round(255 * value)) for value in mean)
@@ -289,7 +294,7 @@ class RandAugment:
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's, also where the noise on the magnitude leaves 0 bits: black then, which newer Pillow refuses to make."""
+    """timm's operation, but 0 bits, which a noisy magnitude may ask for, give black; newer Pillow refuses them."""
     if bits_to_keep == 0:
         return Image.new(image.mode, image.size)
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)

@@ -1,10 +1,10 @@
-"""Randomness that can be replayed: every draw is a function of (seed, epoch, index), and of nothing else.
+"""Reproducible randomness: every draw is a function of (seed, epoch, index) and of nothing else.
 
-Where a training image stands in the order, how it is cropped and flipped and which of its patches are hidden does not
-depend on the worker that loads it, on the rank, on the number of either, or on what was drawn before. So a run can be
-continued from any step, and one process with 64 images draws the same global batch as two with 32.
+The place of a training image in the order, its crop and flip, and its hidden patches do not depend on the worker that
+loads it, on the rank, on the number of workers or ranks, or on earlier draws. So a run can be continued from any step,
+and one process with 64 images draws the same global batch as two with 32.
 
-Generators live on the CPU whatever the device, so that CPU and CUDA runs draw the same.
+All generators are on the CPU, so that CPU and CUDA runs draw the same numbers.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-# Independent uses of one sample's randomness; of "mix" and "drop" the sample is a micro-batch.
+# Independent uses of the randomness of one sample; for "mix" and "drop" a sample is a micro-batch.
 Stream = Literal["order", "augment", "mask", "distort", "erase", "subset", "holdout", "mix", "drop"]
 
-HELD_OUT_EPOCH = -1  # the "epoch" of fixed masks: held-out loss and pictures see the same masks all run
+HELD_OUT_EPOCH = -1  # the "epoch" of fixed masks, which validation loss and reconstructions use all run
 
 
 Key = tuple[int, int]  # (epoch, index of the image in its data set)
@@ -39,7 +39,7 @@ def hashed(seed: int, epoch: int, index: int, stream: Stream) -> int:
 
 
 def hashed_name(seed: int, name: str, stream: Stream) -> int:
-    """64 bits for one use of an image that is known by its name, whatever its number."""
+    """64 bits for one use of an image, by its name instead of its index."""
     key = struct.pack("<q", seed) + stream.encode()
     data = name.encode("utf-8", "surrogateescape")
     return int.from_bytes(hashlib.blake2b(data, key=key, digest_size=8).digest(), "little")
@@ -52,7 +52,7 @@ def generator(seed: int, epoch: int, index: int, stream: Stream) -> torch.Genera
 
 @contextmanager
 def seeded(seed: int, epoch: int, index: int, stream: Stream) -> Iterator[None]:
-    """For libraries that take no generator: Python's, numpy's and torch's global ones (CPU) are set, and set back."""
+    """Seed the global generators of Python, numpy and torch (CPU) for a while; for libraries that take no generator."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     number = hashed(seed, epoch, index, stream)
     random.seed(number)
@@ -77,12 +77,13 @@ def sample_noise(seed: int, epochs: list[int], indices: list[int], num_patches: 
 class EpochSampler(Sampler[list[Key]]):
     """The micro-batches of one rank, each a list of (epoch, index).
 
-    An epoch is `steps_per_epoch` optimiser steps of `images_per_step` images: the head of that epoch's permutation.
-    Its tail, shorter than one step, is left out, so that no step averages fewer images. Each step's images are cut
-    first by micro-batch, then by rank: any split of the same images_per_step draws the same global batches.
+    An epoch is `steps_per_epoch` optimiser steps of `images_per_step` images, the global batch, in the order of that
+    epoch's permutation. The remainder, shorter than one step, is left out, so that no step averages fewer images. The
+    images of a step are divided first by micro-batch, then by rank: any division of the same global batch size draws
+    the same global batches.
 
-    The place in the run is its number of optimiser steps, set by `seek` before each pass; Lightning's own count of
-    epochs is not used, as it differs after some restarts.
+    The place in the run is its number of optimiser steps, set by `seek` before each pass. Lightning's count of epochs
+    is not used, as it differs after some restarts.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class EpochSampler(Sampler[list[Key]]):
         self.step = 0
 
     def seek(self, step: int) -> None:
-        """The next pass goes on after this many optimiser steps of the run, to the end of that epoch."""
+        """Let the next pass start after this many optimiser steps of the run; it ends with that epoch."""
         self.step = step
 
     def __len__(self) -> int:
@@ -117,3 +118,17 @@ class EpochSampler(Sampler[list[Key]]):
         mine = used.view(self.steps_per_epoch * self.accumulate, self.world_size, self.batch_size)[:, self.rank]
         for indices in mine[start * self.accumulate :].tolist():
             yield [(epoch, index) for index in indices]
+
+
+class EvalSampler(Sampler[list[int]]):
+    """The batches of one rank in evaluation: over all ranks every index below n occurs once, and nothing is padded."""
+
+    def __init__(self, n: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        mine = torch.arange(rank, n, world_size)
+        self.batches = mine.split(batch_size) if len(mine) else ()
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self.batches)

@@ -1,11 +1,11 @@
-"""Sources of images: what is in a data set, and each image by its number."""
+"""Sources: the images of a data set by index, their labels and their classes."""
 
 import gzip
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor
 from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
 from mae.errors import UserError
 
+T = TypeVar("T")
+
 
 class Source:
     """Images by index.
 
     Attributes:
-        labels: Class numbers, by index; None where images have none.
-        classes: Names of the classes; empty where images have none.
+        labels: Class number of each image; None if the images have no labels.
+        classes: Names of the classes, by class number; empty if the images have no labels.
     """
 
     labels: list[int] | None = None
@@ -31,28 +33,28 @@ class Source:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """The same on every machine: its path below the root, or its number."""
+        """A name that is the same on every machine: the path below the root, or the index."""
         raise NotImplementedError
 
     def where(self, index: int) -> str:
-        """For messages: where it lies on this machine."""
+        """Where the image is on this machine, for messages."""
         return self.name(index)
 
     def open(self, index: int) -> Picture:
-        """One image, perhaps not decoded yet; raises BadImage."""
+        """One image, which may not be decoded yet.
+
+        Raises:
+            BadImage: It cannot be read.
+        """
         raise NotImplementedError
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
-        """Each image, or why it cannot be had; a source may fetch them at once."""
-        for index in indices:
-            try:
-                yield self.open(index)
-            except BadImage as error:
-                yield error
+        """Each image, or the error for it; a source may fetch all of them at once."""
+        return results_or_errors(self.open, indices)
 
 
 class ArraySource(Source):
-    """Images held in memory: (n, C, H, W) uint8."""
+    """Images in memory, (n, C, H, W) uint8."""
 
     def __init__(self, images: Tensor, labels: list[int] | None, classes: Sequence[str]):
         self.images, self.labels, self.classes = images, labels, list(classes)
@@ -68,38 +70,47 @@ class ArraySource(Source):
 
 
 class FileSource(Source):
-    """Images that are files, or parts of files."""
+    """Images that are files or parts of files."""
 
     in_chans: int
 
     def read(self, index: int) -> bytes:
-        """The image's file as it is; raises BadImage."""
+        """The bytes of an image's file.
+
+        Raises:
+            BadImage: They cannot be read.
+        """
         raise NotImplementedError
 
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
-        """Each image's file, or why it cannot be had."""
-        for index in indices:
-            try:
-                yield self.read(index)
-            except BadImage as error:
-                yield error
+        """The bytes of each image's file, or the error for it."""
+        return results_or_errors(self.read, indices)
 
     def open(self, index: int) -> Picture:
-        return self._opened(self.read(index), index)
+        return self._open_bytes(self.read(index), index)
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         for index, data in zip(indices, self.read_all(indices), strict=True):
             try:
-                yield data if isinstance(data, BadImage) else self._opened(data, index)
+                yield data if isinstance(data, BadImage) else self._open_bytes(data, index)
             except BadImage as error:
                 yield error
 
-    def _opened(self, data: bytes, index: int) -> Picture:
+    def _open_bytes(self, data: bytes, index: int) -> Picture:
         return open_image(data, self.where(index), self.in_chans)
 
 
+def results_or_errors(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | BadImage]:
+    """The result of `read` for each index, or the BadImage that it raised."""
+    for index in indices:
+        try:
+            yield read(index)
+        except BadImage as error:
+            yield error
+
+
 class FolderSource(FileSource):
-    """Image files below a folder; labelled by its sub-folders unless images lie beside these.
+    """Image files below a folder, labelled by its sub-folders unless there are images beside these.
 
     Raises:
         UserError: The folder does not exist or holds no image.
@@ -111,8 +122,8 @@ class FolderSource(FileSource):
                 f"{root} does not exist or is not a folder; set --data.root, --data.train_dir, --data.val_dir"
             )
         self.root, self.in_chans = root, in_chans
-        # As bytes in an array, not a list of str: workers are forked, and touching a million Python objects' reference
-        # counts would copy them into each.
+        # Bytes in an array, not a list of str: workers are forked, and the reference counts of a million Python objects
+        # would copy these into each of them.
         paths = find_images(root)
         if not paths:
             raise UserError(f"{root} holds no image")
@@ -133,7 +144,7 @@ class FolderSource(FileSource):
 
 
 def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
-    """Labels by the first folder of each name, and the classes in order; none where an image lies beside folders."""
+    """Labels by the first folder of each name, and the sorted classes; none if an image has no folder."""
     if not all("/" in name for name in names):
         return None, []
     folders = [name.split("/", 1)[0] for name in names]
@@ -143,10 +154,10 @@ def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
 
 
 def relabel(source: Source, classes: Sequence[str], whose: str) -> None:
-    """Number the labels of a source as `whose` does.
+    """Renumber the labels of a source by the classes of another one, which is called `whose` in messages.
 
     Raises:
-        UserError: It has a class that is none of those.
+        UserError: The source has a class that the other one lacks.
     """
     if unknown := sorted(set(source.classes) - set(classes)):
         raise UserError(f"the held-out images have a class that {whose} lacks: {', '.join(unknown[:5])}")
@@ -198,6 +209,6 @@ def first_line(error: BaseException) -> str:
 
 
 def spread(source: Source, count: int) -> list[int]:
-    """`count` indices of a source, or all where it has fewer, evenly from first to last."""
+    """`count` indices of a source, evenly from the first to the last; all of them if it has fewer."""
     count = min(count, len(source))
     return [i * len(source) // count for i in range(count)]

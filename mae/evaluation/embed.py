@@ -20,10 +20,10 @@ from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from mae.data.crops import center_box
-from mae.data.datamodule import ImageData, Loader
-from mae.data.datasets import Batch, WholeSamples, labels_of, stack
+from mae.data.datamodule import ImageData
+from mae.data.datasets import Batch, WholeSamples, make_batch, stack
 from mae.data.decode import BadImage
-from mae.data.sampling import HELD_OUT_EPOCH
+from mae.data.loaders import Loader
 from mae.data.sources import FileSource
 from mae.data.tar_shards import INDEX, holds_images, open_images
 from mae.errors import PeerLost, UserError
@@ -237,7 +237,7 @@ class ReadableSamples(WholeSamples):
 
     def __getitem__(self, indices: list[int]) -> Batch:
         images, kept, errors = [], [], []
-        for index, picture in zip(indices, self.opened(indices), strict=True):
+        for index, picture in zip(indices, self.open_images(indices), strict=True):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
@@ -246,17 +246,8 @@ class ReadableSamples(WholeSamples):
                 kept.append(index)
             except BadImage as error:
                 errors.append(error)
-        n = len(kept)
-        return Batch(
-            stack(images) if images else torch.zeros(0, 1, 1, 1),
-            labels_of(self.source, kept),
-            torch.tensor(kept, dtype=torch.long),
-            torch.full((n,), HELD_OUT_EPOCH),
-            torch.zeros(n, dtype=torch.bool),
-            torch.ones(n),
-            errors,
-            {},
-        )
+        pixels = stack(images) if images else torch.zeros(0, 1, 1, 1)
+        return make_batch(self.source, kept, pixels)._replace(errors=errors)
 
 
 class Batches(Sampler[list[int]]):

@@ -1,4 +1,4 @@
-"""Where the class token looks: its attention weights on the patches."""
+"""Attention maps: where the class token looks."""
 
 import timm.models.vision_transformer as timm_vit
 import torch
@@ -8,33 +8,33 @@ from torch import Tensor
 
 @torch.no_grad()
 def attention_maps(encoder: VisionTransformer, images: Tensor, block: int = -1) -> Tensor:
-    """(B, C, H, W) -> (B, heads, rows, columns): the class token's softmax weights on the patches, nothing masked.
+    """(B, C, H, W) -> (B, heads, rows, columns): the class token's attention weights on the patches, without masking.
 
-    The weights are over all tokens, so a head's map sums to 1 minus what the class token (and registers, where an
-    encoder has them) receives.
+    The softmax runs over all tokens, so the map of a head sums to 1 minus the weight of the class token itself (and of
+    register tokens, if the encoder has them).
 
     Args:
-        encoder: timm's, with its blocks or ours, in eval mode.
-        images: Normalised, of the size that the encoder takes.
-        block: As an index: 0 is the first, -1 the last.
+        encoder: A timm encoder, with its blocks or ours, in eval mode.
+        images: Normalised images of the size that the encoder takes.
+        block: Index of the block: 0 is the first, -1 the last.
 
     Raises:
-        ValueError: There is no such block, no class token, another kind of attention, or it is in training mode.
+        ValueError: The encoder has no such block, no class token, another kind of attention, or is in training mode.
     """
     depth = len(encoder.blocks)
     if not -depth <= block < depth:
-        raise ValueError(f"block {block}: wanted are 0 to {depth - 1}, or -{depth} to -1")
+        raise ValueError(f"block {block} must be in 0 to {depth - 1}, or in -{depth} to -1")
     if encoder.cls_token is None:
-        raise ValueError("this encoder has no class token, whose attention is asked for")
+        raise ValueError("this encoder has no class token, so it has no attention map of one")
     if encoder.training:
-        raise ValueError("the encoder is in training mode, where maps may differ each time: call encoder.eval()")
+        raise ValueError("the encoder is in training mode, in which maps may differ each time: call encoder.eval()")
     chosen = encoder.blocks[block]
     attn = getattr(chosen, "attn", None)
     if not isinstance(chosen, timm_vit.Block) or not isinstance(attn, timm_vit.Attention):
-        raise ValueError(f"block {block} is a {type(chosen).__name__}; wanted is timm's Block with its Attention")
+        raise ValueError(f"block {block} is a {type(chosen).__name__}; it must be timm's Block with its Attention")
 
-    # Fused attention never has the weights: they are computed here from what goes into the attention. It is caught
-    # behind the norm, as our blocks call the parts of `attn` and not `attn` itself.
+    # Fused attention never materialises the weights, so they are computed here from the input of the attention. It is
+    # caught behind the norm, because our blocks call the layers of `attn` and not `attn` itself.
     normed: list[Tensor] = []
     hook = chosen.norm1.register_forward_hook(lambda _module, _args, out: normed.append(out))
     try:

@@ -1,4 +1,4 @@
-"""Transformer blocks: timm's parameters under timm's names, in a forward pass that leaves out what nobody asks for.
+"""Transformer blocks: timm's parameters under timm's names, with a forward pass that can skip unwanted tokens.
 
 Shapes: B images, N tokens, D width, H heads of D / H values.
 """
@@ -18,21 +18,22 @@ from torch.utils.checkpoint import checkpoint
 Kernel = Literal["fused", "plain"]
 
 
-# On CPUs torch's fused kernel is slower than two matrix products up to here, in float32: measured at 17 to 197 tokens.
+# Up to this many tokens torch's fused kernel is slower on CPUs in float32 than two matrix products (measured at 17 to
+# 197 tokens).
 PLAIN_TOKENS = 80
 
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies matrices of bfloat16 by itself (AVX-512 BF16 or AMX); others go a long way round."""
+    """Whether this CPU has instructions for bfloat16 matrix products (AVX-512 BF16 or AMX); others emulate them."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def faster_kernel(device: torch.device, dtype: torch.dtype, tokens: int) -> Kernel:
-    """How attention over so many tokens is computed: the result is the same, to rounding.
+    """The faster way to compute attention over this many tokens; both give the same result up to rounding.
 
-    On GPUs fused: it never writes the (N, N) weights to memory. On CPUs that gain begins at some length, in float32; in
-    bfloat16 torch's kernel is slower at every length where the CPU has such products.
+    On GPUs the fused kernel is faster: it never writes the (N, N) weights to memory. On CPUs it is faster in float32
+    from some length on; in bfloat16 it is slower at every length if the CPU has bfloat16 matrix products.
     """
     if device.type != "cpu":
         return "fused"
@@ -49,13 +50,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel) -> Tensor:
 
 
 class Block(timm_vit.Block):
-    """timm's block, in training with its attention by the faster kernel, and only for the tokens that are wanted.
+    """timm's block, with the faster attention kernel in training and the option to compute only the last tokens.
 
-    `compile()` is for training: without gradients, or in eval mode, a block computes as it is written. Held-out images
-    come in other batches, and each would be compiled for anew.
+    `compile()` takes effect in training only: without gradients or in eval mode a block runs uncompiled, as held-out
+    batches come in other sizes and each would be compiled anew.
 
     Attributes:
-        kernel: Of all blocks; None: in training the faster one, in eval mode timm's own, whose results are then timm's.
+        kernel: The attention kernel of all blocks. None: the faster one in training; in eval mode the fused one, which
+            timm uses, so that results equal timm's.
     """
 
     kernel: ClassVar[Kernel | None] = None
@@ -68,9 +70,9 @@ class Block(timm_vit.Block):
         return self._call_impl(x, *args, **kwargs)
 
     def branch_scales(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What drop path multiplies the two branches of each image with, (B, 1, 1) each: 0, or 1 over the rest.
+        """The factors of drop path for the two branches, (B, 1, 1) each: 0, or 1 / (1 - rate) for kept images.
 
-        Drawn here, not in `forward`: each block has another rate, and would be compiled anew for it.
+        They are drawn here and not in `forward`, which would otherwise be compiled anew for the rate of each block.
         """
         rate = getattr(self.drop_path1, "drop_prob", 0.0)
         if not rate:
@@ -86,10 +88,10 @@ class Block(timm_vit.Block):
         first: int = 0,
         scales: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """(B, N, D) -> (B, N - first, D): the tokens from `first` on, which still see those before them.
+        """(B, N, D) -> (B, N - first, D): the tokens from `first` on, which still attend to all N.
 
         Args:
-            scales: Of the two branches, (B, 1, 1) each; None: 1.
+            scales: Factors of the two branches, (B, 1, 1) each; None means 1.
         """
         assert attn_mask is None
         assert not is_causal
@@ -99,30 +101,32 @@ class Block(timm_vit.Block):
         return x + (branch if scales is None else branch * scales[1])
 
     def attention(self, x: Tensor, first: int) -> Tensor:
+        """(B, N, D) -> (B, N - first, D)"""
         b, n, d = x.shape
         attn: Any = self.attn
         if first:
-            # The rows of one matrix: queries of some tokens, keys and values of all.
+            # Queries of the tokens from `first` on, keys and values of all: rows of the same weight matrix.
             weight, bias = attn.qkv.weight, attn.qkv.bias
             q = F.linear(x[:, first:], weight[:d], bias[:d]).reshape(b, n - first, 1, attn.num_heads, -1)
             kv = F.linear(x, weight[d:], bias[d:]).reshape(b, n, 2, attn.num_heads, -1)
             (q,), (k, v) = q.permute(2, 0, 3, 1, 4), kv.permute(2, 0, 3, 1, 4)
         else:
             q, k, v = attn.qkv(x).reshape(b, n, 3, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-        own = faster_kernel(x.device, q.dtype, n) if self.training else "fused"
-        out: Tensor = attn.proj(attend(q, k, v, self.kernel or own).transpose(1, 2).reshape(b, n - first, d))
+        # q: (B, H, N - first, D / H); k, v: (B, H, N, D / H)
+        kernel = self.kernel or (faster_kernel(x.device, q.dtype, n) if self.training else "fused")
+        out: Tensor = attn.proj(attend(q, k, v, kernel).transpose(1, 2).reshape(b, n - first, d))
         return out
 
 
 class CheckpointedBlock(Block):
-    """With its activations computed again in the backward pass instead of kept: less memory, same bits.
+    """A block that recomputes its activations in the backward pass instead of keeping them: less memory, same bits.
 
-    Inside `forward`, so that what others hook to the block, as FSDP does, stays around both computations.
+    The checkpoint is inside `forward`, so that hooks on the block, such as FSDP's, surround both computations.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.training and torch.is_grad_enabled():
-            # Drop path has drawn before, in `__call__`: both computations drop the same branches.
+            # Drop path was drawn in `__call__`, so both computations drop the same branches.
             out: Tensor = checkpoint(super().forward, x, *args, use_reentrant=False, **kwargs)
         else:
             out = super().forward(x, *args, **kwargs)
@@ -131,7 +135,7 @@ class CheckpointedBlock(Block):
 
 @contextmanager
 def kernel(name: Kernel | None) -> Iterator[None]:
-    """Attention of all blocks by this kernel; None: as in training and eval mode it is."""
+    """Use this attention kernel in all blocks; None restores the default of `Block.kernel`."""
     before, Block.kernel = Block.kernel, name
     try:
         yield

@@ -1,6 +1,6 @@
-"""`torch.compile` of a network's blocks in training, or one line that says why not.
+"""Compile the blocks of a network for training with `torch.compile`, or say in one line why that is not possible.
 
-Blocks of the same shape share one compiled program. `module.compile()` leaves the keys of checkpoints as they are.
+Blocks of the same shape share one compiled program. `module.compile()` does not change the keys of checkpoints.
 """
 
 import logging
@@ -16,13 +16,13 @@ from mae.runtime.memory import is_out_of_memory
 Choice = bool | Literal["auto"]
 
 
-# FLOPs of a whole run from which on compiling, some 40 seconds of two CPU cores or one of a GPU, wins time. Fixed
-# numbers: a run that is resumed, or repeated on another machine, must not choose differently.
+# FLOPs of a whole run above which compiling (about 40 seconds on two CPU cores or with a GPU) saves time. The numbers
+# are fixed: a run that is resumed, or repeated on another machine, must not choose differently.
 WORTHWHILE = {"cpu": 3e14, "cuda": 6e16}
 
 
 def too_short(device: torch.device, flops: float) -> str:
-    """Why a run of so many FLOPs is better not compiled; empty: it is worth it."""
+    """The reason not to compile a run of this many FLOPs; empty if compiling is worth it."""
     if device.type not in WORTHWHILE:
         return f"not tried on {device.type}"
     if flops < (worth := WORTHWHILE[device.type]):
@@ -31,21 +31,21 @@ def too_short(device: torch.device, flops: float) -> str:
 
 
 def compile_blocks(network: nn.Module, graphs: bool = False) -> None:
-    """From the next step in training on; the compiler itself runs at the first one.
+    """Compile the blocks for training; the compiler itself runs in the next training step.
 
     Args:
         graphs: Replay each block's kernels as CUDA graphs.
     """
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it tells of CUDA without a GPU
-    # Meant for whole networks: it would cut a block in two wherever a gradient bucket ends.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA on machines without a GPU
+    # DDPOptimizer is meant for whole networks: it would cut a block in two wherever a gradient bucket ends.
     torch._dynamo.config.optimize_ddp = False  # type: ignore[assignment]
     for block in blocks(network):
-        # Not dynamic: encoder and decoder differ in their numbers of tokens, each of which stays what it is.
+        # Not dynamic: encoder and decoder have different numbers of tokens, but each keeps its own.
         block.compile(dynamic=False, mode="reduce-overhead" if graphs else None)
 
 
 def restore(network: nn.Module) -> None:
-    """Blocks compute as they are written again."""
+    """Undo `compile_blocks`."""
     for block in blocks(network):
         block._compiled_call_impl = None  # type: ignore[assignment]
     torch._dynamo.reset()
@@ -56,10 +56,10 @@ def blocks(network: nn.Module) -> list[Block]:
 
 
 def attempt(network: nn.Module, step: Callable[[], None], graphs: bool = False) -> str:
-    """Compile, by a step that leaves nothing; returns why it failed, and then nothing is compiled.
+    """Compile the blocks and run `step`, which must leave no trace; if that fails, undo it and return the reason.
 
     Raises:
-        Exception: Memory did not suffice.
+        Exception: The error of `step`, if it ran out of memory.
     """
     compile_blocks(network, graphs)
     try:
@@ -73,7 +73,7 @@ def attempt(network: nn.Module, step: Callable[[], None], graphs: bool = False) 
 
 
 def reason(error: BaseException) -> str:
-    """What is missing, or the first words of an error that belongs to the compiler itself."""
+    """The missing tool, or the first line of an error of the compiler itself."""
     text = str(error)
     if "C++ compiler" in text or "C++ compile error" in text:
         return "torch.compile needs a C++ compiler that works: install g++, or name one by CXX"

@@ -1,7 +1,13 @@
 """The masked autoencoder: hide patches, encode the rest, reconstruct the hidden pixels (arXiv:2111.06377, Sec. 3).
 
-Shapes: B images of C channels and H x W pixels; N patches an image, of P = ph * pw * C values; K of them visible;
-D encoder width, E decoder width. `mask` is True where a patch is hidden, here and everywhere in the package.
+Shapes:
+    B        images in a batch, each (C, H, W): channels, height and width in pixels
+    N        patches of an image, in raster order
+    K        visible patches of an image; N - K are hidden
+    P        values of a patch, ph * pw * C for a patch of ph x pw pixels
+    D, E     width of the encoder, width of the decoder
+
+`mask` is True where a patch is hidden, here and everywhere in this package.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +23,7 @@ Pair = tuple[int, int]  # (height, width)
 
 
 class Size(NamedTuple):
-    """Width, depth and heads of an encoder."""
+    """The size of an encoder."""
 
     embed_dim: int
     depth: int
@@ -36,31 +42,35 @@ SIZES = {
 
 
 class Masking(NamedTuple):
-    """Which patches are hidden, three ways. `ids_*` are positions in raster order."""
+    """Which patches are visible and which are hidden. `ids_*` are places in raster order."""
 
-    ids_keep: Tensor  # (B, K) int64, visible patches in shuffled order
-    ids_hide: Tensor  # (B, N - K) int64, hidden patches in shuffled order
+    ids_keep: Tensor  # (B, K) int64, the visible patches in shuffled order
+    ids_hide: Tensor  # (B, N - K) int64, the hidden patches in shuffled order
     mask: Tensor  # (B, N) bool, True = hidden
 
     @property
     def ids_restore(self) -> Tensor:
-        """(B, N) int64: sorts [visible, hidden] back to raster order."""
+        """(B, N) int64: `take(tokens, ids_restore)` puts tokens ordered [visible, hidden] back in raster order."""
         return torch.cat([self.ids_keep, self.ids_hide], dim=1).argsort(dim=1)
 
 
 class Loss(NamedTuple):
+    """What a training step needs."""
+
     loss: Tensor  # scalar, mean over the hidden patches of the batch
     mask: Tensor  # (B, N) bool, True = hidden
     per_image: Tensor  # (B,), mean over the image's hidden patches
 
 
 class Prediction(NamedTuple):
-    pred: Tensor  # (B, N, P), every patch, in the space of the target: normalised by patch where norm_pix_loss
+    """The reconstruction of every patch."""
+
+    pred: Tensor  # (B, N, P), in the space of the target: normalised within each patch if norm_pix_loss
     mask: Tensor  # (B, N) bool, True = hidden
 
 
 def as_pair(value: int | Pair) -> Pair:
-    """An int means a square."""
+    """(height, width); a single number means a square."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
@@ -68,8 +78,10 @@ def patchify(images: Tensor, patch_size: Pair) -> Tensor:
     """(B, C, H, W) -> (B, N, P): patches in raster order, the values of each in the order (row, column, channel)."""
     b, c, h, w = images.shape
     ph, pw = patch_size
-    x = images.reshape(b, c, h // ph, ph, w // pw, pw)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // ph) * (w // pw), ph * pw * c)
+    rows, columns = h // ph, w // pw
+    x = images.reshape(b, c, rows, ph, columns, pw)
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, rows, columns, ph, pw, C)
+    return x.reshape(b, rows * columns, ph * pw * c)  # (B, N, P)
 
 
 def unpatchify(patches: Tensor, image_size: Pair, patch_size: Pair) -> Tensor:
@@ -78,55 +90,56 @@ def unpatchify(patches: Tensor, image_size: Pair, patch_size: Pair) -> Tensor:
     (h, w), (ph, pw) = image_size, patch_size
     c = p // (ph * pw)
     x = patches.reshape(b, h // ph, w // pw, ph, pw, c)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, rows, ph, columns, pw)
+    return x.reshape(b, c, h, w)
 
 
 def normalize_patches(patches: Tensor) -> Tensor:
-    """Zero mean and unit variance within each patch: the paper's better target (Table 1d)."""
-    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # unbiased, as the reference
+    """(..., P) -> (..., P), each patch with zero mean and unit variance: the paper's better target (Table 1d)."""
+    var, mean = torch.var_mean(patches, dim=-1, keepdim=True)  # the unbiased variance, as in the reference code
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
 def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
-    """Hide the patches of highest noise, the same number in every image (Sec. 3, "Masking").
+    """Hide the patches with the highest noise, the same number in every image (Sec. 3, "Masking").
 
     Args:
-        noise: (B, N) float, one score a patch, the class token not counted. Uniform noise makes every subset of K
-            patches equally likely.
+        noise: (B, N) float, one score per patch (there is none for the class token). With uniform noise every subset
+            of K patches is equally likely to stay visible.
         mask_ratio: Fraction of patches to hide, in (0, 1). The paper uses 0.75 (Fig. 5).
 
     Raises:
         ValueError: The ratio would leave no patch visible or none hidden.
     """
     num_patches = noise.shape[1]
-    num_keep = int(num_patches * (1 - mask_ratio))  # truncates, as the reference: 196 -> 49
+    num_keep = int(num_patches * (1 - mask_ratio))  # truncates, as in the reference code: 196 -> 49
     if not 0 < num_keep < num_patches:
         raise ValueError(f"mask_ratio {mask_ratio} leaves {num_keep} of {num_patches} patches visible")
-    # Stable: float32 noise has ties every few hundred images, which devices would otherwise break differently.
-    ids = noise.argsort(dim=1, stable=True)
-    ids_keep, ids_hide = ids[:, :num_keep], ids[:, num_keep:]
+    # Stable, because float32 noise has ties every few hundred images, and devices would break them differently.
+    ids_shuffle = noise.argsort(dim=1, stable=True)
+    ids_keep, ids_hide = ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:]
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, ids_hide, True)
     return Masking(ids_keep, ids_hide, mask)
 
 
 def sincos_positions(dim: int, grid: Pair) -> Tensor:
-    """Fixed 2-D sin-cos positions, (1, 1 + N, dim) float32, the class token's row (zeros) first.
+    """Fixed 2-D sin-cos position embedding, (1, 1 + N, dim) float32; the class token's row comes first and is zero.
 
-    The first half of each row encodes the column, the second half the row; each half is [sin, cos] over dim / 4
-    frequencies from 1 down to 1/10000.
+    The first half of each row encodes the column of the patch, the second half its row; each half is [sin, cos] over
+    dim / 4 frequencies from 1 down to 1/10000.
     """
     if dim % 4:
-        raise ValueError(f"a width of {dim} is not divisible by 4, which 2-D sin-cos positions need")
+        raise ValueError(f"a width of {dim} is not divisible by 4, as the 2-D sin-cos position embedding needs")
     omega = 10000 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    angles = [coordinate.flatten()[:, None] * omega for coordinate in (columns, rows)]
-    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    angles = [coordinate.flatten()[:, None] * omega for coordinate in (columns, rows)]  # (N, dim / 4) each
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)  # (N, dim)
     return F.pad(table, (0, 0, 1, 0))[None].float()
 
 
 @torch.no_grad()
 def init_linear(module: nn.Module) -> None:
-    """The reference's initialisation of every linear layer; timm's own would be truncated normals."""
+    """Initialise every linear layer as the reference code does; timm itself uses truncated normals."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
             nn.init.xavier_uniform_(layer.weight)
@@ -135,8 +148,8 @@ def init_linear(module: nn.Module) -> None:
 
 @torch.no_grad()
 def init_stem(encoder: VisionTransformer, grid: Pair) -> None:
-    """Patch embedding as a linear layer, class token, sin-cos positions."""
-    assert encoder.cls_token is not None  # timm has encoders without them
+    """Initialise the patch embedding (as if it were a linear layer), the class token and the position embedding."""
+    assert encoder.cls_token is not None  # timm has encoders without one
     assert encoder.pos_embed is not None
     nn.init.xavier_uniform_(encoder.patch_embed.proj.weight.view(encoder.embed_dim, -1))
     nn.init.normal_(encoder.cls_token, std=0.02)
@@ -144,21 +157,42 @@ def init_stem(encoder: VisionTransformer, grid: Pair) -> None:
 
 
 def take(tokens: Tensor, ids: Tensor) -> Tensor:
-    """(B, N, D), (B, K) -> (B, K, D): the tokens at those positions, copied row by row."""
+    """(B, N, D), (B, K) -> (B, K, D): the tokens of each image at the places `ids`.
+
+    The same as `torch.gather` with expanded indices, but whole rows are copied, which is faster.
+    """
     b, n, d = tokens.shape
-    rows = ids + n * torch.arange(b, device=ids.device)[:, None]
+    rows = ids + n * torch.arange(b, device=ids.device)[:, None]  # (B, K), of the batch as one table of B * N rows
     return tokens.reshape(b * n, d).index_select(0, rows.flatten()).view(b, -1, d)
 
 
-class MaskedAutoencoder(nn.Module):
-    """A ViT encoder that sees only the visible patches, and a light decoder that fills in the hidden ones.
+def check_config(config: dict[str, Any]) -> None:
+    """Check the arguments of a `MaskedAutoencoder`.
 
-    `encoder` is timm's VisionTransformer without a head: its state_dict loads strictly into `timm.create_model`.
-    The defaults are ViT-B/16 of the paper (Sec. 4, Table 1).
+    Raises:
+        ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width.
+    """
+    for name, value in config.items():
+        if name not in ("mlp_ratio", "norm_pix_loss") and min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    (h, w), (ph, pw) = config["image_size"], config["patch_size"]
+    if h % ph or w % pw:
+        raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
+    for prefix in ("", "decoder_"):
+        width, heads = config[f"{prefix}embed_dim"], config[f"{prefix}num_heads"]
+        if width % heads:
+            raise ValueError(f"{prefix}embed_dim {width} is not divisible by {prefix}num_heads {heads}")
+
+
+class MaskedAutoencoder(nn.Module):
+    """A ViT encoder that sees only the visible patches, and a light decoder that reconstructs the hidden ones.
+
+    `encoder` is a timm VisionTransformer without a head: its state_dict loads strictly into `timm.create_model`.
+    The defaults are the ViT-B/16 of the paper (Sec. 4, Table 1).
 
     Args:
-        image_size: Pixels, a side or (height, width).
-        patch_size: Pixels, a side or (height, width); divides image_size.
+        image_size: Pixels, one side of a square or (height, width).
+        patch_size: Pixels, one side of a square or (height, width); must divide image_size.
         in_chans: Channels of an image.
         embed_dim: Encoder width, divisible by 4 and by num_heads.
         depth: Encoder blocks.
@@ -166,12 +200,13 @@ class MaskedAutoencoder(nn.Module):
         decoder_embed_dim: Decoder width, divisible by 4 and by decoder_num_heads.
         decoder_depth: Decoder blocks.
         decoder_num_heads: Decoder attention heads.
-        mlp_ratio: Hidden width of every MLP over the width of its block.
-        norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels as they come in.
-        activation_checkpointing: In training, compute the blocks' activations twice instead of keeping them.
+        mlp_ratio: Hidden width of every MLP divided by the width of its block.
+        norm_pix_loss: Reconstruct pixels normalised within each patch; otherwise the pixels of the input.
+        activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
+            keeping them.
 
     Raises:
-        ValueError: A patch that does not divide the image, or a width that its heads do not divide.
+        ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width.
     """
 
     def __init__(
@@ -192,7 +227,7 @@ class MaskedAutoencoder(nn.Module):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
         self.patch_size = ph, pw = as_pair(patch_size)
-        # All that is needed to build this network again; plain types, stored with every checkpoint.
+        # Everything that is needed to build this network again, in plain types; stored with every checkpoint.
         self.config: dict[str, Any] = {
             "image_size": [h, w],
             "patch_size": [ph, pw],
@@ -206,14 +241,7 @@ class MaskedAutoencoder(nn.Module):
             "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
         }
-        for name, value in self.config.items():
-            if name not in ("mlp_ratio", "norm_pix_loss") and min(value if isinstance(value, list) else [value]) < 1:
-                raise ValueError(f"{name} {value}: at least 1")
-        if h % ph or w % pw:
-            raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
-        for width, heads, whose in ((embed_dim, num_heads, ""), (decoder_embed_dim, decoder_num_heads, "decoder_")):
-            if width % heads:
-                raise ValueError(f"{whose}embed_dim {width} is not divisible by {whose}num_heads {heads}")
+        check_config(self.config)
         self.in_chans = in_chans
         self.grid = h // ph, w // pw
         self.num_patches = self.grid[0] * self.grid[1]
@@ -243,6 +271,7 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
+        """Initialise all parameters as the reference code does; the position embeddings stay fixed."""
         init_linear(self)
         init_stem(self.encoder, self.grid)
         nn.init.normal_(self.mask_token, std=0.02)
@@ -261,90 +290,92 @@ class MaskedAutoencoder(nn.Module):
         return self.encoder.pos_embed
 
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:
-        """The training loss.
+        """The training loss: mean squared error of the hidden patches (Sec. 3, "Reconstruction target").
 
         Args:
             images: (B, C, H, W) float, normalised.
-            noise: (B, N) float, one score a patch: the lowest int(N * (1 - mask_ratio)) stay visible. None draws it
-                from torch's global generator, which no stage of this package does.
+            noise: (B, N) float, one score per patch: the lowest int(N * (1 - mask_ratio)) of each row stay visible.
+                None draws it from torch's global generator, which no stage of this package does.
             mask_ratio: Fraction of patches to hide, in (0, 1).
         """
         masking = self.draw_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)
+        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
         pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
         return self.hidden_loss(pred, patches, masking)
 
-    def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
-        """(B, N - K, P) predictions of the hidden patches, beside those among (B, N, P) patches."""
-        target = take(patches, masking.ids_hide)
-        if self.norm_pix_loss:
-            target = normalize_patches(target)
-        per_image = (pred.float() - target).square().mean(dim=(1, 2))
-        return Loss(per_image.mean(), masking.mask, per_image)
-
     def predict(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Prediction:
-        """Every patch as the decoder sees it; arguments as in `forward`."""
+        """The reconstruction of every patch, visible ones included; arguments as in `forward`."""
         masking = self.draw_mask(images, noise, mask_ratio)
-        latent = self.encode_visible(take(patchify(images, self.patch_size), masking.ids_keep), masking.ids_keep)
-        pred = self.decoder_pred(self.decode(latent, masking))
+        patches = patchify(images, self.patch_size)  # (B, N, P)
+        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
+        pred = self.decoder_pred(self.decode(latent, masking))  # (B, N, P), in the order [visible, hidden]
         return Prediction(take(pred, masking.ids_restore), masking.mask)
 
     def encode(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, 1 + N, D): the final-norm tokens of the whole image, class token first, never masked."""
+        """(B, C, H, W) -> (B, 1 + N, D): the encoder's output for unmasked images, class token first."""
         self.check_images(images)
         tokens: Tensor = self.encoder.forward_features(images)
         return tokens
 
+    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
+        """(B, K, P), (B, K) -> (B, 1 + K, D): the encoder's output for the visible patches, class token first."""
+        x = self.embed(visible, ids_keep)  # (B, K, D)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
+        x = torch.cat([cls_token, x], dim=1)  # (B, 1 + K, D)
+        latent: Tensor = self.encoder.norm(self.encoder.blocks(x))
+        return latent
+
     def embed(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """(B, K, P), (B, K) -> (B, K, D): the visible patches with their positions."""
+        """(B, K, P), (B, K) -> (B, K, D): patch embedding and position embedding of the visible patches."""
         proj = self.encoder.patch_embed.proj
-        # The convolution as a linear layer, channel last.
-        weight = proj.weight.flatten(1) if self.in_chans == 1 else proj.weight.permute(0, 2, 3, 1).flatten(1)
+        # timm's patch embedding is a convolution, (D, C, ph, pw); on patches it is a linear layer, channel last.
+        weight = proj.weight.flatten(1) if self.in_chans == 1 else proj.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P)
         return F.linear(visible, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
 
-    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """(B, K, P), (B, K) -> (B, 1 + K, D): what the encoder makes of the visible patches, seeing no others."""
-        encoder, x = self.encoder, self.embed(visible, ids_keep)
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        x = torch.cat([cls, x], dim=1)  # (B, 1 + K, D)
-        normed: Tensor = encoder.norm(encoder.blocks(x))
-        return normed
-
     def decode(self, latent: Tensor, masking: Masking, hidden_only: bool = False) -> Tensor:
-        """(B, 1 + K, D) -> (B, N, E): decoder tokens, before the prediction head, in the order [visible, hidden].
+        """(B, 1 + K, D) -> (B, N, E): the decoder's tokens in the order [visible, hidden], before `decoder_pred`.
 
-        To attention the order of tokens means nothing, and positions are added to each: so they are never put back in
-        raster order, which would cost a gather, and another backward, of the widest tensors.
+        The reference code puts the tokens back in raster order first. Attention does not depend on their order, only on
+        their position embeddings, so this saves a gather of the widest tensors and its backward pass.
 
         Args:
-            hidden_only: (B, N - K, E): nobody will ask for the visible patches, so the last block leaves them out.
+            hidden_only: Return the hidden patches only, (B, N - K, E); the last block then skips the visible ones.
         """
-        positions = self.decoder_pos_embed
-        x = self.decoder_embed(latent)
-        hidden = self.mask_token + positions[0, 1:][masking.ids_hide]
+        positions = self.decoder_pos_embed  # (1, 1 + N, E)
+        x = self.decoder_embed(latent)  # (B, 1 + K, E)
+        hidden = self.mask_token + positions[0, 1:][masking.ids_hide]  # (B, N - K, E)
         seen = torch.cat([positions[:, :1].expand(len(x), -1, -1), positions[0, 1:][masking.ids_keep]], dim=1)
         x = torch.cat([x + seen, hidden], dim=1)  # (B, 1 + N, E)
         first = x.shape[1] - masking.ids_hide.shape[1] if hidden_only else 0
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = block(x)
-        x = last(x, first=first)
-        normed: Tensor = self.decoder_norm(x if hidden_only else x[:, 1:])
-        return normed
+        x = last(x, first=first)  # (B, 1 + N - first, E)
+        tokens: Tensor = self.decoder_norm(x if hidden_only else x[:, 1:])
+        return tokens
+
+    def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
+        """Mean squared error of the predictions (B, N - K, P) of the hidden ones among the patches (B, N, P)."""
+        target = take(patches, masking.ids_hide)  # (B, N - K, P)
+        if self.norm_pix_loss:
+            target = normalize_patches(target)
+        per_image = (pred.float() - target).square().mean(dim=(1, 2))  # (B,)
+        return Loss(per_image.mean(), masking.mask, per_image)
 
     def draw_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
-        """`random_masking` of a batch, with its shapes checked."""
+        """Check the shapes of a batch and mask it with `random_masking`."""
         self.check_images(images)
         if noise is None:
             noise = torch.rand(images.shape[0], self.num_patches, device=images.device)
         if noise.shape != (images.shape[0], self.num_patches):
             raise ValueError(
-                f"noise is {tuple(noise.shape)}; {images.shape[0]} images of {self.num_patches} patches are given"
+                f"noise is {tuple(noise.shape)}; {images.shape[0]} images of {self.num_patches} patches need "
+                f"({images.shape[0]}, {self.num_patches})"
             )
         return random_masking(noise, mask_ratio)
 
     def check_images(self, images: Tensor) -> None:
-        wanted = (self.in_chans, *self.image_size)
-        if images.shape[1:] != wanted:
-            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, C, H, W) of (C, H, W) = {wanted}")
+        c, h, w = self.in_chans, *self.image_size
+        if images.shape[1:] != (c, h, w):
+            raise ValueError(f"images are {tuple(images.shape)}; this model takes (B, {c}, {h}, {w})")

@@ -1,36 +1,16 @@
-"""Classifiers: timm's VisionTransformer, its encoder pre-trained or random, and which parts of it are trained."""
+"""Classifiers: a timm VisionTransformer with a head, and the choice of which of its parameters are trained."""
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from mae.errors import UserError
 from mae.models.blocks import Block, CheckpointedBlock
 from mae.models.mae import as_pair, init_linear, init_stem
 
-MAKERS = {torch.empty, torch.ones, torch.randn, torch.zeros}  # of parameters, here, in torch's layers and in timm's
-
-Pool = Literal["mean", "class"]  # of tokens, before a classifier's head
-
-
-class Unallocated(TorchFunctionMode):
-    """Networks made in it have parameters without memory, on the meta device: to be replaced by weights that are there.
-
-    `torch.device("meta")` would do, but for the rates of drop path, which older versions of timm take from a tensor.
-    """
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        given = kwargs or {}
-        if function in MAKERS and given.get("device") is None:
-            given = {**given, "device": "meta"}
-        return function(*args, **given)
-
+Pool = Literal["mean", "class"]  # how tokens are pooled before the head
 
 Head = Literal["linear", "batchnorm", "plain"]
 
@@ -38,7 +18,10 @@ POOLING = {"mean": "avg", "class": "token"}  # timm's names
 
 
 class LayeredViT(VisionTransformer):
-    """timm's, with the final norm in the top layer of layer decay, as the reference has it; timm's is a layer lower."""
+    """timm's network; for layer decay the final norm counts as the top layer, as in the reference code.
+
+    timm itself counts it one layer lower.
+    """
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         stem: dict[str, Any] = super().group_matcher(coarse)
@@ -53,17 +36,18 @@ def build(
     drop_path: float = 0.0,
     activation_checkpointing: bool = False,
 ) -> VisionTransformer:
-    """A timm VisionTransformer with the reference's initialisation.
+    """A timm VisionTransformer with the initialisation of the reference code.
 
     Args:
         config: The encoder: image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio.
-        pool: "mean": of the patch tokens; "class": the class token.
-        head: "linear": for fine-tuning; by mean pooling the norm comes after the pool (fc_norm), and the encoder's own
-            is dropped (Sec. A.1). "batchnorm": for the linear probe, BatchNorm without affine before the linear layer,
-            on features after the encoder's own norm (Sec. A.1, Table 10). "plain": such a probe with its BatchNorm
-            folded into the linear layer.
-        drop_path: Stochastic depth of the last block; it rises linearly from 0 at the first.
-        activation_checkpointing: In training, compute the blocks' activations twice instead of keeping them.
+        pool: "mean" averages the patch tokens; "class" takes the class token.
+        head: "linear" is for fine-tuning; with mean pooling the norm follows the pooling (fc_norm) and the encoder's
+            final norm is dropped (Sec. A.1). "batchnorm" is for linear probing: BatchNorm without affine parameters,
+            then the linear layer, on features behind the encoder's final norm (Sec. A.1, Table 10). "plain" is such a
+            probe with its BatchNorm folded into the linear layer.
+        drop_path: Stochastic depth rate of the last block; it rises linearly from 0 at the first.
+        activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
+            keeping them.
     """
     network = LayeredViT(
         img_size=as_pair(config["image_size"]),
@@ -93,32 +77,31 @@ def build(
 def train_last(network: VisionTransformer, blocks: float) -> None:
     """Freeze all but the last `blocks` blocks, the norm after them and the head (partial fine-tuning, Fig. 9).
 
-    Half a block is its MLP with the norm before it. A frozen branch is not dropped, either.
+    Half a block is its MLP with the norm before it. Frozen branches have no drop path.
 
     Raises:
-        UserError: Not a multiple of 0.5 from 0 to the encoder's depth.
+        UserError: `blocks` is not a multiple of 0.5 between 0 and the encoder's depth.
     """
     depth = len(network.blocks)
     if not 0 <= blocks <= depth or (2 * blocks) % 1:
-        raise UserError(f"--model.blocks {blocks}: wanted is 0, 0.5, 1, ... up to the {depth} blocks of this encoder")
+        raise UserError(f"--model.blocks {blocks} must be 0, 0.5, 1, ... up to the {depth} blocks of this encoder")
     network.requires_grad_(False)
-    for part in (network.norm, network.fc_norm, network.head):
-        part.requires_grad_(True)
-    whole = int(blocks)
+    for module in (network.norm, network.fc_norm, network.head):
+        module.requires_grad_(True)
     for i, block in enumerate(network.blocks):
-        above = depth - i  # blocks from this one to the top
-        if above <= whole:
+        trained = blocks - (depth - 1 - i)  # how much of this block is trained: 1 or more, 0.5, or 0 or less
+        if trained >= 1:
             block.requires_grad_(True)
-        elif above - whole == 1 and blocks > whole:
-            for part in (block.norm2, block.mlp):
-                part.requires_grad_(True)
+        elif trained == 0.5:
+            for module in (block.norm2, block.mlp):
+                module.requires_grad_(True)
             block.drop_path1 = nn.Identity()
         else:
             block.drop_path1 = block.drop_path2 = nn.Identity()
 
 
 def add_lora(network: VisionTransformer, rank: int, alpha: float) -> None:
-    """Freeze all but head and final norm, and train low-rank updates of every attention's qkv and proj (peft's LoRA).
+    """Train low-rank updates of every attention's qkv and proj (peft's LoRA), the head and the final norm only.
 
     Raises:
         UserError: The package peft is not installed.
@@ -137,6 +120,6 @@ def add_lora(network: VisionTransformer, rank: int, alpha: float) -> None:
 
 @torch.no_grad()
 def frozen_features(network: VisionTransformer, images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, D): what the head sees, unmasked."""
+    """(B, C, H, W) -> (B, D): the pooled features that the head takes, without masking and without gradients."""
     pooled: Tensor = network.forward_head(network.forward_features(images), pre_logits=True)
     return pooled

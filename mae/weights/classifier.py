@@ -7,7 +7,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair
-from mae.models.vit import Unallocated, build
+from mae.models.meta_device import meta_parameters
+from mae.models.vit import build
 from mae.weights.load import read_weights
 from mae.weights.weights import Weights, resample_positions
 
@@ -115,7 +116,7 @@ def build_classifier(weights: Weights) -> VisionTransformer:
         UserError: They belong to none.
     """
     about = weights.require_classifier()
-    with Unallocated():
+    with meta_parameters():
         network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
     network.load_state_dict(weights.timm_state, assign=True)
     return network.eval().requires_grad_(False)

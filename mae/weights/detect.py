@@ -14,7 +14,8 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
-from mae.models.vit import Pool, Unallocated, build
+from mae.models.meta_device import meta_parameters
+from mae.models.vit import Pool, build
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchitectureDetector, ArchOverrides
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
@@ -202,7 +203,7 @@ def first_names(names: Sequence[str]) -> str:
 def expected_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor that weights of this description have."""
     about = weights.classifier
-    with Unallocated():
+    with meta_parameters():
         if about is not None:
             network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
             return {ENCODER + key: tuple(value.shape) for key, value in network.state_dict().items()}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
-from mae.models.vit import Unallocated
+from mae.models.meta_device import meta_parameters
 from mae.weights.state_dict_keys import ENCODER, State
 
 Format = Literal["mae", "official", "timm", "hf"]
@@ -110,7 +110,7 @@ class Weights(NamedTuple):
             UserError: There is no decoder.
         """
         self.require_decoder()
-        with Unallocated():
+        with meta_parameters():
             model = MaskedAutoencoder(**self.config)
         model.load_state_dict(self.state, assign=True)
         for positions in (model.pos_embed, model.decoder_pos_embed):
@@ -126,7 +126,7 @@ class Weights(NamedTuple):
         if self.classifier and "norm.weight" not in state:
             width = self.config["embed_dim"]
             state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-        with Unallocated():
+        with meta_parameters():
             encoder = MaskedAutoencoder(**self.config).encoder
         encoder.load_state_dict(state, assign=True)
         return encoder.eval().requires_grad_(False)

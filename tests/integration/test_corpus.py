@@ -28,9 +28,10 @@ from PIL import Image, ImageOps
 
 from mae.cli import main
 from mae.data.crops import resized_crop
-from mae.data.datamodule import ImageData, patiently
+from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch, worker_death_message
 from mae.data.decode import BadImage, open_image
+from mae.data.loaders import with_worker_errors
 
 RGB = Image.fromarray(smooth(37, 53))
 GREY = RGB.convert("L")
@@ -453,7 +454,7 @@ def test_a_dead_loader_is_known_behind_the_errors_that_follow() -> None:
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(RuntimeError) as dead:
-            list(patiently(failing()))
+            list(with_worker_errors(failing()))
     finally:
         signal.signal(signal.SIGALRM, before)
     assert "(pid 13) is killed by signal: Killed; the last file" in str(worker_death_message(dead.value))
@@ -495,7 +496,7 @@ def test_a_killed_loader_ends_the_run_with_one_line(many: Path, tmp_path: Path, 
         said = killed(process, random.choice(loaders(process.pid)))
     finally:
         process.kill()
-    assert "the last file it was at: " in said
+    assert "the last file it read: " in said
     if moment in ("busy", "idle"):
         assert f"{many}/" in said
         assert ".png" in said
@@ -506,6 +507,6 @@ def test_a_killed_loader_ends_other_commands_with_one_line(many: Path) -> None:
     process = start("stats", f"--data.root={many}", "--data.num_workers=2", "--data.batch_size_per_device=1")
     try:
         wait_for(process, lambda: len(loaders(process.pid)) >= 2)
-        assert "the last file it was at: " in killed(process, loaders(process.pid)[0])
+        assert "the last file it read: " in killed(process, loaders(process.pid)[0])
     finally:
         process.kill()

@@ -254,7 +254,7 @@ def test_the_network_is_left_as_it_was(encoder: timm_vit.VisionTransformer) -> N
 def test_what_has_no_such_map_is_refused() -> None:
     encoder, images = small(), torch.randn(1, 3, 8, 12)
     for block in (3, -4):
-        with pytest.raises(ValueError, match=f"block {block}: wanted are 0 to 2"):
+        with pytest.raises(ValueError, match=f"block {block} must be in 0 to 2"):
             attention_maps(encoder, images, block)
     with pytest.raises(ValueError, match=r"encoder\.eval\(\)"):
         attention_maps(encoder.train(), images)

@@ -1,4 +1,4 @@
-"""The ILSVRC 2012 archives as they are downloaded, read without unpacking them."""
+"""Reading the ILSVRC 2012 archives as downloaded, without unpacking them."""
 
 import gzip
 import re
@@ -23,10 +23,12 @@ def holds_archives(src: Path) -> bool:
 
 
 def open_archives(src: Path, in_chans: int) -> dict[str, RecordSource]:
-    """The images of a folder's archives by split, `val` where its archive is there; named and labelled as unpacked.
+    """The images of the archives in a folder by split, with the names and labels that they have when unpacked.
+
+    `val` is left out if its archive is missing.
 
     Raises:
-        UserError: An archive is missing or damaged, or they do not fit together.
+        UserError: Another archive is missing, one is damaged, or they do not fit together.
     """
     if not (src / TRAIN).is_file():
         raise UserError(f"{src} holds {VAL} but no {TRAIN}")
@@ -37,38 +39,37 @@ def open_archives(src: Path, in_chans: int) -> dict[str, RecordSource]:
     if not (src / DEVKIT).is_file():
         return {"train": train}
     wnids, truth = read_devkit(src / DEVKIT)
-    if odd := set(train.classes) ^ set(wnids.values()):
-        which = sorted(odd)[0]
-        lacks, has = (DEVKIT, TRAIN) if which in train.classes else (TRAIN, DEVKIT)
-        raise UserError(f"{src}: {lacks} lacks the class {which} that {has} has ({len(odd)} such)")
+    if unmatched := sorted(set(train.classes) ^ set(wnids.values())):
+        lacks, has = (DEVKIT, TRAIN) if unmatched[0] in train.classes else (TRAIN, DEVKIT)
+        raise UserError(f"{src}: {lacks} lacks the class {unmatched[0]} that {has} has ({len(unmatched)} such)")
     return {"train": train} | ({"val": _val(src, wnids, truth, in_chans)} if has_val else {})
 
 
 def _train(src: Path, in_chans: int) -> RecordSource:
-    """From a tar file that holds a tar file a class."""
+    """The training images, from a tar file that holds one tar file per class."""
     path = src / TRAIN
-    found = {}
+    records = {}
     for name, start, size in scan_tar(path, suffixes=frozenset([".tar"])):
         folder = name.rsplit("/", 1)[-1].removesuffix(".tar")
         for image, offset, length in scan_tar(path, start, size):
-            found[f"{folder}/{image}"] = (0, offset, length)
-    if not found:
+            records[f"{folder}/{image}"] = (0, offset, length)
+    if not records:
         raise UserError(f"{path} holds no tar files of images: it is not the archive of ILSVRC 2012")
-    return record_source(Place(src), [TRAIN], found, in_chans)
+    return record_source(Place(src), [TRAIN], records, in_chans)
 
 
 def _val(src: Path, wnids: dict[int, str], truth: list[int], in_chans: int) -> RecordSource:
-    """From a tar file of images that are numbered from 1; the devkit knows the class of each."""
+    """The validation images, from a tar file of images numbered from 1; the devkit has the class of each."""
     path = src / VAL
-    found = {}
+    records = {}
     for name, offset, length in scan_tar(path):
         match = re.fullmatch(r"(?:.*/)?(ILSVRC2012_val_(\d{8})\.JPEG)", name)
         if not match or not 1 <= int(match[2]) <= len(truth):
             raise UserError(f"{path}: {name} is none of the {len(truth)} images that {DEVKIT} has classes for")
-        found[f"{wnids[truth[int(match[2]) - 1]]}/{match[1]}"] = (0, offset, length)
-    if len(found) != len(truth):
-        raise UserError(f"{path} holds {len(found)} images, {DEVKIT} has classes for {len(truth)}")
-    return record_source(Place(src), [VAL], found, in_chans)
+        records[f"{wnids[truth[int(match[2]) - 1]]}/{match[1]}"] = (0, offset, length)
+    if len(records) != len(truth):
+        raise UserError(f"{path} holds {len(records)} images, {DEVKIT} has classes for {len(truth)}")
+    return record_source(Place(src), [VAL], records, in_chans)
 
 
 def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
@@ -78,7 +79,7 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
         UserError: It is damaged, or contradicts itself.
     """
     try:
-        whole = gzip.decompress(path.read_bytes())  # to the end: there is its checksum
+        whole = gzip.decompress(path.read_bytes())  # to the end, where its checksum is
         with tarfile.open(fileobj=BytesIO(whole)) as tar:
             meta, truth_file = (
                 _member(tar, f"{_DATA}/{name}") for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
@@ -87,7 +88,7 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
         leaves = synsets[synsets["num_children"] == 0]  # the others are groups of classes
         wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]).strip() for row in leaves}
         truth = [int(line) for line in truth_file.split()]
-    except Exception as error:  # gzip, tar, MATLAB and missing fields each have their own
+    except Exception as error:  # gzip, tar, MATLAB and missing fields raise different types
         raise UserError(f"{path} is damaged or another devkit: {error or type(error).__name__}") from None
     if len(set(wnids.values())) != len(leaves):
         raise UserError(f"{path} is damaged: two classes share a number or a WordNet id")
@@ -99,5 +100,5 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
 def _member(tar: tarfile.TarFile, name: str) -> bytes:
     file = tar.extractfile(name)
     if file is None:
-        raise KeyError(f"{name} is no file")
+        raise KeyError(f"{name} is not a file")
     return file.read()

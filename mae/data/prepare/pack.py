@@ -16,15 +16,17 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae.data.crops import resized_crop
-from mae.data.datasets import Reading, Samples, default_workers
-from mae.data.decode import BadImage, moments, open_image
+from mae.data.datasets import Samples, WorkerProgress, default_workers
+from mae.data.decode import BadImage, open_image
+from mae.data.loaders import unchanged
+from mae.data.prepare.channel_stats import as_option, mean_and_std, moments
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, finish, suffix_of
-from mae.data.prepare.verify import verify
+from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel
 from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
 from mae.errors import UserError
-from mae.options import ToolParser
+from mae.options import ToolParser, check_ranges
 from mae.runtime.storage import Place
 
 ORIGINAL = "original bytes"
@@ -64,32 +66,32 @@ def pack_command(args: Sequence[str]) -> None:
         if config.src is not None:
             raise UserError(f"--verify {config.verify} packs nothing: leave out {config.src}")
         try:
-            verify(local(config.verify, "--verify"))
+            verify_shards(local_path(config.verify, "--verify"))
         except OSError as error:
             raise UserError(f"--verify {error.filename or config.verify}: {error.strerror or error}") from None
     elif config.src is None or config.dst is None:
         raise UserError("wanted are two folders, mae pack SRC DST, or mae pack --verify DST")
     else:
         try:
-            pack(config)
-        except OSError as error:  # a folder above that cannot be looked into, a name that is too long
+            pack_images(config)
+        except OSError as error:  # such as a folder without permissions, or a name that is too long
             raise UserError(f"{error.filename or config.dst}: {error.strerror or error}") from None
 
 
-def local(where: str, what: str) -> Path:
+def local_path(path: str, argument: str) -> Path:
     """A path on this machine.
 
     Raises:
-        UserError: It is none.
+        UserError: It is a remote place.
     """
-    place = Place(where)
+    place = Place(path)
     if place.remote:
-        raise UserError(f"{what} {where} is not on this machine: pack and verify here, then copy the folder there")
+        raise UserError(f"{argument} {path} is not on this machine: pack and verify here, then copy the folder there")
     return place.path
 
 
 class Encoding(NamedTuple):
-    """What becomes of images whose shorter side is larger than `short_side`; None: nothing."""
+    """Images with a shorter side above `short_side` are resized and encoded as JPEG; None keeps all as they are."""
 
     short_side: int | None
     quality: int
@@ -104,9 +106,9 @@ class Record(NamedTuple):
     """An image ready to be written.
 
     Attributes:
-        data: Its bytes, None where they could not be read.
-        suffix: Of its member in the tar, without the dot.
-        moments: (C, 2) mean and mean square of the channels in [0, 1]; None where it cannot be decoded.
+        data: The bytes of its file; None if they cannot be read.
+        suffix: Suffix of its member in the tar, without the dot.
+        moments: (C, 2) mean and mean square of the channels in [0, 1]; None if it cannot be decoded.
         error: Why `data` or `moments` is None.
     """
 
@@ -118,15 +120,15 @@ class Record(NamedTuple):
 
 
 class Records(Samples):
-    """What a loader process makes of the images of a source. Items are indices."""
+    """The records of the images of a source, made by loader processes. Items are indices."""
 
     def __init__(self, source: FileSource, encoding: Encoding) -> None:
-        super().__init__(source, (0, 0))
+        super().__init__(source)
         self.files, self.encoding = source, encoding
 
     def __getitem__(self, index: int) -> Record:
-        if self.reading:
-            self.reading.note(index)
+        if self.progress:
+            self.progress.set(index)
         suffix, where = suffix_of(self.files.name(index)), self.files.where(index)
         try:
             data = self.files.read(index)
@@ -135,15 +137,15 @@ class Records(Samples):
             return Record(None, suffix, 0, None, error)
         try:
             pixels = open_image(data, where, self.files.in_chans).pixels()
-            if size := self.smaller(pixels):
+            if size := self.target_size(pixels):
                 data, suffix = encode(pixels, size, self.encoding.quality), "jpg"
                 pixels = open_image(data, f"{where} encoded anew", self.files.in_chans).pixels()
         except BadImage as error:
             return Record(data, suffix, zlib.crc32(data), None, error)
         return Record(data, suffix, zlib.crc32(data), moments(pixels), None)
 
-    def smaller(self, pixels: Tensor) -> tuple[int, int] | None:
-        """The size at which an image is encoded anew, or None."""
+    def target_size(self, pixels: Tensor) -> tuple[int, int] | None:
+        """The (height, width) at which an image is encoded anew; None to keep its bytes."""
         height, width = pixels.shape[1:]
         short = self.encoding.short_side
         if short is None or min(height, width) <= short:
@@ -154,21 +156,21 @@ class Records(Samples):
 
 
 def check_crc(source: FileSource, index: int, data: bytes) -> None:
-    """Of an image that comes from shards: what is damaged there must not get a checksum that says it is intact."""
+    """Compare an image from shards with its checksum: damaged bytes must not get a new checksum that fits them."""
     if isinstance(source, RecordSource) and len(source.index.crc32) and source.index.crc32[index] != zlib.crc32(data):
         raise BadImage(source.where(index), "its bytes differ from the checksum in the index")
 
 
-def described(source: FileSource, encoding: Encoding) -> str:
-    """What has been done to the bytes, here and, where they come from shards, before."""
+def encoding_history(source: FileSource, encoding: Encoding) -> str:
+    """How the bytes were encoded: by this run and, for images from shards, by those before."""
     before = source.index.about.get("encoding", ORIGINAL) if isinstance(source, RecordSource) else ORIGINAL
-    if before == ORIGINAL or encoding.short_side is None:
-        return str(encoding) if before == ORIGINAL else str(before)
-    return f"{before}, then {encoding}"
+    if before == ORIGINAL:
+        return str(encoding)
+    return str(before) if encoding.short_side is None else f"{before}, then {encoding}"
 
 
 def encode(pixels: Tensor, size: tuple[int, int], quality: int) -> bytes:
-    """(1 or 3, H, W) uint8 as a JPEG of another size, colours as fine as brightness."""
+    """(1 or 3, H, W) uint8 -> the bytes of a JPEG of another size, without chroma subsampling."""
     small = resized_crop(pixels, (0, 0, *pixels.shape[1:]), size)
     rows = small[0] if len(small) == 1 else small.permute(1, 2, 0).contiguous()
     stream = BytesIO()
@@ -176,15 +178,17 @@ def encode(pixels: Tensor, size: tuple[int, int], quality: int) -> bytes:
     return stream.getvalue()
 
 
-def pack(config: Namespace) -> None:
-    src, dst = local(config.src, "SRC"), local(config.dst, "DST")
+def pack_images(config: Namespace) -> None:
+    src, dst = local_path(config.src, "SRC"), local_path(config.dst, "DST")
     workers = default_workers() if config.num_workers is None else config.num_workers
-    if config.shard_mb <= 0 or config.in_chans < 1 or config.max_bad_images < 0 or workers < 0:
-        raise UserError("--shard_mb must be above 0, --in_chans at least 1, --max_bad_images, --num_workers at least 0")
-    if config.quality is not None and (config.short_side is None or not 1 <= config.quality <= 100):
-        raise UserError(f"--quality {config.quality}: 1 to 100, and only with --short_side is anything encoded")
-    if config.short_side is not None and (config.short_side < 1 or config.in_chans not in (1, 3)):
-        raise UserError(f"--short_side {config.short_side}: at least 1; and a JPEG has 1 or 3 channels (--in_chans)")
+    check_ranges("", "(0, inf)", shard_mb=config.shard_mb)
+    check_ranges("", "[1, inf)", in_chans=config.in_chans, short_side=config.short_side)
+    check_ranges("", "[0, inf)", max_bad_images=config.max_bad_images, num_workers=workers)
+    check_ranges("", "[1, 100]", quality=config.quality)
+    if config.quality is not None and config.short_side is None:
+        raise UserError(f"--quality {config.quality} has no effect: images are encoded only with --short_side")
+    if config.short_side is not None and config.in_chans not in (1, 3):
+        raise UserError(f"--short_side {config.short_side} encodes as JPEG, which has 1 or 3 channels (--in_chans)")
     encoding = Encoding(config.short_side, config.quality or 95)
 
     sources = open_sources(src, config)
@@ -204,18 +208,18 @@ def pack(config: Namespace) -> None:
             records = Records(source, encoding)
             packed[split] = write_shards(records, folders[split], split, workers, config.shard_mb, allowed)
             allowed -= packed[split].about["bad_images"]
-        for split, index in packed.items():  # together: an interrupted pack is begun anew, and refused where one exists
+        for split, index in packed.items():  # all at the end: packing into a folder with an index is refused
             finish(folders[split], index)
     for split, index in packed.items():
-        size, count, how = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
-        print(f"wrote {folders[split]}: {len(index):,} images, {size:,.1f} MiB, in {count} shards; {how}")
+        size, count, encoded = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
+        print(f"wrote {folders[split]}: {len(index):,} images, {size:,.1f} MiB, in {count} shards; {encoded}")
     for key in ("mean", "std"):
         if values := packed["train"].about[key]:
-            print(f"--data.{key} '[{', '.join(f'{value:.4f}' for value in values)}]'", flush=True)
+            print(as_option(key, values), flush=True)
 
 
 def open_sources(src: Path, config: Namespace) -> dict[str, FileSource]:
-    """The images by split, with the labels that training would see."""
+    """The images of each split, with the labels that training would use."""
     if not src.exists():
         raise UserError(f"SRC {src} does not exist")
     root = Place(src)
@@ -224,10 +228,10 @@ def open_sources(src: Path, config: Namespace) -> dict[str, FileSource]:
     if archives and places["train"].where == root.where:
         sources: dict[str, FileSource] = dict(open_archives(src, config.in_chans))
         if "val" not in sources:
-            print(f"{src} holds {TRAIN} but no {VAL}: packed is train only", flush=True)
+            print(f"{src} holds {TRAIN} but no {VAL}: only train is packed", flush=True)
         return sources
     if archives:
-        print(f"{src} holds archives, too: packed is what lies unpacked in {places['train']}", flush=True)
+        print(f"{src} holds archives, too: the unpacked images in {places['train']} are packed", flush=True)
     sources = {split: open_images(place, config.in_chans) for split, place in places.items()}
     if "val" in sources and sources["train"].classes and sources["val"].classes:
         relabel(sources["val"], sources["train"].classes, str(places["train"]))
@@ -235,20 +239,20 @@ def open_sources(src: Path, config: Namespace) -> dict[str, FileSource]:
 
 
 def check_apart(src: Path, dst: Path, folders: dict[str, Path], config: Namespace) -> None:
-    """Shards among images would be taken for these, and replaced shards must not be what is read.
+    """Refuse to write into the folder that is read: shards would lie among its images, or replace what is read.
 
     Raises:
-        UserError: Source and destination lie in each other.
+        UserError: Source or destination lies in the other.
     """
     source, target = src.resolve(), dst.resolve()
     if target == source or source in target.parents:
         raise UserError(f"DST {dst} lies in SRC {src}: choose a folder outside")
     names = {"train": config.train_dir or "train", "val": config.val_dir or "val"}
     for split, folder in folders.items():
-        read, written = [source, (src / names[split]).resolve()], folder.resolve()
-        for one in read:
-            if one == written or one in written.parents or written in one.parents:
-                raise UserError(f"{folder} would be written and {one} is read: choose another DST")
+        output = folder.resolve()
+        for path in (source, (src / names[split]).resolve()):
+            if path == output or path in output.parents or output in path.parents:
+                raise UserError(f"{folder} would be written and {path} is read: choose another DST")
 
 
 def check_jpegs(sources: dict[str, FileSource]) -> None:
@@ -259,17 +263,17 @@ def check_jpegs(sources: dict[str, FileSource]) -> None:
 
 
 def write_shards(records: Records, folder: Path, split: str, workers: int, shard_mb: float, allowed: int) -> Index:
-    """All images of a source into a folder; returns the index, which is yet to be written.
+    """Write all images of a source into the shards of a folder; returns the index, which is not written yet.
 
     Args:
-        allowed: Images that may be unreadable.
+        allowed: The number of images that may be unreadable.
 
     Raises:
-        UserError: An image cannot be read, or a shard not be written.
+        UserError: An image cannot be read, or a shard cannot be written.
     """
     source, n = records.files, len(records.files)
-    records.reading = Reading(source, workers)
-    loader = DataLoader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=as_is)
+    records.progress = WorkerProgress(source, workers)
+    loader = DataLoader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=unchanged)
     columns = [array(kind) for kind in "IqqI"]  # shard, offset, size, crc32
     sums, bad = np.zeros((source.in_chans, 2)), 0
     with ShardWriter(folder, shard_mb * 2**20) as shards:
@@ -283,27 +287,16 @@ def write_shards(records: Records, folder: Path, split: str, workers: int, shard
             place = shards.add(i, record.suffix, record.data, None if source.labels is None else source.labels[i])
             for column, value in zip(columns, (*place, len(record.data), record.crc32), strict=True):
                 column.append(value)
-    about: dict[str, Any] = {"images": n, "bad_images": bad, "encoding": described(source, records.encoding)}
-    about |= dict(zip(("mean", "std"), mean_and_std(sums, n - bad), strict=True))
+    about: dict[str, Any] = {"images": n, "bad_images": bad, "encoding": encoding_history(source, records.encoding)}
+    mean, std = mean_and_std(sums, n - bad) if n > bad else (None, None)
+    about |= {"mean": mean, "std": std}
     file, offset, size, crc32 = columns
     names = [source.name(i) for i in range(n)]
     return make_index(shards.files, file, offset, size, names, crc32, source.labels, source.classes, about)
 
 
-def as_is(record: Any) -> Any:
-    return record
-
-
 def check_tolerable(record: Record, bad: int, allowed: int) -> None:
     if record.data is None:
-        raise UserError(f"{record.error}: its bytes cannot be had, nothing is packed")
+        raise UserError(f"{record.error}: its bytes cannot be read, so nothing is packed")
     if bad > allowed:
         raise UserError(f"{record.error}; a higher --max_bad_images packs unreadable images as they are")
-
-
-def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]] | tuple[None, None]:
-    """Of each channel, from the sums (C, 2) of what `moments` finds in each image."""
-    if count == 0:
-        return None, None
-    mean, squares = (sums / count).T
-    return mean.tolist(), np.sqrt(np.maximum(0, squares - mean**2)).tolist()

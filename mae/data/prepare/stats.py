@@ -1,8 +1,9 @@
-"""mae stats: mean and std of a data set."""
+"""`mae stats`: mean and std of the channels of a data set."""
 
 from collections.abc import Sequence
 
 from mae.data.datamodule import ImageData
+from mae.data.prepare.channel_stats import as_option
 from mae.options import ToolParser
 
 
@@ -12,4 +13,4 @@ def stats_command(args: Sequence[str]) -> None:
     parser.add_class_arguments(ImageData, "data")
     data = ImageData(**parser.parse_args(list(args)).data.as_dict())
     for key, values in zip(("mean", "std"), data.statistics(), strict=True):
-        print(f"--data.{key} '[{', '.join(f'{value:.4f}' for value in values)}]'")
+        print(as_option(key, values))

@@ -1,4 +1,4 @@
-"""What the images of a data set are: each read and decoded once, a few bytes kept of it, and figures made of these."""
+"""Survey of a data set: every image is read and decoded once, and statistics are made from a few bytes about each."""
 
 import hashlib
 import os
@@ -8,32 +8,25 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data.datasets import Reading
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, moments, open_image
+from mae.data import decode
+from mae.data.datasets import WorkerProgress
+from mae.data.decode import IMAGE_SUFFIXES, BadImage, is_turned, open_image
+from mae.data.loaders import unchanged
+from mae.data.prepare.channel_stats import mean_and_std, moments
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place
 
-# Formats by content, and the suffixes that promise them; Pillow is asked in this order, as in training.
-FORMATS = {
-    "JPEG": {".jpg", ".jpeg"},
-    "PNG": {".png"},
-    "WEBP": {".webp"},
-    "BMP": {".bmp"},
-    "GIF": {".gif"},
-    "TIFF": {".tif", ".tiff"},
-    "PPM": {".ppm", ".pgm", ".pbm"},
-    "NPY": {".npy"},
-}
+FORMATS = {**decode.FORMATS, "NPY": {".npy"}}  # by content, with the suffixes of each
 
 COLOURS = ("RGB", "grey", "CMYK", "palette", "other")
 
@@ -41,38 +34,47 @@ DECODERS = ("libjpeg-turbo", "Pillow", "numpy")
 
 MARKS = ("alpha", "16 bits", "turned by EXIF", "progressive JPEG", "other suffix")
 
-USUAL, TINY = 224, 32  # images with fewer pixels than these on the short side are counted
+USUAL, TINY = 224, 32  # pixels; images with a shorter short side are counted
 
-CHUNK = 32  # images that a loader process fetches at once from afar and hands back at once
+CHUNK = 32  # images that a loader process fetches and returns at once
 
-_FIELDS = {"digest": "S16", "height": "u4", "width": "u4", "format": "u1", "colour": "u1", "decoder": "u1"}
+# Of one image. format: 0 if unreadable, else 1 + its place in FORMATS; marks: one bit for each of MARKS.
+_FIELDS = {
+    "digest": "S16",
+    "height": "u4",
+    "width": "u4",
+    "format": "u1",
+    "colour": "u1",
+    "decoder": "u1",
+    "marks": "u1",
+}
 
-RECORD = np.dtype([*_FIELDS.items(), ("marks", "u1")])  # format 0: unreadable, else 1 + place in FORMATS; marks: bits
+RECORD = np.dtype(list(_FIELDS.items()))
 
 _MAY_TURN = re.compile(rb"e[Xx]if|Exif|xmp")
 
 
-class Found(NamedTuple):
-    """What a loader process found in some images."""
+class ChunkSurvey(NamedTuple):
+    """What a loader process found out about some images."""
 
     records: np.ndarray  # (n,) RECORD
-    moments: np.ndarray  # (2, C) float64: mean and mean square of the pixels in [0, 1], summed over the images
+    moments: np.ndarray  # (C, 2) float64: mean and mean square of the pixels in [0, 1], summed over the images
     bytes: int
-    errors: dict[int, str]  # by index, why it cannot be read
+    errors: dict[int, str]  # by index, why the image cannot be read
 
 
-class Examined(Dataset[Found]):
-    """Images read once and decoded whole. Items are ranges of indices."""
+class SurveyedImages(Dataset[ChunkSurvey]):
+    """Images, each read once and decoded whole. Items are ranges of indices."""
 
     def __init__(self, source: FileSource, in_chans: int, workers: int) -> None:
-        self.source, self.in_chans, self.reading = source, in_chans, Reading(source, workers)
+        self.source, self.in_chans, self.progress = source, in_chans, WorkerProgress(source, workers)
 
-    def __getitem__(self, indices: range) -> Found:
-        records, sums, size = np.zeros(len(indices), RECORD), np.zeros((2, self.in_chans)), 0
+    def __getitem__(self, indices: range) -> ChunkSurvey:
+        records, sums, size = np.zeros(len(indices), RECORD), np.zeros((self.in_chans, 2)), 0
         errors = {}
         files = self.source.read_all(indices)
         for row, index in enumerate(indices):
-            self.reading.note(index)
+            self.progress.set(index)
             data = next(files)
             try:
                 if isinstance(data, BadImage):
@@ -84,37 +86,37 @@ class Examined(Dataset[Found]):
                 errors[index] = " ".join(error.reason.split())
                 continue
             digest, decoder = hashlib.blake2b(data, digest_size=16).digest(), DECODERS.index(picture.decoder)
-            kind, colour, marks = described(data, suffix_of(self.source.name(index)), pixels)
-            records[row] = (digest, picture.height, picture.width, kind, colour, decoder, marks)
-            sums += np.transpose(moments(pixels))
-        return Found(records, sums, size, errors)
+            image_format, colour, marks = format_codes(data, suffix_of(self.source.name(index)), pixels)
+            records[row] = (digest, picture.height, picture.width, image_format, colour, decoder, marks)
+            sums += moments(pixels)
+        return ChunkSurvey(records, sums, size, errors)
 
 
 def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def described(data: bytes, suffix: str, pixels: Tensor) -> tuple[int, int, int]:
-    """Codes of a readable image's format, colours and marks."""
+def format_codes(data: bytes, suffix: str, pixels: Tensor) -> tuple[int, int, int]:
+    """The codes in RECORD of a readable image's format, colour and marks."""
     if suffix == ".npy":
         name, colour = "NPY", {1: "grey", 3: "RGB"}.get(len(pixels), "other")
         marks = {"16 bits": pixels.dtype == torch.uint16}
     else:
         try:
-            name, colour, marks = described_by_pillow(data)
-        except Exception:  # of many types: what is readable and not for Pillow is a JPEG that libjpeg-turbo forgave
+            name, colour, marks = read_format(data)
+        except Exception:  # of any type: an image that only libjpeg-turbo can read is a JPEG
             name, colour, marks = "JPEG", "other", {}
     marks["other suffix"] = suffix not in FORMATS[name]
     bits = sum(1 << bit for bit, mark in enumerate(MARKS) if marks.get(mark))
     return 1 + list(FORMATS).index(name), COLOURS.index(colour), bits
 
 
-def described_by_pillow(data: bytes) -> tuple[str, str, dict[str, bool]]:
-    """Format, colours and marks from the header of an image file."""
+def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
+    """Format, colour and marks of an image file, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(BytesIO(data), formats=[name for name in FORMATS if name != "NPY"])
-        # Asked for its EXIF, a PNG without any would be decoded to its end in search of some.
+        image = Image.open(BytesIO(data), formats=list(decode.FORMATS))
+        # To look for the EXIF of a PNG that has none, Pillow would decode it to its end.
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {
         "alpha": image.has_transparency_data,
@@ -126,15 +128,8 @@ def described_by_pillow(data: bytes) -> tuple[str, str, dict[str, bool]]:
     return name, colour_of(image.mode), marks
 
 
-def is_turned(image: Image.Image) -> bool:
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1)) in range(2, 9)
-    except Exception:  # of many types where EXIF is damaged: such an image is left as it is
-        return False
-
-
 def colour_of(mode: str) -> str:
-    """Of a mode of Pillow."""
+    """The colour of a Pillow mode, one of COLOURS."""
     if mode in ("1", "L", "LA", "La") or mode.startswith("I"):
         return "grey"
     if mode.startswith("P"):
@@ -143,34 +138,34 @@ def colour_of(mode: str) -> str:
 
 
 @dataclass
-class Split:
-    """What was gathered of a split."""
+class SplitSurvey:
+    """What is known about the images of a split."""
 
     place: Place
     source: FileSource
     records: np.ndarray  # (n,) RECORD
     labels: np.ndarray | None  # (n,) int32
-    moments: np.ndarray  # (2, C), of the readable images together
+    moments: np.ndarray  # (C, 2), summed over the readable images
     bytes: int
-    errors: dict[int, str]  # by index, why it cannot be read
+    errors: dict[int, str]  # by index, why the image cannot be read
     empty_classes: list[str]
-    other_files: dict[str, int]  # that are not images by their suffix; "" is none
+    other_files: dict[str, int]  # by suffix ("" is none), the number of files that are not images
     dangling_links: list[str]
 
     def marked(self, mark: str) -> np.ndarray:
-        """(n,) bool"""
+        """(n,) bool, images with one of MARKS."""
         return (self.records["marks"] >> MARKS.index(mark) & 1).astype(bool)
 
     def below(self, side: int) -> np.ndarray:
-        """(n,) bool, readable images with fewer pixels than this on the short side."""
+        """(n,) bool, readable images with fewer than `side` pixels on the short side."""
         return (self.records["format"] > 0) & (np.minimum(self.records["height"], self.records["width"]) < side)
 
     def class_of(self, index: int) -> str | None:
         return None if self.labels is None else self.source.classes[self.labels[index]]
 
 
-def gather(key: str, place: Place, source: FileSource, in_chans: int, workers: int) -> Split:
-    """Read all images of a split, with a progress bar on a terminal.
+def survey_split(key: str, place: Place, source: FileSource, in_chans: int, workers: int) -> SplitSurvey:
+    """Read all images of a split, with a progress bar if this is a terminal.
 
     Raises:
         UserError: A label is none of the classes.
@@ -178,31 +173,30 @@ def gather(key: str, place: Place, source: FileSource, in_chans: int, workers: i
     labels = None if source.labels is None else np.asarray(source.labels, np.int32)
     if labels is not None and (wrong := labels[(labels < 0) | (labels >= len(source.classes))]).size:
         raise UserError(f"{place}: an image has the label {wrong[0]}, outside its {len(source.classes)} classes")
-    records, sums, size, errors = np.zeros(len(source), RECORD), np.zeros((2, in_chans)), 0, {}
+    records, sums, size, errors = np.zeros(len(source), RECORD), np.zeros((in_chans, 2)), 0, {}
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
-    examined = Examined(source, in_chans, workers)
-    loader = DataLoader(examined, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=as_it_is)
+    images = SurveyedImages(source, in_chans, workers)
+    loader = DataLoader(images, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=unchanged)
     with tqdm(total=len(source), desc=key, unit=" images", disable=None) as bar:
-        for chunk, part in zip(chunks, loader, strict=True):
-            records[chunk.start : chunk.stop] = part.records
-            sums += part.moments
-            size += part.bytes
-            errors.update(part.errors)
+        for chunk, result in zip(chunks, loader, strict=True):
+            records[chunk.start : chunk.stop] = result.records
+            sums += result.moments
+            size += result.bytes
+            errors.update(result.errors)
             bar.update(len(chunk))
     other, dangling = Counter[str](), list[str]()
     if isinstance(source, FolderSource):
-        other, dangling = rest_of(str(source.root))
+        other, dangling = find_other_files(str(source.root))
         for index in errors:
             if is_dangling(path := source.where(index)):
                 errors[index] = f"dangling link to {os.readlink(path)}"
                 dangling.append(source.name(index))
-    sums /= max(1, len(source) - len(errors))
-    empty = empty_classes(source, labels)
-    return Split(place, source, records, labels, sums, size, errors, empty, other, sorted(dangling))
+    empty = find_empty_classes(source, labels)
+    return SplitSurvey(place, source, records, labels, sums, size, errors, empty, other, sorted(dangling))
 
 
-def empty_classes(source: FileSource, labels: np.ndarray | None) -> list[str]:
-    """Classes, and folders where those of classes lie, without images."""
+def find_empty_classes(source: FileSource, labels: np.ndarray | None) -> list[str]:
+    """Classes without images, and folders without images among those of the classes."""
     if labels is None:
         return []
     counts = np.bincount(labels, minlength=len(source.classes))
@@ -214,19 +208,15 @@ def empty_classes(source: FileSource, labels: np.ndarray | None) -> list[str]:
     return sorted(empty)
 
 
-def as_it_is(part: Any) -> Any:
-    return part  # torch would make tensors of the arrays
+def find_other_files(root: str) -> tuple[Counter[str], list[str]]:
+    """Files below a folder that are not images by their suffix: their number by suffix, and the dangling links.
 
-
-def rest_of(root: str) -> tuple[Counter[str], list[str]]:
-    """Files below a folder that are not images by their suffix, counted by it, and those of them that link to nothing.
-
-    As among the images hidden ones are left out and links to folders are followed.
+    As for images, hidden files are left out and links to folders are followed.
     """
     other, dangling, seen = Counter[str](), [], set()
     for folder, folders, files in os.walk(root, followlinks=True):
         status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # by another link, or one that leads back
+        if (status.st_dev, status.st_ino) in seen:  # through another link, or a link to a folder above
             folders.clear()
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -246,46 +236,49 @@ def is_dangling(path: str) -> bool:
 
 
 @dataclass
-class Groups:
-    """Readable images of the same bytes. Images are numbered through the splits, training first.
+class DuplicateGroups:
+    """Groups of readable images with the same bytes. Images are numbered through the splits, training images first.
 
     Attributes:
-        members: (m,) int64, group after group, ascending within.
-        starts, sizes: (g,) int64, of each group in there.
-        held_out: (g,) int64, images of the group that are held out.
-        contrary: (g,) bool, the same bytes under different classes.
+        members: (m,) int64, the images group by group, in ascending order within each.
+        starts, sizes: (g,) int64, first place in `members` and number of images of each group.
+        held_out: (g,) int64, number of images in the validation split.
+        contradictory: (g,) bool, whether images of the group are under different classes.
     """
 
     members: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
     held_out: np.ndarray
-    contrary: np.ndarray
+    contradictory: np.ndarray
 
     @property
     def leaked(self) -> np.ndarray:
-        """(g,) bool, among training and held-out images."""
+        """(g,) bool, whether the group has images in both splits."""
         return (self.held_out > 0) & (self.held_out < self.sizes)
 
     def counts(self) -> dict[str, int]:
-        """Groups, held-out images that are training images as well, groups with several classes."""
-        held_out, contrary = int(self.held_out[self.leaked].sum()), int(self.contrary.sum())
-        return {"groups": len(self.starts), "held_out_in_train": held_out, "under_several_classes": contrary}
+        """The number of groups, of validation images that are also training images, and of contradictory groups."""
+        return {
+            "groups": len(self.starts),
+            "held_out_in_train": int(self.held_out[self.leaked].sum()),
+            "under_several_classes": int(self.contradictory.sum()),
+        }
 
     def copies(self, key: str) -> int:
-        """Images of a split that repeat an earlier one of it."""
+        """The number of images of a split that repeat an earlier image of the same split."""
         inside = self.held_out if key == "val" else self.sizes - self.held_out
         return int(np.maximum(inside - 1, 0).sum())
 
-    def chosen(self, which: np.ndarray) -> Iterator[list[int]]:
-        """The members of these groups, by their first."""
-        found = np.flatnonzero(which)
-        for group in found[np.argsort(self.members[self.starts[found]])]:
+    def select(self, which: np.ndarray) -> Iterator[list[int]]:
+        """The members of each group for which `which`, (g,) bool, is True, in the order of their first members."""
+        groups = np.flatnonzero(which)
+        for group in groups[np.argsort(self.members[self.starts[groups]])]:
             yield self.members[self.starts[group] : self.starts[group] + self.sizes[group]].tolist()
 
 
-def same_bytes(splits: Sequence[Split]) -> Groups:
-    """Groups of images that are the same files; one or two splits."""
+def find_duplicates(splits: Sequence[SplitSurvey]) -> DuplicateGroups:
+    """Groups of images with the same bytes, in one or two splits."""
     readable = np.flatnonzero(np.concatenate([split.records["format"] for split in splits]))
     digests = np.concatenate([split.records["digest"][split.records["format"] > 0] for split in splits])
     order = np.argsort(digests, kind="stable")
@@ -295,39 +288,39 @@ def same_bytes(splits: Sequence[Split]) -> Groups:
     grouped = repeats | repeated
     members, starts = readable[order[grouped]], np.flatnonzero(~repeats[grouped])
     classes = sorted({name for split in splits for name in split.source.classes})
-    label = np.concatenate([numbered(split, classes) for split in splits])[members]
+    label = np.concatenate([class_numbers(split, classes) for split in splits])[members]
     lowest, highest = np.minimum.reduceat(label, starts), np.maximum.reduceat(label, starts)
     held_out = np.add.reduceat((members >= len(splits[0].records)).astype(np.int64), starts)
     sizes = np.diff(starts, append=len(members))
-    return Groups(members, starts, sizes, held_out, (lowest != highest) & (lowest >= 0))
+    return DuplicateGroups(members, starts, sizes, held_out, (lowest != highest) & (lowest >= 0))
 
 
-def numbered(split: Split, classes: Sequence[str]) -> np.ndarray:
-    """(n,) int32: place in `classes` of each image's class, -1 where there are no labels."""
+def class_numbers(split: SplitSurvey, classes: Sequence[str]) -> np.ndarray:
+    """(n,) int32: the place in `classes` of each image's class, -1 if there are no labels."""
     if split.labels is None:
         return np.full(len(split.records), -1, np.int32)
-    place = {name: i for i, name in enumerate(classes)}
-    return np.array([place[name] for name in split.source.classes], np.int32)[split.labels]
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in split.source.classes], np.int32)[split.labels]
 
 
 @dataclass
-class Figures:
-    """What is in a split. Images, bytes and classes are of all its images, the rest of the readable ones."""
+class SplitSummary:
+    """Statistics of a split. Images, bytes and classes count all its images, the rest only the readable ones."""
 
     place: str
     images: int
     bytes: int
-    unreadable: dict[str, str]  # by name, why
-    classes: dict[str, int]  # images of each; empty where there are no labels
-    per_class: dict[str, float]  # fewest, median, most of these, and ratio of most to fewest
+    unreadable: dict[str, str]  # by name, the reason
+    classes: dict[str, int]  # images of each class; empty if there are no labels
+    per_class: dict[str, float]  # fewest, median and most images of a class, and ratio of most to fewest
     empty_classes: list[str]
-    beside_classes: int  # images beside folders of images: because of them there are no labels
+    beside_classes: int  # images beside folders of images; because of them there are no labels
     formats: dict[str, int]
     colours: dict[str, int]
     marks: dict[str, int]
     decoders: dict[str, int]
-    sizes: dict[str, list[int]]  # [height, width]: smallest and largest by area; median of either
-    small: dict[int, int]  # images with fewer pixels than this on the short side
+    sizes: dict[str, list[int]]  # [height, width]: smallest and largest by area, median of each side
+    small: dict[int, int]  # images with fewer than this many pixels on the short side
     copies: int  # images that repeat the bytes of an earlier one
     mean: list[float]
     std: list[float]
@@ -335,7 +328,7 @@ class Figures:
     dangling_links: list[str]
 
 
-def figures(split: Split, copies: int) -> Figures:
+def summarise_split(split: SplitSurvey, copies: int) -> SplitSummary:
     source, records = split.source, split.records[split.records["format"] > 0]
     counts = [] if split.labels is None else np.bincount(split.labels, minlength=len(source.classes)).tolist()
     filled = sorted(count for count in counts if count)
@@ -347,8 +340,8 @@ def figures(split: Split, copies: int) -> Figures:
         smallest, largest = ([int(records[i][side]) for side in ("height", "width")] for i in by_area[[0, -1]])
         median = [int(np.median(records[side])) for side in ("height", "width")]
         sizes = {"smallest": smallest, "median": median, "largest": largest}
-    mean, square = split.moments if len(records) else np.zeros((2, 0))
-    return Figures(
+    mean, std = mean_and_std(split.moments, len(records)) if len(records) else ([], [])
+    return SplitSummary(
         place=str(split.place),
         images=len(source),
         bytes=split.bytes,
@@ -357,23 +350,21 @@ def figures(split: Split, copies: int) -> Figures:
         per_class=per_class | ({"ratio": filled[-1] / filled[0]} if filled else {}),
         empty_classes=split.empty_classes,
         beside_classes=top if top < len(source) else 0,
-        formats=tally(("", *FORMATS), records["format"]),
-        colours=tally(COLOURS, records["colour"]),
+        formats=count_codes(("", *FORMATS), records["format"]),
+        colours=count_codes(COLOURS, records["colour"]),
         marks={mark: count for mark in MARKS if (count := int(split.marked(mark).sum()))},
-        decoders=tally(DECODERS, records["decoder"]),
+        decoders=count_codes(DECODERS, records["decoder"]),
         sizes=sizes,
         small={side: int(split.below(side).sum()) for side in (USUAL, TINY)},
         copies=copies,
-        mean=mean.tolist(),
-        std=np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+        mean=mean,
+        std=std,
         other_files=dict(split.other_files),
         dangling_links=split.dangling_links,
     )
 
 
-def tally(names: Sequence[str], codes: np.ndarray) -> dict[str, int]:
-    """How often each code occurs, the most frequent first."""
-    counts = Counter(
-        {name: int(n) for name, n in zip(names, np.bincount(codes, minlength=len(names)), strict=True) if n}
-    )
-    return dict(counts.most_common())
+def count_codes(names: Sequence[str], codes: np.ndarray) -> dict[str, int]:
+    """The number of occurrences of each code, by name, the most frequent first."""
+    counts = zip(names, np.bincount(codes, minlength=len(names)).tolist(), strict=True)
+    return dict(Counter({name: n for name, n in counts if n}).most_common())

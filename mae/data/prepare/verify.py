@@ -1,4 +1,4 @@
-"""Shards compared with their index, byte by byte: which records are damaged."""
+"""`mae pack --verify`: compare shards with their index byte by byte, and name the damaged records."""
 
 import tarfile
 import zlib
@@ -18,11 +18,11 @@ from mae.runtime.storage import Place
 BLOCK = tarfile.BLOCKSIZE
 
 
-def verify(dst: Path) -> None:
+def verify_shards(dst: Path) -> None:
     """Read all shards of a folder, or of the folders in it, and name each damaged record.
 
     Raises:
-        UserError: There is one, or there are no shards.
+        UserError: A record is damaged, or there are no shards.
     """
     if not dst.is_dir():
         raise UserError(f"--verify {dst} does not exist or is not a folder")
@@ -40,19 +40,19 @@ def verify(dst: Path) -> None:
             continue
         total, shards = total + len(index), shards + len(index.files)
         with tqdm(total=len(index), desc=title or None, unit="image", disable=None, dynamic_ncols=True) as bar:
-            for i, what in damages(folder, index, bar.update):
+            for i, damage in find_damage(folder, index, bar.update):
                 where = f"{title}{index.files[index.file[i]]}: {index.name(i)}"
-                tqdm.write(str(BadImage(where, what)))
+                tqdm.write(str(BadImage(where, damage)))
                 damaged += 1
-    said = [f"{damaged} of {total} records are damaged"] if damaged or not broken else []
-    said += [f"{broken} of {len(folders)} folders have no index that can be used"] if broken else []
-    if damaged or broken:
-        raise UserError(f"{' and '.join(said)} in {dst}: pack or copy the shards anew")
+    problems = [f"{damaged} of {total} records are damaged"] if damaged else []
+    problems += [f"{broken} of {len(folders)} folders have no index that can be used"] if broken else []
+    if problems:
+        raise UserError(f"{' and '.join(problems)} in {dst}: pack or copy the shards anew")
     print(f"{total} records in {shards} shards: intact", flush=True)
 
 
-def damages(folder: Path, index: Index, seen: Callable[[], Any] = lambda: None) -> Iterator[tuple[int, str]]:
-    """Number of every damaged record and what is wrong with it; `seen` is called after each record, damaged or not."""
+def find_damage(folder: Path, index: Index, progress: Callable[[], Any] = lambda: None) -> Iterator[tuple[int, str]]:
+    """The number of every damaged record and what is wrong with it; `progress` is called after every record."""
     if len(index.crc32) != len(index):
         raise UserError(f"{folder / INDEX} holds no checksums: `mae pack` writes them")
     ends = np.searchsorted(index.file, np.arange(len(index.files)), side="right").tolist()
@@ -62,44 +62,44 @@ def damages(folder: Path, index: Index, seen: Callable[[], Any] = lambda: None) 
         except OSError as error:
             for i in range(start, end):
                 yield i, f"the shard cannot be opened: {error.strerror}"
-                seen()
+                progress()
             continue
         with file:
             for i in range(start, end):
                 try:
-                    found = record_damages(file, index, i)
-                    if not found and i == end - 1 and not ends_well(file):
-                        found = ["the end of the tar file after it is damaged"]
+                    damage = record_damage(file, index, i)
+                    if not damage and i == end - 1 and not has_valid_end(file):
+                        damage = ["the end of the tar file after it is damaged"]
                 except OSError as error:
-                    found = [f"cannot be read: {error.strerror}"]
-                if found:
-                    yield i, ", ".join(found)
-                seen()
+                    damage = [f"cannot be read: {error.strerror}"]
+                if damage:
+                    yield i, ", ".join(damage)
+                progress()
 
 
-def record_damages(file: BinaryIO, index: Index, i: int) -> list[str]:
-    """What is wrong with a record of a shard; the file is left at its end."""
+def record_damage(file: BinaryIO, index: Index, i: int) -> list[str]:
+    """What is wrong with a record of a shard; leaves the file at the end of the record."""
     size = int(index.size[i])
     file.seek(int(index.offset[i]) - BLOCK)
     header, data = file.read(BLOCK), file.read(size)
     if len(header) < BLOCK or len(data) < size:
         return ["the shard ends within it" if header else "the shard ends before it"]
     # An image that was encoded anew has another suffix than its name.
-    found = header_damages(header, [f"{key(i)}.{suffix}" for suffix in (suffix_of(index.name(i)), "jpg")], size)
+    damage = header_damage(header, [f"{key(i)}.{suffix}" for suffix in (suffix_of(index.name(i)), "jpg")], size)
     if zlib.crc32(data) != index.crc32[i]:
-        found.append("its bytes differ from the checksum")
+        damage.append("its bytes differ from the checksum")
     if any(file.read(padded(size) - size)):
-        found.append("the padding after it is damaged")
+        damage.append("the padding after it is damaged")
     if len(index.label):
         label = str(index.label[i]).encode()
-        found += [f".cls: {what}" for what in header_damages(file.read(BLOCK), [f"{key(i)}.cls"], len(label))]
+        damage += [f".cls: {text}" for text in header_damage(file.read(BLOCK), [f"{key(i)}.cls"], len(label))]
         if (content := file.read(BLOCK)) != label.ljust(BLOCK, b"\0"):
-            found.append(f".cls: holds {content.rstrip(bytes(1))[:20]!r}, the index says {index.label[i]}")
-    return found
+            damage.append(f".cls: holds {content.rstrip(bytes(1))[:20]!r}, the index says {index.label[i]}")
+    return damage
 
 
-def header_damages(header: bytes, names: Sequence[str], size: int) -> list[str]:
-    """What is wrong with a tar header of a member that has one of these names."""
+def header_damage(header: bytes, names: Sequence[str], size: int) -> list[str]:
+    """What is wrong with the tar header of a member that should have one of these names."""
     if header in [member(name, size).tobuf(tarfile.USTAR_FORMAT) for name in names]:
         return []
     try:
@@ -111,8 +111,8 @@ def header_damages(header: bytes, names: Sequence[str], size: int) -> list[str]:
     return ["its tar header is damaged"]
 
 
-def ends_well(file: BinaryIO) -> bool:
-    """Whether a tar file ends as one should, seen from behind its last record."""
-    at = file.tell()
-    wanted = padded(at + 2 * BLOCK, tarfile.RECORDSIZE) - at
-    return file.read(wanted + 1) == bytes(wanted)
+def has_valid_end(file: BinaryIO) -> bool:
+    """Whether a tar file, whose last record has been read, ends with the right number of zeros."""
+    position = file.tell()
+    zeros = padded(position + 2 * BLOCK, tarfile.RECORDSIZE) - position
+    return file.read(zeros + 1) == bytes(zeros)

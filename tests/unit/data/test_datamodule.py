@@ -112,6 +112,25 @@ def test_other_numbers_of_channels_need_their_statistics(tmp_path: Path) -> None
         ImageData(root=str(tmp_path), in_chans=5, mean=[0, 0, 0])
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_pct": 0.0}, r"--data\.crop_pct 0\.0: it must be above 0 and at most 1"),
+        ({"hflip": 1.5}, r"--data\.hflip 1\.5: it must be at least 0 and at most 1"),
+        ({"max_bad_images": -1}, r"--data\.max_bad_images -1: it must be at least 0"),
+        ({"num_workers": -1}, r"--data\.num_workers -1: "),
+        ({"batch_size_per_device": 0}, r"--data\.batch_size_per_device 0: it must be at least 1"),
+        ({"image_size": (0, 8)}, r"--data\.image_size \(0, 8\): "),
+        ({"in_chans": 0}, r"--data\.in_chans 0: "),
+        ({"std": [0.2, 0.0, 0.2]}, r"--data\.std \[0\.2, 0\.0, 0\.2\]: it must be above 0"),
+        ({"crop_scale": (0.5, 0.2)}, r"--data\.crop_scale \[0\.5, 0\.2\]: .*smallest <= largest"),
+    ],
+)
+def test_settings_outside_their_range(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ImageData(**settings)  # type: ignore[arg-type]
+
+
 def test_flip_and_normalisation_happen_on_the_batch(image_folder: Path) -> None:
     data = folder(image_folder, crop_scale=None)
     data.setup("fit")

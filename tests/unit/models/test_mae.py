@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mae import MaskedAutoencoder
 from mae.models.mae import SIZES, patchify, random_masking, sincos_positions, take, unpatchify
+from mae.models.meta_device import meta_parameters
 from mae.models.vit import build
 from mae.weights.load import load_official_state_dict
 from mae.weights.state_dict_keys import official_name
@@ -31,6 +32,16 @@ def relative(a: Tensor, b: Tensor) -> float:
 def small(**changes: object) -> MaskedAutoencoder:
     torch.manual_seed(0)
     return MaskedAutoencoder(**{"image_size": 32, "patch_size": 4, **SIZE, **changes})  # type: ignore[arg-type]
+
+
+def test_meta_parameters_have_shapes_and_no_memory() -> None:
+    real = small()
+    with meta_parameters():
+        networks = small(), build(real.config, 5, "mean", "batchnorm", drop_path=0.1)
+    for network in networks:
+        assert all(tensor.is_meta for tensor in network.state_dict().values())
+    shapes = {key: value.shape for key, value in networks[0].state_dict().items()}
+    assert shapes == {key: value.shape for key, value in real.state_dict().items()}
 
 
 @pytest.fixture(params=["pixel", "norm_pix"])

@@ -19,9 +19,10 @@ from conftest import save_images
 from PIL import Image
 
 from mae.cli import main
-from mae.data.decode import _FORMATS, IMAGE_SUFFIXES
+from mae.data import decode
+from mae.data.decode import IMAGE_SUFFIXES
 from mae.data.prepare import doctor
-from mae.data.prepare.survey import CHUNK, COLOURS, FORMATS, described
+from mae.data.prepare.survey import CHUNK, COLOURS, FORMATS, format_codes
 from mae.data.sources import FileSource, class_labels
 from mae.data.tar_shards import INDEX, make_index, scan_tar, write_index
 
@@ -84,7 +85,7 @@ def diagnosed(tmp_path: Path, *args: object, code: int = 0) -> dict[str, Any]:
 
 def test_formats_are_those_that_training_reads() -> None:
     assert set().union(*FORMATS.values()) == IMAGE_SUFFIXES
-    assert tuple(FORMATS) == (*_FORMATS, "NPY")
+    assert tuple(FORMATS) == (*decode.FORMATS, "NPY")
 
 
 def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> None:
@@ -297,7 +298,7 @@ def test_one_picture_of_several_images_is_a_jpeg(tmp_path: Path) -> None:
 
 
 def test_a_readable_image_that_pillow_refuses_is_a_jpeg() -> None:
-    kind, colour, marks = described(b"", ".jpg", torch.zeros(3, 1, 1, dtype=torch.uint8))
+    kind, colour, marks = format_codes(b"", ".jpg", torch.zeros(3, 1, 1, dtype=torch.uint8))
     assert (list(FORMATS)[kind - 1], COLOURS[colour], marks) == ("JPEG", "other", 0)
 
 
@@ -319,7 +320,7 @@ def test_nothing_but_unreadable_images(tmp_path: Path) -> None:
         (["."], "holds no image"),
         (["held_out"], "held_out has a held-out folder val/ but no train/; set --train_dir"),
         (["held_out", "--train_dir=fit"], "held_out/fit does not exist"),
-        ([".", "--in_chans=0"], "--in_chans 0, --num_workers 0: wanted are at least 1 and 0"),
+        ([".", "--in_chans=0"], "--in_chans 0: it must be at least 1"),
         ([".", "--list=nowhere/list.csv"], "--list nowhere/list.csv: there is no folder nowhere"),
     ],
 )
@@ -374,7 +375,7 @@ def test_a_dead_loader_process_names_its_image(
     monkeypatch.setattr(doctor, "open_images", lambda place, in_chans: Deadly(100))
     assert main(["doctor", str(tmp_path), "--num_workers=1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the last file it was at: 70.ppm" in line
+    assert "the last file it read: 70.ppm" in line
 
 
 MEMORY = """

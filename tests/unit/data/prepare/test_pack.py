@@ -24,7 +24,7 @@ from mae.data.crops import resized_crop
 from mae.data.datamodule import ImageData
 from mae.data.decode import decode_image
 from mae.data.prepare import pack, tar_writer
-from mae.data.prepare.verify import damages
+from mae.data.prepare.verify import find_damage
 from mae.data.sources import FolderSource
 from mae.data.tar_shards import INDEX, Index, RecordSource, open_images, read_index
 from mae.errors import UserError
@@ -263,7 +263,7 @@ def test_unreadable_images_stop_it_unless_they_are_counted(
 
 def test_bytes_that_cannot_be_had_are_never_tolerated(images: Path, tmp_path: Path) -> None:
     (images / "train" / "dog" / "99.jpg").symlink_to("nowhere.jpg")
-    with pytest.raises(UserError, match=r"dog/99.jpg: No such file.*its bytes cannot be had"):
+    with pytest.raises(UserError, match=r"dog/99.jpg: No such file.*its bytes cannot be read"):
         packed(images, tmp_path / "out", "--max_bad_images=5")
 
 
@@ -307,7 +307,7 @@ def test_wrong_arguments_are_one_line(images: Path, tmp_path: Path) -> None:
         (["--verify", str(tmp_path / "nowhere")], "nowhere does not exist"),
         (["--verify", str(images)], "holds no shards"),
         ([str(images), "--verify", out], "packs nothing"),
-        ([str(images), out, "--shard_mb=0"], "--shard_mb must be above 0"),
+        ([str(images), out, "--shard_mb=0"], "--shard_mb 0.0: it must be above 0"),
         ([str(images), out, "--short_side=0"], "--short_side 0"),
         ([str(images), out, "--short_side=8", "--quality=0"], "--quality 0"),
         ([str(images), out, "--short_side=8", "--in_chans=4"], "1 or 3 channels"),
@@ -463,12 +463,12 @@ def test_any_byte_of_a_shard_counts(shards: Path) -> None:
         whole = path.read_bytes()
         for where in [0, 511, 512, len(whole) - 1, *draw.sample(range(len(whole)), 60)]:
             flip(path, where)
-            assert [i for i, _ in damages(shards / "train", index)] == [owner(index, file, where)], where
+            assert [i for i, _ in find_damage(shards / "train", index)] == [owner(index, file, where)], where
             path.write_bytes(whole)
         path.write_bytes(whole + b"\0")
-        assert [i for i, _ in damages(shards / "train", index)] == [owner(index, file, len(whole))]
+        assert [i for i, _ in find_damage(shards / "train", index)] == [owner(index, file, len(whole))]
         path.write_bytes(whole)
-    assert not list(damages(shards / "train", index))
+    assert not list(find_damage(shards / "train", index))
 
 
 def test_truncated_and_missing_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -594,7 +594,7 @@ def test_archives_give_what_the_unpacked_folder_gives(
 def test_the_training_archive_alone(archives: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (archives / "ILSVRC2012_img_val.tar").unlink()
     whole = packed(archives, tmp_path / "a")
-    assert "no ILSVRC2012_img_val.tar: packed is train only" in capsys.readouterr().out
+    assert "no ILSVRC2012_img_val.tar: only train is packed" in capsys.readouterr().out
     (archives / "ILSVRC2012_devkit_t12.tar.gz").unlink()
     assert contents(packed(archives, tmp_path / "b")) == contents(whole)
     assert not (whole / "val").exists()

@@ -1,0 +1,55 @@
+"""DataLoaders whose processes end together with the run, and which name the process that has died."""
+
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from mae.runtime import signals
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader that names a dead loader process, even if a connection to that process fails first."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return with_worker_errors(super().__iter__())
+
+
+def with_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches. If a connection fails, torch gets the time to raise its own error, which names the process."""
+    try:
+        yield from batches
+    except (OSError, EOFError):
+        time.sleep(1)  # torch raises its error here, as soon as the dying process is dead
+        raise
+
+
+class ReplayLoader(Loader):
+    """A DataLoader whose sampler knows where a resumed run continues.
+
+    These two methods tell Lightning that a checkpoint from the middle of an epoch can be continued. There is nothing to
+    store, as the place follows from the number of optimiser steps.
+    """
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+def init_worker(worker: int) -> None:
+    """Make a loader process silent, and let it end with its main process and at no other time.
+
+    It ignores signals, as a batch system sends them to every process of a job. It must not outlive the main process,
+    because it has inherited the connections to other ranks: these would wait for the main process as long as it lives.
+    """
+    sys.excepthook = lambda *_: None
+    signals.ignore()
+    signals.die_with_parent()
+
+
+def unchanged(item: Any) -> Any:
+    """A `collate_fn` that keeps numpy arrays, which torch would make tensors of."""
+    return item
