@@ -32,7 +32,7 @@ from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.memory import GIB, is_out_of_memory
 from mae.runtime.processes import end_loaders, lost_peer
 from mae.runtime.run_lock import RunLock
-from mae.runtime.storage import sync
+from mae.runtime.files import sync
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2

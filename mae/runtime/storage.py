@@ -139,12 +139,3 @@ def checked(answer: Any, size: int) -> bytes | Exception:
     if len(answer) != size:  # a file cut short, or a server that does not know ranges and sends all
         return OSError(f"{len(answer)} bytes came instead of {size}")
     return bytes(answer)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mae.errors import TrainingFailed, UserError
 from mae.options import ToolParser, out_file
-from mae.runtime.storage import sync
+from mae.runtime.files import sync
 from mae.weights import detect, load, model_card, onnx_export
 from mae.weights.classifier import network_of
 from mae.weights.detect import add_override_options, overrides_from

@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
-from mae.runtime.storage import sync
+from mae.runtime.files import atomic_write
 from mae.weights import detect
 from mae.weights.detect import ArchOverrides, merge_lora
 from mae.weights.state_dict_keys import ENCODER, State, official_name, official_to_ours
@@ -123,12 +123,10 @@ def export_classifier(state: State, description: dict[str, Any], folder: Path) -
 
 
 def save(tensors: State, description: dict[str, Any], path: Path) -> None:
-    unfinished = path.with_suffix(".partial")
-    save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
-    os.umask(umask := os.umask(0))  # which can only be read by setting it
-    unfinished.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
-    sync(unfinished)
-    unfinished.replace(path)
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, {"format": "pt", "mae": json.dumps(description)})
+        os.umask(umask := os.umask(0))  # which can only be read by setting it
+        partial.chmod(0o666 & ~umask)  # safetensors lets nobody else read its files
 
 
 def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
