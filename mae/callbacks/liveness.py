@@ -33,12 +33,9 @@ class Alive(Callback):
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        children = [process.pid for process in getattr(trainer.strategy.launcher, "procs", [])]
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
-        relatives = [os.getppid()] if started_by_rank_0 else children
-        folder = Path(trainer.default_root_dir)
-        self.watchdog = Watchdog(60 * self.minutes, folder, trainer.global_rank, lambda: relatives, parent)
+        self.watchdog = Watchdog(60 * self.minutes, Path(trainer.default_root_dir), trainer.global_rank, parent)
         self.watchdog.start()
 
     def beat(self, where: str) -> None:

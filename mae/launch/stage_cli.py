@@ -29,10 +29,10 @@ from mae.launch import out_of_memory as out_of_memory_module
 from mae.options import OneLineErrors, flatten_settings
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
+from mae.runtime.files import sync
 from mae.runtime.memory import GIB, is_out_of_memory
 from mae.runtime.processes import end_loaders, lost_peer
 from mae.runtime.run_lock import RunLock
-from mae.runtime.files import sync
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
