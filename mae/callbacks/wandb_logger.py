@@ -57,11 +57,11 @@ class _Recorder:
 
     def __init__(self) -> None:
         self.jobs: queue.Queue[tuple[int, Callable[[], None]] | None] = queue.Queue(QUEUE)
-        self.ended = threading.Event()
         self.lost = False
         self.process = os.getpid()  # in a fork, `finish` does nothing
         self.helper: subprocess.Popen[bytes] | None = None
-        threading.Thread(target=self._work, name="wandb-recorder", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="wandb-recorder", daemon=True)
+        self.thread.start()
         atexit.register(self.finish)
 
     def _work(self) -> None:
@@ -72,16 +72,13 @@ class _Recorder:
                     do()
             except Exception as error:
                 self.lose(step, _one_line(error))
-        try:
-            import wandb
+        import wandb
 
-            # The second removes W&B's own exit handler, which waits without a limit, even if it fails after that.
-            for end in (wandb.finish, wandb.teardown):
-                with suppress(Exception, SystemExit):
-                    end()
-            wandb.run = None  # still set if the end failed, and then it would be taken for the next run
-        finally:
-            self.ended.set()
+        # The second removes W&B's own exit handler, which waits without a limit, even if it fails after that.
+        for end in (wandb.finish, wandb.teardown):
+            with suppress(Exception, SystemExit):
+                end()
+        wandb.run = None  # still set if the end failed, and then it would be taken for the next run
 
     def start(self, begin: Callable[[], T], seconds: float) -> T:
         """Call `begin` and return its result; TimeoutError if it takes longer than `seconds`."""
@@ -126,22 +123,19 @@ class _Recorder:
         atexit.unregister(self.finish)
         if _open is self:
             _open = None
-        deadline = time.monotonic() + (FINISH_SECONDS if seconds is None else seconds)
-        if self._end(deadline):
+        if self._end(FINISH_SECONDS if seconds is None else seconds):
             return
         print("W&B: does not end in time and is left; what is not uploaded is in the run folder", flush=True)
         if self.helper is not None:
             self.helper.kill()  # then calls that wait for it fail; if frozen, it would also keep our stdout open
-        self._end(time.monotonic() + KILL_SECONDS)
+        self._end(KILL_SECONDS)
 
-    def _end(self, deadline: float) -> bool:
-        if self.ended.is_set():
-            return True
-        try:
-            self.jobs.put(None, timeout=max(deadline - time.monotonic(), 0.01))
-        except queue.Full:
-            return False
-        return self.ended.wait(max(deadline - time.monotonic(), 0.01))
+    def _end(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        with suppress(queue.Full):
+            self.jobs.put(None, timeout=seconds)
+        self.thread.join(max(deadline - time.monotonic(), 0.01))
+        return not self.thread.is_alive()
 
 
 _open: _Recorder | None = None  # one for each process: W&B has one run at a time

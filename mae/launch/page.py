@@ -1,4 +1,4 @@
-"""A page as Markdown and as one self-contained HTML file: text, tables, pictures, curves."""
+"""Build a page as Markdown and as one self-contained HTML file, from text, tables, pictures and curves."""
 
 import base64
 import html
@@ -10,7 +10,7 @@ Points = list[tuple[float, float]]
 
 
 class Block(NamedTuple):
-    """A piece of the page, in both of its forms."""
+    """A piece of the page, in both formats."""
 
     markdown: str
     html: str
@@ -22,7 +22,7 @@ def text(tag: str, content: str) -> Block:
 
 
 def image(out: Path, path: Path, title: str) -> Block:
-    """Inside the HTML, and named in the Markdown, which lies in `out`."""
+    """A picture, embedded in the HTML and linked in the Markdown, which is a file in the folder `out`."""
     name, inside = path.relative_to(out).as_posix(), base64.b64encode(path.read_bytes()).decode()
     return Block(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
 
@@ -52,7 +52,7 @@ pre { padding: 1em; overflow-x: auto }"""
 
 
 def write(title: str, blocks: Sequence[Block], markdown: Path, page: Path) -> None:
-    """Save both forms."""
+    """Save the page in both formats."""
     markdown.write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>'
     body = "\n".join(block.html for block in blocks)
@@ -61,7 +61,7 @@ def write(title: str, blocks: Sequence[Block], markdown: Path, page: Path) -> No
 
 
 def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
-    """Save curves over images seen as a PNG; a curve is its name, points and the number of its colour."""
+    """Save curves over images seen as a PNG; each curve is a name, points and the number of a colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
