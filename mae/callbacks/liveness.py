@@ -1,4 +1,4 @@
-"""Tells the run lock and the watchdog that this process trains."""
+"""A callback that keeps the run lock and the watchdog informed."""
 
 import os
 from pathlib import Path
@@ -13,11 +13,11 @@ from mae.runtime.watchdog import Watchdog
 
 
 class Alive(Callback):
-    """While this process trains, its rank is in the lock of the run folder, and its watchdog hears of every batch.
+    """Adds this rank to the lock of the run folder, and tells its watchdog of every batch.
 
     Args:
-        lock: Of the run folder.
-        minutes: Without a batch, before the watchdog ends the process; None: it never does.
+        lock: The lock of the run folder.
+        minutes: Time without a batch after which the watchdog ends the process; None for no watchdog.
     """
 
     def __init__(self, lock: RunLock, minutes: float | None) -> None:
@@ -25,11 +25,11 @@ class Alive(Callback):
         self.watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.global_rank > 0:  # by now rank 0 has it
+        if stage == "fit" and trainer.global_rank > 0:  # rank 0 has the lock by now
             self.lock.share(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Not before: loading all images into a device's memory takes its time, and rendezvous have limits."""
+        """Start the watchdog. Not earlier: loading all images into memory takes long, and rendezvous has timeouts."""
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)

@@ -141,8 +141,8 @@ class EveryImage(FileSource):
     """All images below a root, in the order of their paths.
 
     Attributes:
-        parts: What lies there, by the prefix of its names: one thing, or shards a split.
-        starts: The number of each part's first image, and at the end of all images.
+        sources: By the prefix of their names: one source, or shards for each split.
+        starts: The number of the first image of each source, and at the end the number of all images.
     """
 
     def __init__(self, root: Place, in_chans: int) -> None:
@@ -153,50 +153,51 @@ class EveryImage(FileSource):
         shards = not (root / INDEX).exists() and any((root / split / INDEX).exists() for split in SPLITS)
         prefixes = [f"{split}/" for split in SPLITS if holds_images(root / split)] if shards else [""]
         self.in_chans = in_chans
-        self.parts = {prefix: open_images(root / prefix if prefix else root, in_chans) for prefix in prefixes}
+        self.sources = {prefix: open_images(root / prefix if prefix else root, in_chans) for prefix in prefixes}
         if not shards and not (root / INDEX).exists():
-            part = self.parts[""]
-            part.labels, part.classes = folder_labels(part)
-        self.starts = np.cumsum([0, *map(len, self.parts.values())])
-        self.labelled = any(part.classes for part in self.parts.values())
-        self.classes = []  # numbers of classes are nobody's business here: rows hold names
+            source = self.sources[""]
+            source.labels, source.classes = folder_labels(source)
+        self.starts = np.cumsum([0, *map(len, self.sources.values())])
+        self.labelled = any(source.classes for source in self.sources.values())
+        self.classes = []  # unused: rows hold the names of classes
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _part(self, index: int) -> tuple[str, FileSource, int]:
+    def _locate(self, index: int) -> tuple[str, FileSource, int]:
+        """Prefix and source of an image, and its number there."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        prefix = list(self.parts)[number]
-        return prefix, self.parts[prefix], index - int(self.starts[number])
+        prefix = list(self.sources)[number]
+        return prefix, self.sources[prefix], index - int(self.starts[number])
 
     def name(self, index: int) -> str:
-        prefix, part, i = self._part(index)
-        return prefix + part.name(i)
+        prefix, source, i = self._locate(index)
+        return prefix + source.name(i)
 
     def path(self, index: int) -> str:
-        """The name as text that any reader takes: bytes that are not UTF-8 are written out, as \\xff."""
+        """The name as valid text: bytes that are not UTF-8 are written out, as \\xff."""
         return os.fsencode(self.name(index)).decode("utf-8", "backslashreplace")
 
     def label(self, index: int) -> str | None:
-        _, part, i = self._part(index)
-        if part.labels is None or part.labels[i] < 0:
+        _, source, i = self._locate(index)
+        if source.labels is None or source.labels[i] < 0:
             return None
-        return part.classes[part.labels[i]]
+        return source.classes[source.labels[i]]
 
     def where(self, index: int) -> str:
-        _, part, i = self._part(index)
-        return part.where(i)
+        _, source, i = self._locate(index)
+        return source.where(i)
 
     def read(self, index: int) -> bytes:
-        _, part, i = self._part(index)
-        return part.read(i)
+        _, source, i = self._locate(index)
+        return source.read(i)
 
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
-        for prefix, group in itertools.groupby(indices, lambda index: self._part(index)[0]):
-            yield from self.parts[prefix].read_all([self._part(index)[2] for index in group])
+        for prefix, group in itertools.groupby(indices, lambda index: self._locate(index)[0]):
+            yield from self.sources[prefix].read_all([self._locate(index)[2] for index in group])
 
     def fingerprint(self) -> str:
-        """Of the names and labels, in order."""
+        """Hash of the names and labels, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for index in range(len(self)):
             digest.update(f"{self.path(index)}\0{self.label(index) or ''}\n".encode())
@@ -204,13 +205,13 @@ class EveryImage(FileSource):
 
 
 def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
-    """Labels, -1 for none, and names of the classes: those of its folders, below train/ and val/ where there are such.
+    """Labels (-1 for none) and names of the classes, which are the folders below train/ and val/, or else below root.
 
     Args:
-        source: Labelled by the first folder of each name.
+        source: Its labels are the first folders of the names.
     """
     splits = set(source.classes) & set(SPLITS)
-    if splits:  # of these, such as have no image outside of a class's folder
+    if splits:  # only those in which every image is in the folder of a class
         names = map(source.name, range(len(source)))
         splits -= {name.split("/", 1)[0] for name in names if name.count("/") < 2}
     if not splits:
@@ -224,7 +225,7 @@ def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
 
 
 class ReadableSamples(WholeSamples):
-    """As its base, but an unreadable image is left out of its batch, which says why: only that one is lost."""
+    """Like its base, but leaves unreadable images out of a batch, and reports them in its `errors`."""
 
     def __getitem__(self, indices: list[int]) -> Batch:
         images, kept, errors = [], [], []

@@ -23,8 +23,13 @@ def test_a_file_is_replaced_once_it_is_whole(tmp_path: Path) -> None:
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "a.json"
     path.write_text("old")
-    with pytest.raises(type(error)), atomic_write(path) as partial:
-        partial.write_text("half")
-        raise error
+
+    def fail() -> None:
+        with atomic_write(path) as partial:
+            partial.write_text("half")
+            raise error
+
+    with pytest.raises(type(error)):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
