@@ -1,8 +1,8 @@
-# The end of every sbatch script here, which sources it with its arguments: the stage on all nodes of the job, and back
-# into the queue after a crash. Environment:
-#   PYTHON   the interpreter                 (.venv/bin/python where there is one, else python)
-#   RUNS     the folder of run folders       (runs); a run is RUNS/JOB_NAME, so the same command again goes on with it
-#   CRASHES  in a row, with no new checkpoint between them, after which the job is FAILED     (3)
+# Sourced by the sbatch scripts here with their arguments: runs the stage on all nodes of the job, and requeues the job
+# after a crash. Environment variables:
+#   PYTHON   interpreter (default: .venv/bin/python if it exists, else python)
+#   RUNS     parent of the run folders (default: runs). A run is RUNS/JOB_NAME, so the same command resumes it.
+#   CRASHES  number of crashes without a new checkpoint between them after which the job is FAILED (default: 3)
 set -uo pipefail
 
 fail() {
@@ -13,20 +13,20 @@ fail() {
 stage=${1-}
 case $stage in
 pretrain | probe | finetune) shift ;;
-*) fail "'$stage' is no stage: sbatch --job-name=NAME SCRIPT pretrain|probe|finetune SETTINGS" ;;
+*) fail "'$stage' is not a stage: sbatch --job-name=NAME SCRIPT pretrain|probe|finetune SETTINGS" ;;
 esac
 [[ $SLURM_JOB_NAME != *.sbatch ]] || fail "the run has no name: sbatch --job-name=NAME ..."
 [[ " $*" != *" --run_dir"* && " $*" != *" --ckpt_path"* ]] ||
-    fail "--run_dir and --ckpt_path follow from the job's name: sbatch --job-name=NAME, RUNS=FOLDER in the environment"
+    fail "--run_dir and --ckpt_path follow from the job's name: use sbatch --job-name=NAME and the variable RUNS=FOLDER"
 cd "$SLURM_SUBMIT_DIR" || exit 2
 [ -x .venv/bin/python ] && python=.venv/bin/python || python=python
 python=${PYTHON:-$python}
 run=${RUNS:-runs}/$SLURM_JOB_NAME
-# In an array the last task's SLURM_JOB_ID is that of the whole array.
+# In a job array, the SLURM_JOB_ID of the last task is that of the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 
-# On fewer devices than the config is made for, gradients are accumulated, so that a step has as many images.
+# On fewer devices than the config is written for, accumulate gradients to keep the global batch.
 settings=("$@" --run_dir "$run" --ckpt_path last)
 settings+=(--trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE")
 if [[ " $*" =~ \ --config[=\ ]([^ ]+) && " $*" != *" --trainer.accumulate_grad_batches"* ]]; then
@@ -40,25 +40,25 @@ if [[ " $*" =~ \ --config[=\ ]([^ ]+) && " $*" != *" --trainer.accumulate_grad_b
     fi
 fi
 
-# Slurm sends SIGTERM to this shell, too. Without a trap it would end at once, and the job with it, before the ranks have
-# saved; with one it waits for srun first.
+# Slurm sends SIGTERM to this shell, too. Without a trap it would end at once and take the job with it before the ranks
+# have saved; with a trap it first waits for srun.
 trap : TERM
 log=/proc/$$/fd/2
 echo "run.sh: $run, job $job, start $((${SLURM_RESTART_COUNT:-0} + 1)), $SLURM_NTASKS tasks on $SLURM_JOB_NODELIST"
 before=$(stat -Lc %s "$log")
-# --export=ALL: for jobs that were submitted with another --export. --cpus-per-task: srun does not take it from sbatch.
-# --wait=0: at the end rank 0 still writes, and may send to W&B, when the others are gone.
+# --export=ALL: in case the job was submitted with another --export. --cpus-per-task: srun does not inherit it from
+# sbatch. --wait=0: at the end, rank 0 may still be writing files or uploading to W&B after the others have exited.
 srun --kill-on-bad-exit=1 --wait=0 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
     "$python" -m mae.cli "$stage" "${settings[@]}"
 code=$?
-[ $code != 0 ] || exit 0 # done, or in the queue again
-# srun ends with the highest code, and the first task that fails gets the others killed, with 143: what the first one
-# said stands in the log. 2 is the user's mistake, 130 Ctrl-C (scancel --signal=INT).
+[ $code != 0 ] || exit 0 # done, or requeued by the run itself
+# srun returns the highest exit code. When a task fails, the others are killed, with 143, so the code of the first one is
+# read from the log. 2 is a user error, 130 is Ctrl-C (scancel --signal=INT).
 for final in 2 130; do
-    # Not grep -q, which would stop reading, and under pipefail that counts as not found.
+    # Not grep -q: it stops reading at the first match, and pipefail would turn that into a failure.
     ! tail -c +$((before + 1)) "$log" | grep -E "^srun: error: .*: Exited with exit code $final\$" >/dev/null || exit $final
 done
-# Cancelled, at the time limit, or in the queue again by Slurm itself: no crash.
+# Cancelled, at the time limit, or already requeued by Slurm: not a crash.
 [[ $(scontrol show job -o "$job") == *" JobState=RUNNING "* ]] || exit $code
 
 newest=$(readlink "$run/checkpoints/last.ckpt" || echo none)
@@ -68,9 +68,9 @@ mkdir -p "$run"
 count=$((count + 1))
 echo "$job $newest $count" >"$run/.crashes"
 if [ $count -ge "${CRASHES:-3}" ]; then
-    echo "run.sh: exit code $code; crash $count since the newest checkpoint ($newest): given up"
+    echo "run.sh: exit code $code; crash $count since the newest checkpoint ($newest): giving up"
     exit $code
 fi
-echo "run.sh: exit code $code; crash $count since the newest checkpoint ($newest): back into the queue"
+echo "run.sh: exit code $code; crash $count since the newest checkpoint ($newest): requeueing"
 scontrol requeue "$job"
 exit $code

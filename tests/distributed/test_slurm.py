@@ -109,7 +109,7 @@ def test_what_is_run(desk: Desk) -> None:
 @pytest.mark.parametrize(
     ("args", "name", "complaint"),
     [
-        (["predict"], "mine", "'predict' is no stage"),
+        (["predict"], "mine", "'predict' is not a stage"),
         (["pretrain"], "train_8x8.sbatch", "the run has no name"),
         (["pretrain", "--run_dir=runs/other"], "mine", "follow from the job's name"),
         (["pretrain", "--config", "nowhere.yaml"], "mine", "--config nowhere.yaml cannot be read"),
@@ -150,7 +150,7 @@ def test_crashes_count_until_there_is_a_new_checkpoint(desk: Desk) -> None:
         return desk.requeued
 
     assert [crash(), crash(), crash()] == [True, True, False]
-    assert desk.log.endswith("crash 3 since the newest checkpoint (none): given up\n")
+    assert desk.log.endswith("crash 3 since the newest checkpoint (none): giving up\n")
     assert crash(SLURM_JOB_ID="8") is False  # noted under its own id
     assert desk.asked[-1] == "requeue 8"
     (desk.runs / "mine" / "checkpoints").mkdir()
@@ -226,4 +226,4 @@ def test_crashes_without_progress_are_bounded(cluster: Mapping[str, str], tmp_pa
     hopeless.submit()
     assert hopeless.wait_for_the_end() == "FAILED"
     assert (hopeless.state()["ExitCode"], hopeless.state()["Restarts"]) == ("1:0", "1")
-    assert "crash 2 since the newest checkpoint (none): given up" in hopeless.log()
+    assert "crash 2 since the newest checkpoint (none): giving up" in hopeless.log()
