@@ -133,7 +133,7 @@ def embed_command(args: Sequence[str]) -> None:
         checked_out(config.out, config.force)  # again, since another command may have written it in the meantime
         chunks.begin(config.force)
         compute(chunks, encode, data, source, fabric, config.max_bad_images)
-        finish(chunks, source, config.max_bad_images)
+        write_output(chunks, source, config.max_bad_images)
         chunks.clear()
 
 
@@ -353,7 +353,7 @@ def encode_batch(encode: Encode, data: ImageData, batch: Batch, device: torch.de
     return encode(data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images)
 
 
-def finish(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> None:
+def write_output(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> None:
     """Check the unreadable images of all processes together, and put the output file together.
 
     Raises:

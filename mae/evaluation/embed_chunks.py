@@ -9,6 +9,7 @@ import json
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +21,22 @@ from torch import Tensor
 from mae.errors import UserError
 from mae.options import out_file
 from mae.runtime.environment import is_first_rank
-from mae.runtime.files import PARTIAL, atomic_write, atomic_write_text, exclusive_lock, sync
+from mae.runtime.files import (
+    PARTIAL,
+    atomic_write,
+    atomic_write_text,
+    exclusive_lock,
+    os_errors_as_user_errors,
+    sync,
+)
 
 ABOUT, LOCK = "about.json", "lock"  # beside the chunks: their settings; the lock of the process that writes them
 
 CHUNKS = "[0-9]*.safetensors"
+
+one_line_errors = partial(
+    os_errors_as_user_errors, hint="what is there is kept for the next start", also=SafetensorError
+)
 
 
 def checked_out(path: str, force: bool) -> Path:
@@ -99,7 +111,7 @@ class FeatureChunks:
         Raises:
             UserError: Another process works in it, or it cannot be made.
         """
-        with os_errors_as_user_errors(self.folder):
+        with one_line_errors(self.folder):
             self.folder.mkdir(exist_ok=True)
             (self.folder / LOCK).touch()
         with exclusive_lock(self.folder / LOCK, "mae embed", ": wait for it, or give another --out"):
@@ -117,7 +129,7 @@ class FeatureChunks:
         Raises:
             UserError: It holds chunks of other settings, and they are not to be thrown away.
         """
-        with os_errors_as_user_errors(self.folder):
+        with one_line_errors(self.folder):
             for path in self.folder.glob(f"*{PARTIAL}"):
                 path.unlink()
             earlier: dict[str, Any] = {}
@@ -164,7 +176,7 @@ class FeatureChunks:
 
     def write(self, number: int, chunk: FeatureChunk) -> None:
         path, metadata = self.path(number), {"key": self.key, "bad": json.dumps(chunk.bad)}
-        with os_errors_as_user_errors(path), atomic_write(path) as partial:
+        with one_line_errors(path), atomic_write(path) as partial:
             save_file({"rows": chunk.rows, **chunk.columns}, partial, metadata)
 
     def read(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -175,7 +187,7 @@ class FeatureChunks:
 
     def finish(self, images: Images, bad_list: str) -> None:
         """Make the output file of the chunks, and a file beside it that lists the unreadable images, if any."""
-        with os_errors_as_user_errors(self.out):
+        with one_line_errors(self.out):
             if bad_list:
                 atomic_write_text(self.bad_list, bad_list)
             else:
@@ -189,16 +201,6 @@ class FeatureChunks:
         for pattern in (CHUNKS, f"*{PARTIAL}", ABOUT):
             for path in self.folder.glob(pattern):
                 path.unlink()
-
-
-@contextmanager
-def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Report a full disk and the like in one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{path} cannot be written: {reason}; what is there is kept for the next start") from None
 
 
 def write_npz(path: Path, chunks: FeatureChunks, images: Images) -> None:

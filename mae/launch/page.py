@@ -9,38 +9,38 @@ from typing import NamedTuple
 Points = list[tuple[float, float]]
 
 
-class Block(NamedTuple):
+class PageBlock(NamedTuple):
     """A piece of the page, in both formats."""
 
     markdown: str
     html: str
 
 
-def text(tag: str, content: str) -> Block:
+def text_block(tag: str, content: str) -> PageBlock:
     escaped = html.escape(content, quote=False)
-    return Block({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
+    return PageBlock({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
 
 
-def image(out: Path, path: Path, title: str) -> Block:
+def picture_block(out: Path, path: Path, title: str) -> PageBlock:
     """A picture, embedded in the HTML and linked in the Markdown, which is a file in the folder `out`."""
     name, inside = path.relative_to(out).as_posix(), base64.b64encode(path.read_bytes()).decode()
-    return Block(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
+    return PageBlock(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
 
 
-def grid(rows: Sequence[Sequence[str]]) -> Block:
+def table_block(rows: Sequence[Sequence[str]]) -> PageBlock:
     """A table; the first row is its header."""
     escaped = [[html.escape(cell, quote=False) for cell in row] for row in rows]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in escaped]
     lines.insert(1, " | ".join(["---"] * len(rows[0])))
     cells = ["".join(f"<{tag}>{cell}</{tag}>" for cell in row)
              for tag, row in zip(["th"] + ["td"] * len(rows), escaped, strict=False)]  # fmt: skip
-    return Block(
+    return PageBlock(
         "\n".join(f"| {line} |" for line in lines), "<table><tr>" + "</tr>\n<tr>".join(cells) + "</tr></table>"
     )
 
 
-def code(content: str) -> Block:
-    return Block(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
+def code_block(content: str) -> PageBlock:
+    return PageBlock(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -51,7 +51,7 @@ img { max-width: 100% }
 pre { padding: 1em; overflow-x: auto }"""
 
 
-def write(title: str, blocks: Sequence[Block], markdown: Path, page: Path) -> None:
+def write_files(title: str, blocks: Sequence[PageBlock], markdown: Path, page: Path) -> None:
     """Save the page in both formats."""
     markdown.write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>'

@@ -58,7 +58,7 @@ def report_command(args: Sequence[str]) -> None:
     chosen = config.stages or list(plan.stages)
     if left_out := [stage for stage in chosen if stage not in plan.stages]:
         raise UserError(f"--stages {left_out[0]}: {plan.path} leaves this stage out")
-    jobs = [Job(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
+    jobs = [StageRun(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
     check_settings(plan, jobs[: len(plan.stages)])
     check_finished(jobs)
     try:
@@ -160,7 +160,7 @@ def has_encoder(stage: str, settings: Settings) -> bool:
 # ---- the stages ----------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
+class StageRun(NamedTuple):
     """One stage of one seed."""
 
     stage: str
@@ -232,7 +232,7 @@ class Job(NamedTuple):
         return None
 
 
-def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
+def check_settings(plan: Plan, jobs: Sequence[StageRun]) -> None:
     """Check each stage's settings with its own parser, so that a mistake does not show after days of pre-training."""
     commands: dict[str, Callable[[Sequence[str]], object]] = {
         "pretrain": stages_module.PretrainCLI,
@@ -249,7 +249,7 @@ def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
             raise UserError(f"{plan.path}, settings of {job.stage}: {error}") from None
 
 
-def check_finished(jobs: Sequence[Job]) -> None:
+def check_finished(jobs: Sequence[StageRun]) -> None:
     """Check that what is finished belongs to this config and to the encoder of its seed.
 
     Raises:
@@ -270,7 +270,7 @@ def check_finished(jobs: Sequence[Job]) -> None:
                 raise UserError(f"the encoder that {job.stage} of seed {job.seed} started from is gone: {way_out}")
 
 
-def run_stage(job: Job) -> bool:
+def run_stage(job: StageRun) -> bool:
     """Run a stage in a process of its own unless it is finished, and print one line. Returns whether it ran.
 
     Raises:
@@ -341,7 +341,7 @@ def machine() -> str:
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 
-def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path) -> None:
+def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: Path) -> None:
     """Write report.md and report.html about the stages that are finished."""
     finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
     done = [job for job in jobs if (job.stage, job.seed) in finished]
@@ -353,12 +353,12 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         plan.published
     )
     blocks = [
-        page.text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
-        page.text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
-        *(page.text("p", where) for where in sorted({head[1] for head in heads})),
-        page.text("h2", "Figures"),
-        page.grid(table(plan, seeds, finished)),
-        page.text("p", " ".join(notes)),
+        page.text_block("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text_block("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
+        *(page.text_block("p", where) for where in sorted({head[1] for head in heads})),
+        page.text_block("h2", "Figures"),
+        page.table_block(figure_rows(plan, seeds, finished)),
+        page.text_block("p", " ".join(notes)),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for stage, keys, heading, label, name in (
@@ -369,16 +369,19 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
                  for job in done if job.stage == stage for key in keys]  # fmt: skip
         if any(points for _, points, _ in lines):
             page.draw(lines, label, out / name)
-            blocks += [page.text("h2", heading), page.image(out, out / name, f"{heading} over images seen")]
+            blocks += [
+                page.text_block("h2", heading),
+                page.picture_block(out, out / name, f"{heading} over images seen"),
+            ]
     if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
         step = int(panels[-1].stem.removeprefix("step_"))
         heading = f"Reconstructions: seed {seeds[0]}, step {step}"
-        blocks += [page.text("h2", heading), page.image(out, panels[-1], heading)]
-    blocks += [page.text("h2", "Commands"), page.code("\n".join(head[0] for head in heads))]
-    page.write(plan.path.stem, blocks, out / "report.md", out / "report.html")
+        blocks += [page.text_block("h2", heading), page.picture_block(out, panels[-1], heading)]
+    blocks += [page.text_block("h2", "Commands"), page.code_block("\n".join(head[0] for head in heads))]
+    page.write_files(plan.path.stem, blocks, out / "report.md", out / "report.html")
 
 
-def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
+def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
     """A header, and a row for each figure of each stage."""
     rows = [["stage", "figure", *(f"seed {seed}" for seed in seeds), "mean ± std", "published", "difference"]]
     for stage in plan.stages:

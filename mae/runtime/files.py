@@ -66,6 +66,21 @@ def names_open_file(path: Path, descriptor: int) -> bool:
 
 
 @contextmanager
+def os_errors_as_user_errors(path: Path, hint: str, also: type[Exception] = OSError) -> Iterator[None]:
+    """Report a full disk and the like in one line.
+
+    Args:
+        hint: What becomes of the work, for the end of the message.
+        also: A library's own exception for such errors.
+    """
+    try:
+        yield
+    except (OSError, also) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written: {reason}; {hint}") from None
+
+
+@contextmanager
 def exclusive_lock(path: Path, command: str, hint: str = "") -> Iterator[None]:
     """Create the file `path` and lock it; nothing is locked where the file system has no locks.
 

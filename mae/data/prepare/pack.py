@@ -19,7 +19,7 @@ from mae.data.crops import resized_crop
 from mae.data.datasets import Reading, Samples, default_workers
 from mae.data.decode import BadImage, moments, open_image
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
-from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, finish, suffix_of
+from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify
 from mae.data.sources import FileSource, relabel
 from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
@@ -127,7 +127,7 @@ class Records(Samples):
     def __getitem__(self, index: int) -> Record:
         if self.reading:
             self.reading.note(index)
-        suffix, where = suffix_of(self.files.name(index)), self.files.where(index)
+        suffix, where = image_suffix(self.files.name(index)), self.files.where(index)
         try:
             data = self.files.read(index)
             check_crc(self.files, index, data)
@@ -205,7 +205,7 @@ def pack(config: Namespace) -> None:
             packed[split] = write_shards(records, folders[split], split, workers, config.shard_mb, allowed)
             allowed -= packed[split].about["bad_images"]
         for split, index in packed.items():  # together: an interrupted pack is begun anew, and refused where one exists
-            finish(folders[split], index)
+            write_final_index(folders[split], index)
     for split, index in packed.items():
         size, count, how = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
         print(f"wrote {folders[split]}: {len(index):,} images, {size:,.1f} MiB, in {count} shards; {how}")

@@ -6,17 +6,20 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
 from mae.data.tar_shards import INDEX, Index, write_index
 from mae.errors import UserError
-from mae.runtime.files import PARTIAL, exclusive_lock, sync
+from mae.runtime.files import PARTIAL, exclusive_lock, os_errors_as_user_errors, sync
 
 ASIDE = ".replaced"  # folder for the shards that are being replaced
 
 MARK = "pack.partial"  # exists while a folder is being packed; the shards beside it may be removed
+
+one_line_errors = partial(os_errors_as_user_errors, hint="nothing is packed")
 
 _SHARD = re.compile(rf"\d{{6,}}\.tar({re.escape(PARTIAL)})?")
 
@@ -33,7 +36,7 @@ def key(index: int) -> str:
     return f"{index:08d}"
 
 
-def suffix_of(name: str) -> str:
+def image_suffix(name: str) -> str:
     """Suffix of an image's member, without the dot."""
     suffix = os.path.splitext(name)[1].lower().removeprefix(".")
     return "jpg" if suffix == "jpeg" else suffix
@@ -62,7 +65,7 @@ class ShardWriter:
             self.close()
         if self.tar is None:
             self.files.append(f"{len(self.files):06d}.tar")
-        with os_errors_as_user_errors(self.path):
+        with one_line_errors(self.path):
             if self.tar is None:
                 self.tar = tarfile.open(self.unfinished, "w", format=tarfile.USTAR_FORMAT)
             offset = self.tar.offset + tarfile.BLOCKSIZE
@@ -83,7 +86,7 @@ class ShardWriter:
         """Complete the current shard, and wait until it is on disk."""
         if self.tar is None:
             return
-        with os_errors_as_user_errors(self.path):
+        with one_line_errors(self.path):
             self.tar.close()
             sync(self.unfinished)
             self.unfinished.replace(self.path)
@@ -104,18 +107,9 @@ def padded(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
     return -(-size // unit) * unit
 
 
-@contextmanager
-def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """Report a full disk and the like in one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; nothing is packed") from None
-
-
-def finish(folder: Path, index: Index) -> None:
+def write_final_index(folder: Path, index: Index) -> None:
     """Write the index, which comes last: with it the folder is complete."""
-    with os_errors_as_user_errors(folder / INDEX):
+    with one_line_errors(folder / INDEX):
         sync(folder)
         write_index(index, folder / INDEX)
         sync(folder)
@@ -145,12 +139,12 @@ def check_free(folder: Path, overwrite: bool) -> None:
 @contextmanager
 def exclusive_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     """A folder without shards that only this process writes to. An error restores what was there before."""
-    with os_errors_as_user_errors(folder):
+    with one_line_errors(folder):
         interrupted = (folder / MARK).exists()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).touch()
     with exclusive_lock(folder / MARK, "mae pack"):
-        with os_errors_as_user_errors(folder):
+        with one_line_errors(folder):
             if interrupted and (removed := remove(folder)):
                 print(f"removed {removed} files that an interrupted run left in {folder}", flush=True)
             bring_back(folder)
@@ -165,7 +159,7 @@ def exclusive_folder(folder: Path, overwrite: bool) -> Iterator[None]:
                 bring_back(folder)
                 (folder / MARK).unlink()
             raise
-        with os_errors_as_user_errors(folder):
+        with one_line_errors(folder):
             shutil.rmtree(folder / ASIDE, ignore_errors=True)
             (folder / MARK).unlink()
 
