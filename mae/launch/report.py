@@ -25,6 +25,7 @@ from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
 from mae.launch import page
 from mae.launch import stages as stages_module
+from mae.options import flatten_settings
 from mae.runtime.checkpoint_files import last_checkpoint
 
 Settings = dict[str, Any]
@@ -154,7 +155,7 @@ def merge(base: Settings, over: Settings) -> Settings:
 
 def has_encoder(stage: str, settings: Settings) -> bool:
     """Whether the settings name the encoder that the stage starts from, in place of the one pre-trained here."""
-    return options.flatten_settings(settings).get("encoder" if stage == "knn" else "model.encoder") is not None
+    return flatten_settings(settings).get("encoder" if stage == "knn" else "model.encoder") is not None
 
 
 # ---- the stages ----------------------------------------------------------------------------------------------------
@@ -223,8 +224,8 @@ class StageRun(NamedTuple):
 
     def difference(self) -> str | None:
         """A sentence about the first setting in which the config differs from the run's; None if they agree."""
-        then = options.flatten_settings(read_yaml(self.settings_file)) if self.settings_file.is_file() else {}
-        now = options.flatten_settings(self.settings)
+        then = flatten_settings(read_yaml(self.settings_file)) if self.settings_file.is_file() else {}
+        now = flatten_settings(self.settings)
         for key in sorted(then.keys() | now.keys()):
             if (key in then) != (key in now) or then.get(key) != now.get(key):
                 old, new = (repr(each[key]) if key in each else "not set" for each in (then, now))
