@@ -1,4 +1,4 @@
-"""Tells the run lock and the watchdog that this process trains."""
+"""A callback that keeps the run lock and the watchdog informed."""
 
 import os
 from pathlib import Path
@@ -10,15 +10,14 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, TorchEl
 
 from mae.runtime.run_lock import RunLock
 from mae.runtime.watchdog import Watchdog
-from mae.training.lightning_internals import child_processes
 
 
 class Alive(Callback):
-    """Holds this rank's place in the lock of the run folder, and reports every batch to the watchdog.
+    """Adds this rank to the lock of the run folder, and tells its watchdog of every batch.
 
     Args:
-        lock: Of the run folder.
-        minutes: How long the watchdog waits for a batch before it ends the process; None: no watchdog.
+        lock: The lock of the run folder.
+        minutes: Time without a batch after which the watchdog ends the process; None for no watchdog.
     """
 
     def __init__(self, lock: RunLock, minutes: float | None) -> None:
@@ -26,20 +25,17 @@ class Alive(Callback):
         self.watchdog: Watchdog | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.global_rank > 0:  # by now rank 0 has it
+        if stage == "fit" and trainer.global_rank > 0:  # rank 0 has the lock by now
             self.lock.share(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Start the watchdog; not earlier, because loading all images into a device's memory may take minutes."""
+        """Start the watchdog. Not earlier: loading all images into memory takes long, and rendezvous has timeouts."""
         if self.minutes is None:
             return
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        children = [process.pid for process in child_processes(trainer)]
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
-        relatives = [os.getppid()] if started_by_rank_0 else children
-        folder = Path(trainer.default_root_dir)
-        self.watchdog = Watchdog(60 * self.minutes, folder, trainer.global_rank, lambda: relatives, parent)
+        self.watchdog = Watchdog(60 * self.minutes, Path(trainer.default_root_dir), trainer.global_rank, parent)
         self.watchdog.start()
 
     def beat(self, where: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae.runtime.storage import sync
+from mae.runtime.files import atomic_write, sync
 
 
 class MetricsCSV(Logger):
@@ -89,9 +89,7 @@ class MetricsCSV(Logger):
             self.behind = error
 
     def rewrite(self) -> None:
-        unfinished = self.path.with_suffix(".partial")
-        with unfinished.open("w", newline="") as file:
+        with atomic_write(self.path) as partial, partial.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.columns)
             writer.writeheader()
             writer.writerows(self.rows)
-        unfinished.replace(self.path)

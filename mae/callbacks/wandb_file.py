@@ -37,28 +37,18 @@ def last_step(path: Path) -> int:
 
 
 def cut_torn_tail(path: Path) -> None:
-    """Let the file end with its last whole record: at a torn one `wandb sync` stops, and later segments wait for it."""
+    """Cut the file after its last whole record: `wandb sync` stops at a torn one, and sends no later segment."""
     end = max((end for _, end in _records(path)), default=0)
     if 0 < end < path.stat().st_size:
         os.truncate(path, end)
 
 
 def _records(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Each record and where it ends."""
-    record: bytes | None = None
-    for kind, chunk, end in _chunks(path):
-        if (kind in (FULL, FIRST)) != (record is None):
-            return
-        record = (record or b"") + chunk
-        if kind in (FULL, LAST):
-            yield record, end
-            record = None
-
-
-def _chunks(path: Path) -> Iterator[tuple[int, bytes, int]]:
+    """Yield each record and where it ends."""
     raw = path.read_bytes()
     if not b":W&B".startswith(raw[:4]):
         raise ValueError(f"{path} is not a .wandb file, it begins with {raw[:FILE_HEADER]!r}")
+    record: bytes | None = None
     at = FILE_HEADER
     while at < len(raw):
         if (left := BLOCK - at % BLOCK) < CHUNK_HEADER.size:  # no room for a chunk: zeros up to the next block
@@ -67,9 +57,12 @@ def _chunks(path: Path) -> Iterator[tuple[int, bytes, int]]:
         if len(raw) - at < CHUNK_HEADER.size:
             return
         checksum, length, kind = CHUNK_HEADER.unpack_from(raw, at)
-        at += CHUNK_HEADER.size
-        chunk = raw[at : at + length]
-        if zlib.crc32(bytes([kind]) + chunk) != checksum:  # neither masked nor CRC-32C, unlike LevelDB's own
+        at += CHUNK_HEADER.size + length
+        chunk = raw[at - length : at]
+        # The checksum is neither masked nor CRC-32C, unlike LevelDB's own.
+        if zlib.crc32(bytes([kind]) + chunk) != checksum or (kind in (FULL, FIRST)) != (record is None):
             return
-        at += length
-        yield kind, chunk, at
+        record = (record or b"") + chunk
+        if kind in (FULL, LAST):
+            yield record, at
+            record = None

@@ -1,7 +1,6 @@
-"""Weights & Biases: record the run, as one curve over all restarts, and never stop the training over it."""
+"""Weights & Biases: record a run as one curve over all its restarts, without ever stopping the training."""
 
 import atexit
-import io
 import os
 import queue
 import re
@@ -12,131 +11,38 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, InvalidStateError, wait
-from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
-from netrc import NetrcParseError, netrc
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from mae.callbacks.wandb_file import cut_torn_tail, last_step
-
-Mode = Literal["online", "offline", "disabled"]
+from mae.callbacks.wandb_settings import Mode, WandbSettings, requested_mode, wandb_mode
+from mae.runtime.files import atomic_write_text
 
 T = TypeVar("T")
 
 
-PROBE_SECONDS = 5.0  # for the server to accept the key before training starts
-
+# Limits in seconds.
 INIT_SECONDS = 30.0  # for the server to create the run, once it has accepted the key
-
-START_SECONDS = 3 * INIT_SECONDS  # for all of it: the helper process, the server, and offline where that fails
-
-FINISH_SECONDS = 60.0  # for the last uploads; what is left stays on disk and `wandb sync` takes it from there
-
+START_SECONDS = 3 * INIT_SECONDS  # for the whole start: the helper process, the server, and offline where that fails
+FINISH_SECONDS = 60.0  # for the last uploads; what is left stays on disk for `wandb sync`
 KILL_SECONDS = 5.0  # for threads to notice that the helper process has been killed
 
 QUEUE = 1000  # rows that may wait for the helper process
-
-PATIENCE_SECONDS = 5.0  # for the first of them to be taken, before the helper process is given up
-
-
-@dataclass
-class WandbSettings:
-    """Where the run is recorded.
-
-    Args:
-        mode: "auto" obeys WANDB_MODE, else uploads if the server accepts an API key, and otherwise records on disk for
-            a later `wandb sync`. "online" is "auto" without a look at WANDB_MODE. "disabled" writes nothing.
-        project: W&B project.
-        entity: W&B user or team; the account's default if not given.
-        name: Name of the run; the run folder's name if not given.
-    """
-
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "mae"
-    entity: str | None = None
-    name: str | None = None
-
-
-def wandb_mode(settings: WandbSettings, environ: Mapping[str, str] = os.environ) -> tuple[Mode, str]:
-    """Decide without asking anybody, and within PROBE_SECONDS of network. Returns the mode and the reason in words."""
-    asked, reason = _asked(settings, environ)
-    if asked in ("offline", "disabled"):
-        return asked, reason
-
-    import wandb
-
-    with redirect_stderr(io.StringIO()):  # it announces the settings files that it reads
-        session = wandb.setup().settings
-    if asked == "auto" and session.mode in ("offline", "disabled"):
-        return session.mode, f"`wandb {session.mode}` was run here"
-
-    base_url = (environ.get("WANDB_BASE_URL") or session.base_url).rstrip("/")
-    hosts = [urlsplit(base_url).netloc]
-    if base_url == wandb.Settings().base_url:
-        hosts.append("api.wandb.ai")  # the default has had another name
-    key = environ.get("WANDB_API_KEY") or _netrc_key(hosts, environ) or session.api_key
-    if not key:
-        return "offline", "no API key"
-    if problem := _probe(base_url, key):
-        return "offline", problem
-    return "online", f"{base_url} accepts the API key"
-
-
-def _asked(settings: WandbSettings, environ: Mapping[str, str]) -> tuple[Any, str]:
-    if settings.mode == "auto" and (mode := environ.get("WANDB_MODE")):
-        return {"dryrun": "offline", "run": "online"}.get(mode, mode), f"WANDB_MODE={mode}"
-    return settings.mode, f"mode={settings.mode}"
-
-
-def _netrc_key(hosts: list[str], environ: Mapping[str, str]) -> str | None:
-    try:
-        entries = netrc(Path(environ.get("NETRC") or "~/.netrc").expanduser())
-    except (OSError, NetrcParseError):
-        return None
-    return next((entry[2] for host in hosts if (entry := entries.authenticators(host))), None)
-
-
-def _probe(base_url: str, key: str) -> str | None:
-    """Say what stands between this key and this server, or None if nothing does."""
-    import requests  # wandb depends on it
-
-    answers: list[str | None] = []
-
-    def ask() -> None:
-        try:
-            query = {"query": "query Viewer { viewer { id } }"}
-            # Proxies are taken from the environment.
-            reply = requests.post(f"{base_url}/graphql", json=query, auth=("api", key), timeout=PROBE_SECONDS)
-            refused = reply.status_code in (401, 403)
-            if not refused:
-                reply.raise_for_status()
-                refused = reply.json()["data"]["viewer"] is None
-            answers.append(f"{base_url} refuses the API key" if refused else None)
-        except Exception as error:
-            answers.append(f"{base_url} is out of reach ({type(error).__name__})")
-
-    # The timeout above covers neither a name look-up that hangs nor a reply that trickles: the thread is left behind.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answers[0] if answers else f"{base_url} does not answer within {PROBE_SECONDS:g} s"
+PATIENCE_SECONDS = 5.0  # that a full queue is waited for, before the helper process is given up
 
 
 class Resumed(NamedTuple):
-    """Where a run goes on.
+    """What a resumed run has done so far.
 
     Args:
         step: Optimiser step of the checkpoint.
-        rows: Of metrics.csv, up to and including that step, each with its "step"; text or numbers, "" where nothing was
-            measured.
+        rows: Rows of metrics.csv up to that step, each with its "step"; values are text or numbers, "" for none.
     """
 
     step: int
@@ -144,18 +50,18 @@ class Resumed(NamedTuple):
 
 
 class _Recorder:
-    """The one thread that speaks to W&B, so that nobody else ever waits for its helper process without a bound.
+    """The only thread that calls W&B, so that training never waits for W&B's helper process without a limit.
 
-    The helper may die or freeze at any moment, and a call that waits for it then waits for ever.
+    The helper process may die or freeze at any moment, and a call that waits for it then does not return.
     """
 
     def __init__(self) -> None:
         self.jobs: queue.Queue[tuple[int, Callable[[], None]] | None] = queue.Queue(QUEUE)
-        self.ended = threading.Event()
         self.lost = False
-        self.process = os.getpid()  # a fork of it ends nothing
+        self.process = os.getpid()  # in a fork, `finish` does nothing
         self.helper: subprocess.Popen[bytes] | None = None
-        threading.Thread(target=self._work, name="wandb-recorder", daemon=True).start()
+        self.thread = threading.Thread(target=self._work, name="wandb-recorder", daemon=True)
+        self.thread.start()
         atexit.register(self.finish)
 
     def _work(self) -> None:
@@ -166,40 +72,37 @@ class _Recorder:
                     do()
             except Exception as error:
                 self.lose(step, _one_line(error))
-        try:
-            import wandb
+        import wandb
 
-            # The second takes back W&B's own wait at the interpreter's exit, even where it fails after that.
-            for end in (wandb.finish, wandb.teardown):
-                with suppress(Exception, SystemExit):
-                    end()
-            wandb.run = None  # where the end failed it is still there, and would be taken for the next run
-        finally:
-            self.ended.set()
+        # The second removes W&B's own exit handler, which waits without a limit, even if it fails after that.
+        for end in (wandb.finish, wandb.teardown):
+            with suppress(Exception, SystemExit):
+                end()
+        wandb.run = None  # still set if the end failed, and then it would be taken for the next run
 
     def start(self, begin: Callable[[], T], seconds: float) -> T:
-        """What `begin` returns, or raises; TimeoutError if it takes longer."""
-        answer: Future[T] = Future()
+        """Call `begin` and return its result; TimeoutError if it takes longer than `seconds`."""
+        results: queue.Queue[T | Exception] = queue.Queue()
 
         def do() -> None:
-            # Too late where the answer is that it takes too long.
             try:
-                found = begin()
+                results.put(begin())
             except Exception as error:
-                with suppress(InvalidStateError):
-                    answer.set_exception(error)
-            else:
-                with suppress(InvalidStateError):
-                    answer.set_result(found)
+                results.put(error)
 
         self.jobs.put((0, do))
-        if not wait([answer], seconds).done:
-            answer.set_exception(TimeoutError(f"W&B does not start within {seconds:g} s"))
-        self.helper = _helper()
-        return answer.result()
+        try:
+            result = results.get(timeout=seconds)
+        except queue.Empty:
+            raise TimeoutError(f"W&B does not start within {seconds:g} s") from None
+        finally:
+            self.helper = _helper()
+        if isinstance(result, Exception):
+            raise result
+        return result
 
     def hand(self, step: int, do: Callable[[], None]) -> None:
-        """Have something done for the row of `step`; waits PATIENCE_SECONDS at most, for a frozen helper only once."""
+        """Queue a call that records the row of `step`; blocks once for PATIENCE_SECONDS if the helper is frozen."""
         if self.lost:
             return
         try:
@@ -209,40 +112,37 @@ class _Recorder:
 
     def lose(self, step: int, reason: str) -> None:
         if not self.lost:
-            self.lost = True  # for good: rows after a gap could not be told from rows without one
+            self.lost = True  # for good: after a gap, the last recorded step would not say which rows are missing
             print(f"W&B: recording stops at step {step}, {reason}; a restart sends what is missing", flush=True)
 
     def finish(self, seconds: float | None = None) -> None:
-        """End the run and W&B's helper process, which is killed if it has not ended after `seconds`."""
+        """End the run and W&B's helper process, and kill that if it has not ended after `seconds`."""
         global _open
         if os.getpid() != self.process:
             return
         atexit.unregister(self.finish)
         if _open is self:
             _open = None
-        deadline = time.monotonic() + (FINISH_SECONDS if seconds is None else seconds)
-        if self._end(deadline):
+        if self._end(FINISH_SECONDS if seconds is None else seconds):
             return
         print("W&B: does not end in time and is left; what is not uploaded is in the run folder", flush=True)
         if self.helper is not None:
-            self.helper.kill()  # frozen, it would keep our output's pipe open; and calls that wait for it now fail
-        self._end(time.monotonic() + KILL_SECONDS)
+            self.helper.kill()  # then calls that wait for it fail; if frozen, it would also keep our stdout open
+        self._end(KILL_SECONDS)
 
-    def _end(self, deadline: float) -> bool:
-        if self.ended.is_set():
-            return True
-        try:
-            self.jobs.put(None, timeout=max(deadline - time.monotonic(), 0.01))
-        except queue.Full:
-            return False
-        return self.ended.wait(max(deadline - time.monotonic(), 0.01))
+    def _end(self, seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        with suppress(queue.Full):
+            self.jobs.put(None, timeout=seconds)
+        self.thread.join(max(deadline - time.monotonic(), 0.01))
+        return not self.thread.is_alive()
 
 
-_open: _Recorder | None = None  # of this process: W&B has one run at a time
+_open: _Recorder | None = None  # one for each process: W&B has one run at a time
 
 
 def _helper() -> "subprocess.Popen[bytes] | None":
-    """W&B's helper process. There is no public way to it."""
+    """W&B's helper process, for which there is no public API."""
     from wandb.sdk import wandb_setup
 
     try:
@@ -253,15 +153,19 @@ def _helper() -> "subprocess.Popen[bytes] | None":
 
 
 class RunLogger(WandbLogger):
-    """Records each optimiser step as one row under its number, in order and once, whatever happened before.
+    """Records each optimiser step as one row under its number, in order and once, over all starts of the run.
 
-    The newest row is held back until a later one comes, since its figures come in several calls, with a look at the
-    held-out images between them. What a stop leaves held back comes again: from metrics.csv, or measured anew.
+    The newest row is held back until a later one comes, since its figures come in several calls, before and after a
+    validation. A row that is held back when the run stops is sent by the next start, from metrics.csv or measured anew.
+
+    Args:
+        recorder: None on all ranks but the first.
+        recorded: Step of the last row that W&B has.
     """
 
     def __init__(self, recorder: _Recorder | None = None, recorded: int = -1, **kwargs: Any):
         super().__init__(**kwargs)
-        self.recorder, self.recorded = recorder, recorded  # number of the last row that W&B has
+        self.recorder, self.recorded = recorder, recorded
         self.held: dict[int, dict[str, Any]] = {}
 
     @rank_zero_only
@@ -274,15 +178,15 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any) -> None:
-        """Settings are given at the start."""
+        """Do nothing: the settings are recorded at the start."""
 
     def resend(self, rows: list[dict[str, Any]], pictures: dict[int, Path]) -> None:
-        """Hand over rows of metrics.csv, and pictures by their step, that W&B does not have; the last is held back."""
+        """Record rows of metrics.csv, and pictures by their step, that W&B does not have; the last is held back."""
         import wandb
 
         for row in rows:
             if (step := int(row["step"])) > self.recorded:
-                measured = {k: _value(v) for k, v in row.items() if k != "step" and v not in ("", None)}
+                measured = {k: _number(v) for k, v in row.items() if k != "step" and v not in ("", None)}
                 self.held.setdefault(step, {}).update(measured)
         for step, path in pictures.items():
             if step > self.recorded:
@@ -303,27 +207,26 @@ class RunLogger(WandbLogger):
 
     @rank_zero_only
     def complete(self) -> None:
-        """Hand over the newest row, too: the run has come to its natural end, and nothing more is logged."""
+        """Record the newest row too: the run has come to its natural end, and nothing more is logged."""
         self._hand(sorted(self.held))
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Lightning calls this wherever a run stops, so it completes nothing."""
+        """Do nothing: Lightning calls this wherever a run stops, also where it is to go on."""
 
     @rank_zero_only
     def finish(self, seconds: float | None = None) -> None:
-        """End W&B, in FINISH_SECONDS or `seconds` and never much more; it is called at exit where nobody else does."""
+        """End W&B within FINISH_SECONDS or `seconds`; called at exit if it has not been called before."""
         if self.recorder is not None:
             self.recorder.finish(seconds)
 
 
-def _value(value: Any) -> Any:
-    """The number that a text stands for."""
-    for kind in (int, float):
-        if isinstance(value, str):
-            with suppress(ValueError):
-                value = kind(value)
-    return value
+def _number(value: Any) -> Any:
+    """The number that a text of metrics.csv stands for."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return value
 
 
 def wandb_logger(
@@ -332,32 +235,36 @@ def wandb_logger(
     """Start or continue the W&B run in `run_dir` and print one line that says where it is recorded.
 
     Only global rank 0 decides, records and prints. The other ranks get a logger that does nothing, so that Lightning
-    sees the same loggers everywhere. None means that the run is not recorded: disabled, or W&B failed to start.
+    sees the same loggers on all ranks.
 
     Args:
-        resumed: None is a new run.
+        resumed: What the run has done so far; None for a new run.
+
+    Returns:
+        None if the run is not recorded: W&B is disabled or failed to start.
     """
     global _open
     kwargs: dict[str, Any] = {"project": settings.project, "name": settings.name or run_dir.resolve().name}
     recorder = None
     try:
         if getattr(rank_zero_only, "rank", 0) > 0:
-            disabled = _asked(settings, os.environ)[0] == "disabled"
+            disabled = requested_mode(settings, os.environ)[0] == "disabled"
             return None if disabled else RunLogger(save_dir=run_dir, **kwargs)
 
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # else offline runs call home too, and wait at exit
+        # Otherwise offline runs connect to W&B's error tracker, and wait for it at exit.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         mode, reason = wandb_mode(settings)
         if mode == "disabled":
             print(f"W&B: {reason}, recording nothing", flush=True)
             return None
         if _open is not None:
-            _open.finish()  # of an earlier stage in this process
+            _open.finish()  # the run of an earlier stage in this process
         run_id = _run_id(run_dir, new=resumed is None)
         earlier = {folder: last_row(folder) for folder in segments(run_dir, run_id)}
         recorder = _open = _Recorder()
         begin = partial(_start, mode, reason, run_dir, id=run_id, entity=settings.entity, config=config, **kwargs)
         run, reason = recorder.start(begin, START_SECONDS)
-        # The server knows what it has got; of an offline run, what is on this disk is what will get there.
+        # The server knows which rows it has; of an offline run it will get those that are on this disk.
         recorded = max(earlier.values(), default=-1) if run.offline else run.starting_step - 1
         logger = RunLogger(recorder, recorded, save_dir=run_dir, experiment=run, **kwargs)
         if resumed is not None:
@@ -380,26 +287,24 @@ def wandb_logger(
 
 
 def _run_id(run_dir: Path, new: bool) -> str:
-    """The id under which W&B knows the run; it stays in the run folder, beside what is recorded."""
+    """The id of the run in W&B, which is kept in the run folder."""
     path = run_dir / "wandb" / "id"
-    if not new and path.is_file() and re.fullmatch("[0-9a-f]+", found := path.read_text().strip()):
-        return found
-    path.parent.mkdir(parents=True, exist_ok=True)  # without the run folder, W&B records in a temporary one
+    if not new and path.is_file() and re.fullmatch("[0-9a-f]+", run_id := path.read_text().strip()):
+        return run_id
+    path.parent.mkdir(parents=True, exist_ok=True)  # without the folder, W&B would record in a temporary one
     run_id = secrets.token_hex(5)
-    unfinished = path.with_suffix(".partial")
-    unfinished.write_text(run_id)
-    unfinished.replace(path)
+    atomic_write_text(path, run_id)
     return run_id
 
 
 def segments(run_dir: Path, run_id: str) -> list[Path]:
-    """The folders that W&B made for this run, one a start, in the order of time."""
+    """The folders that W&B made for this run, one for each start, in the order of time."""
     folders = (run_dir / "wandb").glob(f"*run-*-{run_id}")
     return sorted(folders, key=lambda folder: folder.name.removeprefix("offline-"))
 
 
 def last_row(segment: Path) -> int:
-    """The last step that an ended segment holds on this disk, made whole if torn; -1 if none, or if unreadable."""
+    """The last step that an earlier segment holds on this disk, -1 if none; a torn file is repaired."""
     last = -1
     for path in segment.glob("*.wandb"):
         with suppress(OSError, ValueError):
@@ -409,23 +314,24 @@ def last_row(segment: Path) -> int:
 
 
 def _pictures(run_dir: Path, last: int) -> dict[int, Path]:
-    found = {int(path.stem[5:]): path for path in (run_dir / "reconstructions").glob("step_[0-9]*.png")}
-    return {step: path for step, path in sorted(found.items()) if step <= last}
+    """Reconstructions by their step, up to the step `last`."""
+    paths = sorted((run_dir / "reconstructions").glob("step_[0-9]*.png"))
+    return {step: path for path in paths if (step := int(path.stem.removeprefix("step_"))) <= last}
 
 
 def _to_upload(earlier: dict[Path, int]) -> list[Path]:
     """Offline segments with rows that the server may lack: an online one sends again what was recorded before it."""
-    found: list[Path] = []
+    folders: list[Path] = []
     for folder, last in earlier.items():
         if not folder.name.startswith("offline-"):
-            found = []
+            folders = []
         elif last >= 0 and not list(folder.glob("*.wandb.synced")):
-            found.append(folder)
-    return found
+            folders.append(folder)
+    return folders
 
 
 def _replaces() -> bool:
-    """Whether this W&B is one whose `wandb sync` replaces what an earlier segment has sent, unless told otherwise."""
+    """Whether this version's `wandb sync` replaces what an earlier segment has sent unless it has --append."""
     return find_spec("wandb.sync") is not None
 
 
@@ -434,7 +340,7 @@ def _sync_command(folders: list[Path], append: bool) -> str:
 
 
 def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]:
-    """`wandb.init`, offline if online fails. Returns the run and the reason for its mode."""
+    """Call `wandb.init`, offline if online fails. Returns the run and the reason for its mode."""
     import wandb
 
     wandb.finish()  # a run that is still open would be continued
@@ -442,17 +348,17 @@ def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]
     settings = wandb.Settings(
         silent=mode == "offline",
         init_timeout=INIT_SECONDS,
-        finish_timeout=0.8 * FINISH_SECONDS,  # some is left for the helper process to end
-        git_root=str(Path(__file__).parent),  # the commit of this code, wherever the run folder or the shell is
+        finish_timeout=0.8 * FINISH_SECONDS,  # the rest is for the helper process to end
+        git_root=str(Path(__file__).parent),  # the commit of this code, not of the working directory
     )
-    # Of an offline run, newer versions keep it for `wandb sync`; older ones warn that they do not.
+    # For offline runs, newer versions keep `resume` for `wandb sync`; older ones warn that they do not.
     resume: Literal["allow"] | None = None if mode == "offline" and _replaces() else "allow"
     try:
         run = wandb.init(dir=str(dir), mode=mode, resume=resume, settings=settings, **kwargs)
     except Exception as error:
         if mode == "offline":
             raise
-        # The helper process would keep the run's id to itself, and the folder would pass for an upload.
+        # The helper process would keep the run's id occupied, and the folder would look like an online run's.
         if (helper := _helper()) is not None:
             helper.kill()
         with suppress(Exception, SystemExit):
@@ -460,7 +366,7 @@ def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]
         for folder in set(segments(dir, kwargs["id"])) - before:
             shutil.rmtree(folder, ignore_errors=True)
         return _start("offline", f"online failed ({_one_line(error)})", dir, **kwargs)
-    # Against images, curves of different batch sizes compare. Rows that lack the number get the last one logged.
+    # Over images seen, curves of different batch sizes compare. Rows that lack the number get the last one logged.
     run.define_metric("images_seen")
     run.define_metric("*", step_metric="images_seen", step_sync=True)
     return run, reason

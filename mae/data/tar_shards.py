@@ -20,6 +20,7 @@ import safetensors.numpy
 from mae.data.decode import IMAGE_SUFFIXES, BadImage, find_images
 from mae.data.sources import FileSource, FolderSource, class_labels
 from mae.errors import UserError
+from mae.runtime.files import atomic_write
 from mae.runtime.storage import Place, Range
 
 INDEX = "index.safetensors"
@@ -102,12 +103,8 @@ def write_index(index: Index, path: Path) -> None:
     header = {"version": VERSION, "files": index.files, "classes": index.classes, "about": index.about}
     metadata = {"mae_shards": json.dumps(header | {"crc32": index.checksum()})}
     arrays = {key: getattr(index, key) for key in (*_ARRAYS, "names")}
-    unfinished = path.with_suffix(".partial")
-    with open(unfinished, "wb") as file:
-        file.write(safetensors.numpy.save(arrays, metadata))
-        file.flush()
-        os.fsync(file.fileno())
-    unfinished.replace(path)
+    with atomic_write(path) as partial:
+        partial.write_bytes(safetensors.numpy.save(arrays, metadata))
 
 
 def read_index(place: Place) -> Index:

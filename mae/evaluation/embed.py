@@ -1,9 +1,9 @@
 """`mae embed`: features of a folder of any images, to a file.
 
-Images are cut into parts of whole batches, by their numbers alone; each part is computed by one process and waits in
-the folder `OUT.parts`. When all are there OUT is put together from them, one after the other. So memory holds no more
-features than a part's, a command that was killed goes on at the first part that is missing, and the file does not
-depend on where it was killed nor on how many processes there are.
+Images are divided into chunks of whole batches, by their numbers alone. Each chunk is computed by one process and
+waits in the folder `OUT.parts` until all are there; then OUT is put together from them. So memory holds the features of
+one chunk only, a command that was killed goes on with the chunks that are missing, and the file depends neither on
+where it was killed nor on the number of processes.
 """
 
 import hashlib
@@ -28,27 +28,16 @@ from mae.data.sources import FileSource
 from mae.data.tar_shards import INDEX, holds_images, open_images
 from mae.errors import PeerLost, UserError
 from mae.evaluation import features
-from mae.evaluation.embed_chunks import (
-    ABOUT,
-    FINAL,
-    FINISHED,
-    FeatureChunk,
-    FeatureChunks,
-    atomic_write_text,
-    checked_out,
-    exclusive_lock,
-    os_errors_as_user_errors,
-)
-from mae.evaluation.feature_files import WRITERS
+from mae.evaluation.embed_chunks import FeatureChunk, FeatureChunks, checked_out
 from mae.options import SRC_HELP, ToolParser
 from mae.runtime import signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
 from mae.runtime.rank_flags import Agreement
-from mae.runtime.storage import Place, sync
+from mae.runtime.storage import Place
 from mae.weights.load import read_weights, trained_data_settings
 
-PART_ROWS = 1024  # images of a part, about: some MB of features, and a row group that Parquet's readers like
+PART_ROWS = 1024  # images per chunk, about: some MB of features, and a good size for a row group of Parquet
 
 SPLITS = ("train", "val")
 
@@ -57,7 +46,7 @@ MORE = "a larger --max_bad_images leaves unreadable images out, lists them, and 
 Encode = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, F, D)
 
 
-def embed_command(args: Sequence[str]) -> None:
+def embed_parser() -> ToolParser:
     parser = ToolParser(prog="mae embed", description="Features of a folder of any images, as Parquet or npz.")
     parser.add_argument("--config", action="config")
     parser.add_argument("--encoder", type=str, required=True, help=SRC_HELP)
@@ -88,9 +77,13 @@ def embed_command(args: Sequence[str]) -> None:
     parser.add_argument(
         "--force", type=bool, default=False, nargs="?", const=True, help="Replace --out, and parts of other settings."
     )
-    config = parser.parse_args(list(args))
+    return parser
+
+
+def embed_command(args: Sequence[str]) -> None:
+    config = embed_parser().parse_args(list(args))
     if not is_first_rank():
-        signals.die_with_parent()  # a rank that is left alone would go on for hours, and nobody would take its parts
+        signals.die_with_parent()  # left alone, a rank would go on for hours, and nobody would use its chunks
     out = checked_out(config.out, config.force)
     for key, least in (("batch_size", 1), ("max_bad_images", 0)):
         if config[key] < least:
@@ -116,16 +109,13 @@ def embed_command(args: Sequence[str]) -> None:
         raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
     about = {
         "encoder": weights.fingerprint(),
-        "num_heads": weights.config["num_heads"],  # which its tensors do not tell
+        "num_heads": weights.config["num_heads"],  # not visible in its tensors
         "pool": config.pool,
         "layers": layers,
         "width": encoder.embed_dim * (2 if config.pool == "both" else 1),
         "dtype": config.dtype,
         "image_size": list(data.image_size),
-        "in_chans": data.in_chans,
-        "mean": data.mean,
-        "std": data.std,
-        "crop_pct": data.crop_pct,
+        **{key: getattr(data, key) for key in ("in_chans", "mean", "std", "crop_pct")},
         "images": len(source),
         "list_of_images": source.fingerprint(),
         "batch_size": config.batch_size,
@@ -133,25 +123,25 @@ def embed_command(args: Sequence[str]) -> None:
         "device": fabric.device.type,
         "torch": str(torch.__version__),
     }
-    parts = FeatureChunks(out, about)
+    chunks = FeatureChunks(out, about)
     encoder.to(fabric.device)
     if not is_first_rank():
-        compute(parts, encode, data, source, fabric, config.max_bad_images)
+        compute(chunks, encode, data, source, fabric, config.max_bad_images)
         return
-    with exclusive_lock(parts.folder):
-        checked_out(config.out, config.force)  # again: another command may have written it until now
-        if parts.begin(config.force):
-            compute(parts, encode, data, source, fabric, config.max_bad_images)
-            finish(parts, source, config.max_bad_images)
-        parts.clear()
+    with chunks.lock():
+        checked_out(config.out, config.force)  # again, since another command may have written it in the meantime
+        chunks.begin(config.force)
+        compute(chunks, encode, data, source, fabric, config.max_bad_images)
+        write_output(chunks, source, config.max_bad_images)
+        chunks.clear()
 
 
 class EveryImage(FileSource):
     """All images below a root, in the order of their paths.
 
     Attributes:
-        parts: What lies there, by the prefix of its names: one thing, or shards a split.
-        starts: The number of each part's first image, and at the end of all images.
+        sources: By the prefix of their names: one source, or shards for each split.
+        starts: The number of the first image of each source, and at the end the number of all images.
     """
 
     def __init__(self, root: Place, in_chans: int) -> None:
@@ -162,50 +152,51 @@ class EveryImage(FileSource):
         shards = not (root / INDEX).exists() and any((root / split / INDEX).exists() for split in SPLITS)
         prefixes = [f"{split}/" for split in SPLITS if holds_images(root / split)] if shards else [""]
         self.in_chans = in_chans
-        self.parts = {prefix: open_images(root / prefix if prefix else root, in_chans) for prefix in prefixes}
+        self.sources = {prefix: open_images(root / prefix if prefix else root, in_chans) for prefix in prefixes}
         if not shards and not (root / INDEX).exists():
-            part = self.parts[""]
-            part.labels, part.classes = folder_labels(part)
-        self.starts = np.cumsum([0, *map(len, self.parts.values())])
-        self.labelled = any(part.classes for part in self.parts.values())
-        self.classes = []  # numbers of classes are nobody's business here: rows hold names
+            source = self.sources[""]
+            source.labels, source.classes = folder_labels(source)
+        self.starts = np.cumsum([0, *map(len, self.sources.values())])
+        self.labelled = any(source.classes for source in self.sources.values())
+        self.classes = []  # unused: rows hold the names of classes
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def _part(self, index: int) -> tuple[str, FileSource, int]:
+    def _locate(self, index: int) -> tuple[str, FileSource, int]:
+        """Prefix and source of an image, and its number there."""
         number = int(np.searchsorted(self.starts, index, side="right")) - 1
-        prefix = list(self.parts)[number]
-        return prefix, self.parts[prefix], index - int(self.starts[number])
+        prefix = list(self.sources)[number]
+        return prefix, self.sources[prefix], index - int(self.starts[number])
 
     def name(self, index: int) -> str:
-        prefix, part, i = self._part(index)
-        return prefix + part.name(i)
+        prefix, source, i = self._locate(index)
+        return prefix + source.name(i)
 
     def path(self, index: int) -> str:
-        """The name as text that any reader takes: bytes that are not UTF-8 are written out, as \\xff."""
+        """The name as valid text: bytes that are not UTF-8 are written out, as \\xff."""
         return os.fsencode(self.name(index)).decode("utf-8", "backslashreplace")
 
     def label(self, index: int) -> str | None:
-        _, part, i = self._part(index)
-        if part.labels is None or part.labels[i] < 0:
+        _, source, i = self._locate(index)
+        if source.labels is None or source.labels[i] < 0:
             return None
-        return part.classes[part.labels[i]]
+        return source.classes[source.labels[i]]
 
     def where(self, index: int) -> str:
-        _, part, i = self._part(index)
-        return part.where(i)
+        _, source, i = self._locate(index)
+        return source.where(i)
 
     def read(self, index: int) -> bytes:
-        _, part, i = self._part(index)
-        return part.read(i)
+        _, source, i = self._locate(index)
+        return source.read(i)
 
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
-        for prefix, group in itertools.groupby(indices, lambda index: self._part(index)[0]):
-            yield from self.parts[prefix].read_all([self._part(index)[2] for index in group])
+        for prefix, group in itertools.groupby(indices, lambda index: self._locate(index)[0]):
+            yield from self.sources[prefix].read_all([self._locate(index)[2] for index in group])
 
     def fingerprint(self) -> str:
-        """Of the names and labels, in order."""
+        """Hash of the names and labels, in order."""
         digest = hashlib.blake2b(digest_size=8)
         for index in range(len(self)):
             digest.update(f"{self.path(index)}\0{self.label(index) or ''}\n".encode())
@@ -213,13 +204,13 @@ class EveryImage(FileSource):
 
 
 def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
-    """Labels, -1 for none, and names of the classes: those of its folders, below train/ and val/ where there are such.
+    """Labels (-1 for none) and names of the classes, which are the folders below train/ and val/, or else below root.
 
     Args:
-        source: Labelled by the first folder of each name.
+        source: Its labels are the first folders of the names.
     """
     splits = set(source.classes) & set(SPLITS)
-    if splits:  # of these, such as have no image outside of a class's folder
+    if splits:  # only those in which every image is in the folder of a class
         names = map(source.name, range(len(source)))
         splits -= {name.split("/", 1)[0] for name in names if name.count("/") < 2}
     if not splits:
@@ -233,7 +224,7 @@ def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
 
 
 class ReadableSamples(WholeSamples):
-    """As its base, but an unreadable image is left out of its batch, which says why: only that one is lost."""
+    """Like its base, but leaves unreadable images out of a batch, and reports them in its `errors`."""
 
     def __getitem__(self, indices: list[int]) -> Batch:
         images, kept, errors = [], [], []
@@ -251,128 +242,117 @@ class ReadableSamples(WholeSamples):
 
 
 class Batches(Sampler[list[int]]):
-    """The images of some parts, batch by batch."""
+    """The images of some chunks, batch by batch."""
 
-    def __init__(self, numbers: list[int], parts: FeatureChunks) -> None:
-        self.numbers, self.parts = numbers, parts
+    def __init__(self, numbers: list[int], chunks: FeatureChunks) -> None:
+        self.batches = [batch for number in numbers for batch in chunks.batches(number)]
 
     def __len__(self) -> int:
-        return sum(len(self.parts.batches(number)) for number in self.numbers)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return (list(batch) for number in self.numbers for batch in self.parts.batches(number))
+        return map(list, self.batches)
 
 
 def compute(
-    parts: FeatureChunks, encode: Encode, data: ImageData, source: EveryImage, fabric: Fabric, most: int
+    chunks: FeatureChunks, encode: Encode, data: ImageData, source: EveryImage, fabric: Fabric, max_bad: int
 ) -> None:
-    """All parts that are missing, shared among the processes.
+    """Compute all chunks that are missing, shared among the processes.
 
     Args:
-        most: Unreadable images to tolerate.
+        max_bad: Unreadable images to tolerate.
 
     Raises:
-        UserError: On every process, where one finds an image too many that cannot be read, or cannot write.
+        UserError: On every process, where one of them finds too many unreadable images, or cannot write.
         PeerLost: Another process is gone.
     """
     fabric.launch()
-    begun: tuple[str, list[int], int] = (parts.key, [], 0)
+    first_view: tuple[str, list[int], int] = (chunks.key, [], 0)
     if is_first_rank():
-        begun = (parts.key, parts.missing(), len(parts.bad()))
-        there = parts.count - len(begun[1])
-        print(f"{len(source)} images" + (f"; {there} of {parts.count} parts are there" if there else ""), flush=True)
-    key, missing, bad = fabric.broadcast(begun)
+        missing = chunks.missing()
+        first_view = (chunks.key, missing, len(chunks.bad()))
+        done = chunks.count - len(missing)
+        print(f"{len(source)} images" + (f"; {done} of {chunks.count} parts are there" if done else ""), flush=True)
+    key, missing, bad = fabric.broadcast(first_view)
     mine = missing[fabric.global_rank :: fabric.world_size]
     turns = -(-len(missing) // fabric.world_size)
-    # Other files than the first process has found: numbers would mean other images.
-    error = "" if key == parts.key else f"process {fabric.global_rank} has other images below {data.root} or settings"
-    bar = tqdm(total=parts.images(mine), unit=" images", disable=None if is_first_rank() else True)
+    # With other files than the first process has, numbers would mean other images.
+    error = "" if key == chunks.key else f"process {fabric.global_rank} has other images below {data.root} or settings"
+    bar = tqdm(total=chunks.images(mine), unit=" images", disable=None if is_first_rank() else True)
     try:
         agreement = Agreement(1)
-        computed = part_by_part(mine, parts, encode, data, source, fabric.device, most - bad)
+        computed = compute_chunks(mine, chunks, encode, data, source, fabric.device, max_bad - bad)
         for turn in range(turns):
             try:
-                if not error:  # else the part stays away; the others hear of it in their next turn
+                if not error:  # otherwise the chunk is not computed; the others hear of it in their next turn
                     bar.update(next(computed, 0))
             except UserError as wrong:
                 error = str(wrong)
             if agreement.hear([int(bool(error))], wait=turn == turns - 1) != [0]:
                 raise UserError(gather(error)[0])
     except RuntimeError as lost:
-        if said := lost_peer(lost):
-            raise PeerLost(f"{said}; the same command again goes on from {parts.folder}") from None
+        if message := lost_peer(lost):
+            raise PeerLost(f"{message}; the same command again goes on from {chunks.folder}") from None
         raise
     finally:
         bar.close()
 
 
-def part_by_part(
-    mine: list[int],
-    parts: FeatureChunks,
+def compute_chunks(
+    numbers: list[int],
+    chunks: FeatureChunks,
     encode: Encode,
     data: ImageData,
     source: EveryImage,
     device: torch.device,
-    most: int,
+    max_bad: int,
 ) -> Iterator[int]:
-    """Compute and write one part after the other; gives the number of images of each.
+    """Compute and write one chunk after the other; yields the number of images of each.
 
     Raises:
-        UserError: More than `most` images cannot be read; a feature is not finite; a part cannot be written.
+        UserError: More than `max_bad` images cannot be read; a feature is not finite; a chunk cannot be written.
     """
     samples = ReadableSamples(source, data.image_size, data.crop_pct)
-    loaded: Iterator[Batch] = iter(data.loader(Loader, samples, Batches(mine, parts)) if mine else ())
-    dtype: torch.dtype = getattr(torch, parts.about["dtype"])
-    for number in mine:
+    loaded: Iterator[Batch] = iter(data.loader(Loader, samples, Batches(numbers, chunks)) if numbers else ())
+    dtype: torch.dtype = getattr(torch, chunks.about["dtype"])
+    for number in numbers:
         rows: list[Tensor] = []
-        values = [torch.zeros(0, len(parts.columns), parts.about["width"], dtype=dtype)]
+        values = [torch.zeros(0, len(chunks.columns), chunks.about["width"], dtype=dtype)]
         bad: list[tuple[int, str]] = []
-        for asked in parts.batches(number):
+        for indices in chunks.batches(number):
             batch = next(loaded)
             rows.append(batch.indices)
-            left_out = sorted(set(asked) - set(batch.indices.tolist()))
+            left_out = sorted(set(indices) - set(batch.indices.tolist()))
             bad += [(index, error.reason) for index, error in zip(left_out, batch.errors, strict=True)]
-            if batch.errors and (most := most - len(batch.errors)) < 0:
+            if batch.errors and (max_bad := max_bad - len(batch.errors)) < 0:
                 raise UserError(f"{batch.errors[-1]}; {MORE}")
             if len(batch.images):
-                values.append(encoded(encode, data, batch, device).to(dtype).cpu())
+                values.append(encode_batch(encode, data, batch, device).to(dtype).cpu())
             if not values[-1].isfinite().all():
-                way = "" if dtype == torch.float32 else ": use --dtype float32"
-                raise UserError(f"features from {source.where(asked[0])} on are not finite in {dtype}{way}")
+                hint = "" if dtype == torch.float32 else ": use --dtype float32"
+                raise UserError(f"features from {source.where(indices[0])} on are not finite in {dtype}{hint}")
         columns = {
-            name: value.contiguous() for name, value in zip(parts.columns, torch.cat(values).unbind(1), strict=True)
+            name: value.contiguous() for name, value in zip(chunks.columns, torch.cat(values).unbind(1), strict=True)
         }
-        parts.write(number, FeatureChunk(torch.cat(rows), columns, bad))
-        yield parts.images([number])
+        chunks.write(number, FeatureChunk(torch.cat(rows), columns, bad))
+        yield chunks.images([number])
 
 
 @torch.no_grad()
-def encoded(encode: Encode, data: ImageData, batch: Batch, device: torch.device) -> Tensor:
+def encode_batch(encode: Encode, data: ImageData, batch: Batch, device: torch.device) -> Tensor:
     return encode(data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images)
 
 
-def finish(parts: FeatureChunks, source: EveryImage, most: int) -> None:
-    """Put the file together, and in its place.
+def write_output(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> None:
+    """Check the unreadable images of all processes together, and put the output file together.
 
     Raises:
-        UserError: More than `most` images are left out, by all processes together; or it cannot be written.
+        UserError: More than `max_bad` images are left out; or the file cannot be written.
     """
-    bad = parts.bad()
-    if len(bad) > most:
+    bad = chunks.bad()
+    if len(bad) > max_bad:
         raise UserError(f"{len(bad)} images cannot be read, among them {source.where(bad[0][0])}: {bad[0][1]}; {MORE}")
-    final = parts.folder / FINAL
-    with os_errors_as_user_errors(parts.out):
-        WRITERS[parts.out.suffix](final, parts, source)
-        sync(final)
-        if bad:
-            lines = [f"{source.path(index)}\t{' '.join(reason.split())}\n" for index, reason in bad]
-            atomic_write_text(parts.bad_list, "".join(lines))
-        else:
-            parts.bad_list.unlink(missing_ok=True)
-        (parts.folder / ABOUT).replace(parts.folder / FINISHED)
-        sync(parts.folder)
-        final.replace(parts.out)
-        sync(parts.out.parent)
-    left_out = f"; {len(bad)} unreadable images are left out, listed in {parts.bad_list}" if bad else ""
-    size = f"{' and '.join(parts.columns)} of {parts.about['width']} {parts.about['dtype']} each"
-    print(f"wrote {parts.out}: {len(source) - len(bad)} images, {size}{left_out}", flush=True)
+    chunks.finish(source, "".join(f"{source.path(index)}\t{' '.join(reason.split())}\n" for index, reason in bad))
+    left_out = f"; {len(bad)} unreadable images are left out, listed in {chunks.bad_list}" if bad else ""
+    size = f"{' and '.join(chunks.columns)} of {chunks.about['width']} {chunks.about['dtype']} each"
+    print(f"wrote {chunks.out}: {len(source) - len(bad)} images, {size}{left_out}", flush=True)

@@ -1,17 +1,17 @@
-"""What `mae embed` has computed so far, part by part, in a folder beside the file that it will be.
+"""What `mae embed` has computed so far, chunk by chunk in a folder beside the output file, and the file made of it.
 
-A part is complete or not there, and says what it was computed with: parts of other settings never mix.
+A chunk is complete or absent, and names the settings it was computed with: chunks of different settings never mix.
 """
 
-import fcntl
 import hashlib
 import importlib.util
 import json
-import os
-from collections.abc import Iterator
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -21,43 +21,53 @@ from torch import Tensor
 from mae.errors import UserError
 from mae.options import out_file
 from mae.runtime.environment import is_first_rank
-from mae.runtime.storage import sync
+from mae.runtime.files import (
+    PARTIAL,
+    atomic_write,
+    atomic_write_text,
+    exclusive_lock,
+    os_errors_as_user_errors,
+    sync,
+)
 
-SUFFIXES = (".parquet", ".npz")
+ABOUT, LOCK = "about.json", "lock"  # beside the chunks: their settings; the lock of the process that writes them
 
-ABOUT, LOCK, FINAL, FINISHED = "about.json", "lock", "final", "finished.json"  # beside the parts
+CHUNKS = "[0-9]*.safetensors"
 
-PARTS = "[0-9]*.safetensors"
+one_line_errors = partial(
+    os_errors_as_user_errors, hint="what is there is kept for the next start", also=SafetensorError
+)
 
 
 def checked_out(path: str, force: bool) -> Path:
-    """The file to write, before there is any work for it.
+    """The file to write, checked before there is any work for it.
 
     Raises:
-        UserError: It is of neither format, cannot be written, or is there already.
+        UserError: The format is unknown, or the file cannot be written or exists already.
     """
     out = out_file(path)
-    if out.suffix not in SUFFIXES:
-        raise UserError(f"--out {out}: the name says what is written: wanted is {' or '.join(SUFFIXES)}")
+    if out.suffix not in WRITERS:
+        raise UserError(f"--out {out}: the suffix names the format, which must be {' or '.join(WRITERS)}")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:
         raise UserError(
             f'--out {out}: Parquet needs the package pyarrow: pip install "vit-mae-lightning[embed]", or give a .npz'
         )
-    if is_first_rank() and out.exists() and not force and not (parts_of(out) / FINISHED).exists():
-        raise UserError(f"--out {out} is there already: --force true replaces it")
+    # Settings in the folder are those of an earlier start, which was allowed to write the file.
+    if is_first_rank() and out.exists() and not force and not (chunk_folder(out) / ABOUT).exists():
+        raise UserError(f"--out {out} exists already: --force true replaces it")
     return out
 
 
-def parts_of(out: Path) -> Path:
+def chunk_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
 
 
 class FeatureChunk(NamedTuple):
-    """Features of some images that follow each other.
+    """Features of consecutive images.
 
     Attributes:
-        rows: (n,) int64, the numbers of those that could be read.
-        columns: By name (n, D) each.
+        rows: (n,) int64, numbers of the images that could be read.
+        columns: Features by name, (n, D) each.
         bad: Number and reason of the others.
     """
 
@@ -66,70 +76,84 @@ class FeatureChunk(NamedTuple):
     bad: list[tuple[int, str]]
 
 
+class Images(Protocol):
+    """Names and labels of the images, by number."""
+
+    labelled: bool
+
+    def path(self, index: int) -> str: ...
+
+    def label(self, index: int) -> str | None: ...
+
+
 class FeatureChunks:
-    """What is computed so far, and what it is computed with."""
+    """The chunks of one output file.
+
+    Args:
+        out: The output file.
+        about: All settings that the features depend on.
+    """
 
     def __init__(self, out: Path, about: dict[str, Any]) -> None:
-        self.out, self.about, self.folder = out, about, parts_of(out)
+        self.out, self.about, self.folder = out, about, chunk_folder(out)
         self.text = json.dumps(about)
         self.size = about["batch_size"] * about["batches_per_part"]
         self.count = -(-about["images"] // self.size)
         self.key = hashlib.blake2b(self.text.encode(), digest_size=8).hexdigest()
         layers = about["layers"]
         self.columns = ["features"] if len(layers) == 1 else [f"features_{layer}" for layer in layers]
+        self.bad_list = out.with_name(f"{out.name}.bad.txt")
 
-    @property
-    def bad_list(self) -> Path:
-        return self.out.with_name(f"{self.out.name}.bad.txt")
-
-    def path(self, number: int) -> Path:
-        return self.folder / f"{number:06d}.safetensors"
-
-    def begin(self, force: bool) -> bool:
-        """Make the folder fit for these settings; whether there is anything to do.
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes off the folder, which is removed at the end if it is empty.
 
         Raises:
-            UserError: It holds parts of other settings, and they are not to be thrown away.
+            UserError: Another process works in it, or it cannot be made.
         """
-        with os_errors_as_user_errors(self.folder):
-            for path in self.folder.glob("*.partial"):
+        with one_line_errors(self.folder):
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / LOCK).touch()
+        with exclusive_lock(self.folder / LOCK, "mae embed", ": wait for it, or give another --out"):
+            try:
+                yield
+            finally:
+                with suppress(OSError):
+                    if [path.name for path in self.folder.iterdir()] == [LOCK]:
+                        (self.folder / LOCK).unlink()
+                        self.folder.rmdir()
+
+    def begin(self, force: bool) -> None:
+        """Prepare the folder for these settings.
+
+        Raises:
+            UserError: It holds chunks of other settings, and they are not to be thrown away.
+        """
+        with one_line_errors(self.folder):
+            for path in self.folder.glob(f"*{PARTIAL}"):
                 path.unlink()
-            if (self.folder / FINISHED).exists():
-                if (self.folder / FINAL).exists():  # killed before the file was in its place
-                    (self.folder / FINISHED).replace(self.folder / ABOUT)
-                else:  # or after that, before all parts were gone
-                    same = self.known(FINISHED) == self.about
-                    self.clear()
-                    if same and not force:
-                        print(f"{self.out} is complete: an earlier start has finished it", flush=True)
-                        return False
-                    checked_out(str(self.out), force)
-            known = self.known(ABOUT)
-            if known != self.about and any(self.folder.glob(PARTS)):
-                keys = [key for key in self.about | known if known.get(key) != self.about.get(key)]
+            earlier: dict[str, Any] = {}
+            with suppress(FileNotFoundError, ValueError):
+                earlier = json.loads((self.folder / ABOUT).read_text())
+            if earlier != self.about and any(self.folder.glob(CHUNKS)):
                 if not force:
-                    differ = "; ".join(f"{key} {known.get(key)}, here {self.about.get(key)}" for key in keys)
+                    keys = [key for key in self.about | earlier if earlier.get(key) != self.about.get(key)]
+                    changes = "; ".join(f"{key} {earlier.get(key)}, here {self.about.get(key)}" for key in keys)
                     raise UserError(
-                        f"{self.folder} holds parts of an unfinished `mae embed` with other settings ({differ}): the "
+                        f"{self.folder} holds parts of an unfinished `mae embed` with other settings ({changes}): the "
                         "same settings again complete it, --force true starts over"
                     )
                 self.clear()
             atomic_write_text(self.folder / ABOUT, self.text)
-        return True
 
-    def known(self, name: str) -> dict[str, Any]:
-        """The settings that the folder is said to be of; none where nothing is said."""
-        try:
-            found: dict[str, Any] = json.loads((self.folder / name).read_text())
-        except (FileNotFoundError, ValueError):
-            return {}
-        return found
+    def path(self, number: int) -> Path:
+        return self.folder / f"{number:06d}.safetensors"
 
     def missing(self) -> list[int]:
-        return [number for number in range(self.count) if not self.holds(number)]
+        return [number for number in range(self.count) if self._bad_images(number) is None]
 
     def batches(self, number: int) -> list[range]:
-        """The images of a part."""
+        """Numbers of the images of a chunk, batch by batch."""
         size = self.about["batch_size"]
         first, end = number * self.size, min((number + 1) * self.size, self.about["images"])
         return [range(start, min(start + size, end)) for start in range(first, end, size)]
@@ -137,85 +161,96 @@ class FeatureChunks:
     def images(self, numbers: list[int]) -> int:
         return sum(len(batch) for number in numbers for batch in self.batches(number))
 
-    def holds(self, number: int) -> bool:
-        """Whether a part is there, whole, and of these settings."""
+    def _bad_images(self, number: int) -> list[tuple[int, str]] | None:
+        """Unreadable images of a chunk; None if it is absent, damaged or of other settings."""
         try:
-            with safe_open(self.path(number), "pt") as file:
-                return bool((file.metadata() or {}).get("key") == self.key)
+            with safe_open(self.path(number), "np") as file:
+                metadata = file.metadata() or {}
         except (FileNotFoundError, SafetensorError):
-            return False
+            return None
+        return json.loads(metadata["bad"]) if metadata.get("key") == self.key else None
 
-    def write(self, number: int, part: FeatureChunk) -> None:
-        unfinished = self.folder / f"{number:06d}.{os.getpid()}.partial"
-        metadata = {"key": self.key, "bad": json.dumps(part.bad)}
-        with os_errors_as_user_errors(unfinished):
-            save_file({"rows": part.rows, **part.columns}, unfinished, metadata)
-            sync(unfinished)
-            unfinished.replace(self.path(number))
+    def bad(self) -> list[tuple[int, str]]:
+        """Number and reason of the unreadable images in the chunks so far."""
+        return [image for number in range(self.count) for image in self._bad_images(number) or []]
+
+    def write(self, number: int, chunk: FeatureChunk) -> None:
+        path, metadata = self.path(number), {"key": self.key, "bad": json.dumps(chunk.bad)}
+        with one_line_errors(path), atomic_write(path) as partial:
+            save_file({"rows": chunk.rows, **chunk.columns}, partial, metadata)
 
     def read(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each part the rows (n,) and one of its tensors."""
+        """Rows (n,) and one of the tensors of each chunk."""
         for number in range(self.count):
             with safe_open(self.path(number), "np") as file:
                 yield file.get_tensor("rows"), file.get_tensor(name)
 
-    def bad(self) -> list[tuple[int, str]]:
-        """Number and reason of the unreadable images in the parts that are there."""
-        found: list[tuple[int, str]] = []
-        for number in range(self.count):
-            if self.holds(number):
-                with safe_open(self.path(number), "np") as file:
-                    found += json.loads(file.metadata()["bad"])
-        return found
+    def finish(self, images: Images, bad_list: str) -> None:
+        """Make the output file of the chunks, and a file beside it that lists the unreadable images, if any."""
+        with one_line_errors(self.out):
+            if bad_list:
+                atomic_write_text(self.bad_list, bad_list)
+            else:
+                self.bad_list.unlink(missing_ok=True)
+            with atomic_write(self.out) as partial:
+                WRITERS[self.out.suffix](partial, self, images)
+            sync(self.out.parent)
 
     def clear(self) -> None:
-        """Remove what this command has written, the sign that it is finished last."""
-        for pattern in (PARTS, "*.partial", ABOUT, FINAL, FINISHED):
+        """Remove the chunks, and then their settings."""
+        for pattern in (CHUNKS, f"*{PARTIAL}", ABOUT):
             for path in self.folder.glob(pattern):
                 path.unlink()
 
 
-@contextmanager
-def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """A full disk and the like as one line."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"{path} cannot be written: {reason}; what is there is kept for the next start") from None
+def write_npz(path: Path, chunks: FeatureChunks, images: Images) -> None:
+    """Arrays path, label where there are labels ("" for none), the features, and about (JSON)."""
+    rows = np.concatenate([rows for rows, _ in chunks.read("rows")])
+    texts: dict[str, Callable[[int], str]] = {"path": images.path}
+    if images.labelled:
+        texts["label"] = lambda row: images.label(row) or ""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, text in texts.items():
+            dtype = np.dtype(f"<U{max(1, max(map(len, map(text, rows)), default=0))}")
+            values = (np.array([text(row) for row in some], dtype) for some, _ in chunks.read("rows"))
+            add_array(archive, name, dtype, (len(rows),), values)
+        dtype, shape = np.dtype(chunks.about["dtype"]).newbyteorder("<"), (len(rows), chunks.about["width"])
+        for name in chunks.columns:
+            add_array(archive, name, dtype, shape, (values.astype(dtype) for _, values in chunks.read(name)))
+        about = np.array(chunks.text)
+        add_array(archive, "about", about.dtype, (), iter([about]))
 
 
-@contextmanager
-def exclusive_lock(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone; it is removed in the end if nothing is left in it.
-
-    Raises:
-        UserError: Another process has it, or it cannot be made.
-    """
-    with os_errors_as_user_errors(folder):
-        folder.mkdir(exist_ok=True)
-        lock = open(folder / LOCK, "a")
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it up when this process ends
-        except (BlockingIOError, PermissionError):  # systems differ in which of them
-            raise UserError(f"another mae embed is writing to {folder}: wait for it, or give another --out") from None
-        except OSError:
-            pass  # a file system that knows no locks
-        if not (folder / LOCK).exists() or os.fstat(lock.fileno()).st_ino != (folder / LOCK).stat().st_ino:
-            raise UserError(f"another mae embed has just finished in {folder}")
-        try:
-            yield
-        finally:
-            with suppress(OSError):
-                if os.listdir(folder) == [LOCK]:
-                    (folder / LOCK).unlink()
-                    folder.rmdir()
+def add_array(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Iterator[np.ndarray]
+) -> None:
+    """Add an array whose rows come in chunks, as a member that `numpy.load` reads."""
+    member = zipfile.ZipInfo(f"{name}.npy")  # dated 1980: the same bytes whenever they are written
+    with archive.open(member, "w", force_zip64=True) as file:
+        header = {"descr": dtype.str, "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        for chunk in chunks:
+            file.write(chunk.tobytes())
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Whole or not there."""
-    unfinished = path.with_name(f"{path.name}.partial")
-    unfinished.write_text(text)
-    sync(unfinished)
-    unfinished.replace(path)
+def write_parquet(path: Path, chunks: FeatureChunks, images: Images) -> None:
+    """Columns path, label where there are labels, the features; a row group per chunk; `about` in the metadata."""
+    import pyarrow as pa  # type: ignore[import-untyped, import-not-found, unused-ignore]
+    from pyarrow import parquet  # type: ignore[import-untyped, import-not-found, unused-ignore]
+
+    width, texts = chunks.about["width"], ["path", "label"] if images.labelled else ["path"]
+    value = {"float32": pa.float32(), "float16": pa.float16()}[chunks.about["dtype"]]
+    fields = [pa.field(name, pa.string()) for name in texts]
+    fields += [pa.field(name, pa.list_(value, width)) for name in chunks.columns]
+    schema = pa.schema(fields, metadata={"about": chunks.text})
+    settings = {"compression": "zstd", "use_dictionary": ["label"], "write_statistics": ["path", "label"]}
+    with parquet.ParquetWriter(path, schema, **settings) as writer:
+        for tensors in zip(*(chunks.read(name) for name in chunks.columns), strict=True):
+            rows = tensors[0][0].tolist()
+            columns = [[images.path(row) for row in rows], [images.label(row) for row in rows]][: len(texts)]
+            columns += [pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), width) for _, values in tensors]
+            if rows:
+                writer.write_table(pa.table(columns, schema=schema), row_group_size=len(rows))
+
+
+WRITERS: dict[str, Callable[[Path, FeatureChunks, Images], None]] = {".parquet": write_parquet, ".npz": write_npz}

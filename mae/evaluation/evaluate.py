@@ -19,6 +19,7 @@ from mae.evaluation import plots
 from mae.evaluation.metrics import Scores, score_line
 from mae.options import ToolParser, out_file, out_folder
 from mae.runtime.environment import is_first_rank
+from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
 from mae.weights.classifier import Classifier, load_classifier
 from mae.weights.load import fill_data_settings, trained_data_settings
@@ -169,8 +170,7 @@ def predict_command(args: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
     bad = []
-    unfinished = out.with_suffix(".partial")
-    with unfinished.open("w", newline="") as file:
+    with atomic_write(out) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability", *classifier.classes])
         for batch in data.readable(source):
@@ -185,7 +185,6 @@ def predict_command(args: Sequence[str]) -> None:
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]
                 writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
-    unfinished.replace(out)
     print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes")
     if bad:
         raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torchmetrics import SumMetric
 from torchmetrics.classification import MulticlassConfusionMatrix, MulticlassStatScores
 
+from mae.runtime.files import atomic_write_text
+
 
 class Report(NamedTuple):
     """The result of an evaluation; accuracies in percent."""
@@ -54,9 +56,8 @@ class Report(NamedTuple):
             writer = csv.writer(file)
             writer.writerow(["true \\ predicted", *self.classes])
             writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
-        unfinished = paths[0].with_suffix(".partial")  # written last and atomically: where it exists, all is written
-        unfinished.write_text(json.dumps({**self.figures(), **more}, indent=1) + "\n")
-        unfinished.replace(paths[0])
+        # Last: where this file exists, the others are complete.
+        atomic_write_text(paths[0], json.dumps({**self.figures(), **more}, indent=1) + "\n")
         return paths
 
 

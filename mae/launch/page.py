@@ -1,4 +1,4 @@
-"""A page as Markdown and as one self-contained HTML file: text, tables, pictures, curves."""
+"""Build a page as Markdown and as one self-contained HTML file, from text, tables, pictures and curves."""
 
 import base64
 import html
@@ -9,38 +9,38 @@ from typing import NamedTuple
 Points = list[tuple[float, float]]
 
 
-class Block(NamedTuple):
-    """A piece of the page, in both of its forms."""
+class PageBlock(NamedTuple):
+    """A piece of the page, in both formats."""
 
     markdown: str
     html: str
 
 
-def text(tag: str, content: str) -> Block:
+def text_block(tag: str, content: str) -> PageBlock:
     escaped = html.escape(content, quote=False)
-    return Block({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
+    return PageBlock({"h1": "# ", "h2": "## ", "p": ""}[tag] + escaped, f"<{tag}>{escaped}</{tag}>")
 
 
-def image(out: Path, path: Path, title: str) -> Block:
-    """Inside the HTML, and named in the Markdown, which lies in `out`."""
+def picture_block(out: Path, path: Path, title: str) -> PageBlock:
+    """A picture, embedded in the HTML and linked in the Markdown, which is a file in the folder `out`."""
     name, inside = path.relative_to(out).as_posix(), base64.b64encode(path.read_bytes()).decode()
-    return Block(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
+    return PageBlock(f"![{title}]({name})", f'<img alt="{html.escape(title)}" src="data:image/png;base64,{inside}">')
 
 
-def grid(rows: Sequence[Sequence[str]]) -> Block:
+def table_block(rows: Sequence[Sequence[str]]) -> PageBlock:
     """A table; the first row is its header."""
     escaped = [[html.escape(cell, quote=False) for cell in row] for row in rows]
     lines = [" | ".join(cell.replace("|", "\\|") for cell in row) for row in escaped]
     lines.insert(1, " | ".join(["---"] * len(rows[0])))
     cells = ["".join(f"<{tag}>{cell}</{tag}>" for cell in row)
              for tag, row in zip(["th"] + ["td"] * len(rows), escaped, strict=False)]  # fmt: skip
-    return Block(
+    return PageBlock(
         "\n".join(f"| {line} |" for line in lines), "<table><tr>" + "</tr>\n<tr>".join(cells) + "</tr></table>"
     )
 
 
-def code(content: str) -> Block:
-    return Block(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
+def code_block(content: str) -> PageBlock:
+    return PageBlock(f"```bash\n{content}\n```", f"<pre>{html.escape(content)}</pre>")
 
 
 STYLE = """body { font: 16px/1.5 system-ui, sans-serif; max-width: 64em; margin: 2em auto; padding: 0 1em; color: #222 }
@@ -51,8 +51,8 @@ img { max-width: 100% }
 pre { padding: 1em; overflow-x: auto }"""
 
 
-def write(title: str, blocks: Sequence[Block], markdown: Path, page: Path) -> None:
-    """Save both forms."""
+def write_files(title: str, blocks: Sequence[PageBlock], markdown: Path, page: Path) -> None:
+    """Save the page in both formats."""
     markdown.write_text("\n\n".join(block.markdown for block in blocks) + "\n", encoding="utf-8")
     head = f'<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n<style>\n{STYLE}\n</style>'
     body = "\n".join(block.html for block in blocks)
@@ -61,7 +61,7 @@ def write(title: str, blocks: Sequence[Block], markdown: Path, page: Path) -> No
 
 
 def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
-    """Save curves over images seen as a PNG; a curve is its name, points and the number of its colour."""
+    """Save curves over images seen as a PNG; each curve is a name, points and the number of a colour."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`mae report`: the whole experiment over several seeds, and one page that shows it beside the published figures."""
+"""`mae report`: the whole experiment over several seeds, on one page beside the published figures."""
 
 import contextlib
 import csv
@@ -25,20 +25,21 @@ from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
 from mae.launch import page
 from mae.launch import stages as stages_module
+from mae.options import flatten_settings
 from mae.runtime.checkpoint_files import last_checkpoint
 
 Settings = dict[str, Any]
 
 
-# In the order in which they run; the names are those of the commands and of the config's sections.
+# In the order in which the stages run; the keys are the names of the commands and of the config's sections.
 TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
 
-# What a plain pre-training config shares with the later stages.
+# Data settings that a plain pre-training config shares with the later stages.
 IDENTITY = ("dataset", "root", "train_dir", "val_dir", "image_size", "in_chans", "mean", "std", "num_workers")
 
-PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # given to each run here; a run's own config.yaml has them, too
+PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # set for each run here; a run's config.yaml has them, too
 
-STOP_SECONDS = 30.0  # that a stopped stage has to end by itself
+STOP_SECONDS = 30.0  # in which a stage that is to stop may end by itself
 
 
 def report_command(args: Sequence[str]) -> None:
@@ -58,12 +59,12 @@ def report_command(args: Sequence[str]) -> None:
     chosen = config.stages or list(plan.stages)
     if left_out := [stage for stage in chosen if stage not in plan.stages]:
         raise UserError(f"--stages {left_out[0]}: {plan.path} leaves this stage out")
-    jobs = [Job(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
+    jobs = [StageRun(stage, seed, out / f"seed_{seed}", plan.stages[stage]) for seed in seeds for stage in plan.stages]
     check_settings(plan, jobs[: len(plan.stages)])
     check_finished(jobs)
     try:
         for job in jobs:
-            if job.stage in chosen and perform(job):
+            if job.stage in chosen and run_stage(job):
                 write_page(plan, seeds, jobs, out)  # a look at a long report need not wait for its end
         write_page(plan, seeds, jobs, out)
     except OSError as error:
@@ -76,7 +77,7 @@ def report_command(args: Sequence[str]) -> None:
 
 class Plan(NamedTuple):
     path: Path
-    stages: dict[str, Settings]  # those that run, in order, each as a config of its command
+    stages: dict[str, Settings]  # the stages to run, in order, each as a config of its command
     published: list[Settings]  # stage, value (top-1 in percent), source
 
 
@@ -89,17 +90,17 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
     Raises:
         UserError: Names the file, section or key.
     """
-    given = read_yaml(path)
-    if not {*TITLES, "published"} & given.keys():
-        data = mapping(given.get("data"), path, "data")
-        given = {"pretrain": given, "data": {key: data[key] for key in IDENTITY if key in data}}
+    config = read_yaml(path)
+    if not {*TITLES, "published"} & config.keys():
+        data = mapping(config.get("data"), path, "data")
+        config = {"pretrain": config, "data": {key: data[key] for key in IDENTITY if key in data}}
     known = ("data", *TITLES, "published")
-    if unknown := [key for key in given if key not in known]:
+    if unknown := [key for key in config if key not in known]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}; the keys of a report are {', '.join(known)}")
-    shared = {"data": mapping(given.get("data"), path, "data")}
+    shared = {"data": mapping(config.get("data"), path, "data")}
     stages = {}
     for stage in TITLES:
-        section = given.get(stage, {})
+        section = config.get(stage, {})
         if section is None or section is False:
             continue
         section = dict(mapping(section, path, stage))
@@ -115,7 +116,7 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
         if "pretrain" not in stages and not has_encoder(stage, settings):
             key = "encoder" if stage == "knn" else "model.encoder"
             raise UserError(f"{path}: {stage} has no encoder, as pretrain is left out: set {key} in its section")
-    published = given.get("published") or []
+    published = config.get("published") or []
     for entry in published if isinstance(published, list) else [published]:
         if (
             not isinstance(entry, dict)
@@ -144,31 +145,23 @@ def mapping(value: Any, path: Path, name: str) -> Settings:
 
 
 def merge(base: Settings, over: Settings) -> Settings:
-    """Both, nested; where they disagree, `over`."""
-    both = dict(base)
+    """Nested settings of both; where they disagree, those of `over`."""
+    merged = dict(base)
     for key, value in over.items():
-        old = both.get(key)
-        both[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return both
-
-
-def flatten_settings(settings: Settings, prefix: str = "") -> Settings:
-    """By keys of the command line: {"data": {"root": "x"}} is {"data.root": "x"}."""
-    found: Settings = {}
-    for key, value in settings.items():
-        found |= flatten_settings(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
 
 
 def has_encoder(stage: str, settings: Settings) -> bool:
-    """Whether the settings say what the stage starts from, instead of the encoder that the report pre-trains."""
+    """Whether the settings name the encoder that the stage starts from, in place of the one pre-trained here."""
     return flatten_settings(settings).get("encoder" if stage == "knn" else "model.encoder") is not None
 
 
 # ---- the stages ----------------------------------------------------------------------------------------------------
 
 
-class Job(NamedTuple):
+class StageRun(NamedTuple):
     """One stage of one seed."""
 
     stage: str
@@ -186,11 +179,11 @@ class Job(NamedTuple):
 
     @property
     def follows(self) -> bool:
-        """Whether it starts from the encoder that this seed pre-trains."""
+        """Whether the stage starts from the encoder that this seed pre-trains."""
         return self.stage != "pretrain" and not has_encoder(self.stage, self.settings)
 
     def arguments(self, config: str) -> list[str]:
-        """Of the stage's command."""
+        """Arguments of the stage's command."""
         args = ["--config", config]
         if self.stage == "knn":
             args += ["--out", str(self.folder / "knn.json")]
@@ -201,7 +194,7 @@ class Job(NamedTuple):
         return args
 
     def figures(self) -> dict[str, float]:
-        """By name; empty if the stage is not finished."""
+        """Results by name; empty if the stage is not finished."""
         if self.stage == "pretrain":
             if not (self.run_dir / "encoder.safetensors").is_file():
                 return {}
@@ -211,15 +204,15 @@ class Job(NamedTuple):
         if self.stage == "probe" and (mode := self.settings.get("mode", "recipe")) != "recipe":
             fast = {" (cached features)": self.run_dir / "cached" / "results.json"}
             files = fast if mode == "cached" else files | fast
-        found: dict[str, float] = {}
-        for way, path in files.items():
+        figures: dict[str, float] = {}
+        for suffix, path in files.items():
             try:
                 result = json.loads(path.read_text())
-            except (OSError, ValueError):  # not there, or cut off while it was written
+            except (OSError, ValueError):  # absent, or cut off while it was written
                 return {}
             names = {"top-1": "acc1", "top-5": "acc5", "images": "images"}
-            found |= {f"{name}{way}": result[key] for name, key in names.items() if key in result}
-        return found
+            figures |= {f"{name}{suffix}": result[key] for name, key in names.items() if key in result}
+        return figures
 
     def curve(self, key: str) -> page.Points:
         """(images seen, value) of a metric of the run."""
@@ -230,7 +223,7 @@ class Job(NamedTuple):
             return [(float(row["images_seen"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
 
     def difference(self) -> str | None:
-        """The first setting in which what has run differs from the config, in words."""
+        """A sentence about the first setting in which the config differs from the run's; None if they agree."""
         then = flatten_settings(read_yaml(self.settings_file)) if self.settings_file.is_file() else {}
         now = flatten_settings(self.settings)
         for key in sorted(then.keys() | now.keys()):
@@ -240,8 +233,8 @@ class Job(NamedTuple):
         return None
 
 
-def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
-    """A misspelt key of a late stage is found now, by that stage's own parser, and not after days of pre-training."""
+def check_settings(plan: Plan, jobs: Sequence[StageRun]) -> None:
+    """Check each stage's settings with its own parser, so that a mistake does not show after days of pre-training."""
     commands: dict[str, Callable[[Sequence[str]], object]] = {
         "pretrain": stages_module.PretrainCLI,
         "knn": knn.knn_command,
@@ -257,8 +250,8 @@ def check_settings(plan: Plan, jobs: Sequence[Job]) -> None:
             raise UserError(f"{plan.path}, settings of {job.stage}: {error}") from None
 
 
-def check_finished(jobs: Sequence[Job]) -> None:
-    """What is finished belongs to this config and to the encoder of its seed.
+def check_finished(jobs: Sequence[StageRun]) -> None:
+    """Check that what is finished belongs to this config and to the encoder of its seed.
 
     Raises:
         UserError: Names the first setting that differs, or the stage whose encoder is gone.
@@ -269,7 +262,7 @@ def check_finished(jobs: Sequence[Job]) -> None:
             continue
         way_out = f"give another --out, or delete {job.folder}"
         if difference := job.difference():
-            # The later stages started from the encoder, so they go with it.
+            # The later stages started from the encoder, so they must be deleted with it.
             way_out += {"pretrain": "", "knn": "/knn.json"}.get(job.stage, f"/{job.stage}")
             raise UserError(f"{difference}, which is finished: {way_out}")
         if job.follows and not (encoder := encoders[job.seed]).figures():
@@ -278,17 +271,17 @@ def check_finished(jobs: Sequence[Job]) -> None:
                 raise UserError(f"the encoder that {job.stage} of seed {job.seed} started from is gone: {way_out}")
 
 
-def perform(job: Job) -> bool:
-    """Run a stage unless it is finished, in a process of its own; one line on the terminal. Returns whether it ran.
+def run_stage(job: StageRun) -> bool:
+    """Run a stage in a process of its own unless it is finished, and print one line. Returns whether it ran.
 
     Raises:
-        UserError: The stage ended with the user's mistake, or without figures.
-        TrainingFailed: It ended otherwise than well.
+        UserError: The stage ended because of a mistake in the settings, or without figures.
+        TrainingFailed: It ended with any other error.
     """
     log, args = job.folder / f"{job.stage}.log", [job.stage, *job.arguments(str(job.settings_file))]
     print(f"seed {job.seed}  {TITLES[job.stage]:<13}", end=" ", flush=True)
     if done := job.figures():
-        print(f"{spoken(done)} (finished before)", flush=True)
+        print(f"{summary(done)} (finished before)", flush=True)
         return False
     print(f"log: {log} ... ", end="", flush=True)
     start = time.perf_counter()
@@ -296,7 +289,7 @@ def perform(job: Job) -> bool:
     head = f"# mae {shlex.join(args)}\n# {machine()}\n"  # for the page
     job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
     with log.open("ab") as file:
-        before = file.tell()  # an earlier try's words stay
+        before = file.tell()  # the output of earlier attempts stays
         try:
             command = [sys.executable, "-m", "mae.cli", *args]
             code = wait(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file))
@@ -304,11 +297,11 @@ def perform(job: Job) -> bool:
             print("stopped; the same command goes on from here", flush=True)
             raise
     figures = {} if code else job.figures()
-    print(f"{spoken(figures)}, {time.perf_counter() - start:.0f} s" if figures else "failed", flush=True)
+    print(f"{summary(figures)}, {time.perf_counter() - start:.0f} s" if figures else "failed", flush=True)
     if figures:
         return True
-    said = log.read_bytes()[before:].decode(errors="replace").splitlines()
-    reasons = [line.removeprefix("mae: error: ") for line in said if line.startswith("mae: error: ")]
+    output = log.read_bytes()[before:].decode(errors="replace").splitlines()
+    reasons = [line.removeprefix("mae: error: ") for line in output if line.startswith("mae: error: ")]
     reason = reasons[-1] if reasons else f"it ended with exit code {code}"
     if code == 0:
         reason = "it has no figures: are there held-out images (val/CLASS/* below data.root, or data.val_dir)?"
@@ -317,7 +310,7 @@ def perform(job: Job) -> bool:
 
 
 def wait(child: subprocess.Popen[bytes]) -> int:
-    """The exit code of a stage, which does not outlive this process's own Ctrl-C or SIGTERM."""
+    """Wait for a stage and return its exit code; Ctrl-C or SIGTERM of this process stop the stage, too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     try:
         return child.wait()
@@ -349,8 +342,8 @@ def machine() -> str:
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 
-def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path) -> None:
-    """report.md and report.html, of the stages that are finished."""
+def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: Path) -> None:
+    """Write report.md and report.html about the stages that are finished."""
     finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
     done = [job for job in jobs if (job.stage, job.seed) in finished]
     heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
@@ -361,12 +354,12 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         plan.published
     )
     blocks = [
-        page.text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
-        page.text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
-        *(page.text("p", where) for where in sorted({head[1] for head in heads})),
-        page.text("h2", "Figures"),
-        page.grid(table(plan, seeds, finished)),
-        page.text("p", " ".join(notes)),
+        page.text_block("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text_block("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
+        *(page.text_block("p", where) for where in sorted({head[1] for head in heads})),
+        page.text_block("h2", "Figures"),
+        page.table_block(figure_rows(plan, seeds, finished)),
+        page.text_block("p", " ".join(notes)),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for stage, keys, heading, label, name in (
@@ -377,17 +370,20 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
                  for job in done if job.stage == stage for key in keys]  # fmt: skip
         if any(points for _, points, _ in lines):
             page.draw(lines, label, out / name)
-            blocks += [page.text("h2", heading), page.image(out, out / name, f"{heading} over images seen")]
+            blocks += [
+                page.text_block("h2", heading),
+                page.picture_block(out, out / name, f"{heading} over images seen"),
+            ]
     if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
         step = int(panels[-1].stem.removeprefix("step_"))
         heading = f"Reconstructions: seed {seeds[0]}, step {step}"
-        blocks += [page.text("h2", heading), page.image(out, panels[-1], heading)]
-    blocks += [page.text("h2", "Commands"), page.code("\n".join(head[0] for head in heads))]
-    page.write(plan.path.stem, blocks, out / "report.md", out / "report.html")
+        blocks += [page.text_block("h2", heading), page.picture_block(out, panels[-1], heading)]
+    blocks += [page.text_block("h2", "Commands"), page.code_block("\n".join(head[0] for head in heads))]
+    page.write_files(plan.path.stem, blocks, out / "report.md", out / "report.html")
 
 
-def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
-    """A row for each figure of each stage, below a header."""
+def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
+    """A header, and a row for each figure of each stage."""
     rows = [["stage", "figure", *(f"seed {seed}" for seed in seeds), "mean ± std", "published", "difference"]]
     for stage in plan.stages:
         of_seeds = [finished.get((stage, seed), {}) for seed in seeds]
@@ -416,7 +412,8 @@ def mean_std(values: Sequence[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
 
-def spoken(figures: dict[str, float]) -> str:
-    said = {name: f"{value:.4f}" for name, value in figures.items() if "loss" in name}
-    said |= {name: f"{value:.2f} %" for name, value in figures.items() if name.startswith("top-1")}
-    return ", ".join(f"{name} {value}" for name, value in said.items())
+def summary(figures: dict[str, float]) -> str:
+    """The main figures of a stage, for its line on the terminal."""
+    texts = {name: f"{value:.4f}" for name, value in figures.items() if "loss" in name}
+    texts |= {name: f"{value:.2f} %" for name, value in figures.items() if name.startswith("top-1")}
+    return ", ".join(f"{name} {value}" for name, value in texts.items())

@@ -30,10 +30,10 @@ from mae.launch.run_folder import RunFolder
 from mae.options import OneLineErrors, check_ranges
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
+from mae.runtime.files import sync
 from mae.runtime.memory import is_out_of_memory
 from mae.runtime.processes import end_loaders
 from mae.runtime.run_lock import RunLock
-from mae.runtime.storage import sync
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2

@@ -13,7 +13,7 @@ from typing import IO, Any
 import torch
 
 from mae.errors import UserError
-from mae.runtime.storage import sync
+from mae.runtime.files import sync
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
 

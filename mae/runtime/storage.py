@@ -1,4 +1,4 @@
-"""Where bytes lie: a path on this machine, or an address that fsspec knows (s3://, http://, ...)."""
+"""Reading data from a path on this machine, or from an address that fsspec supports (s3://, http://, ...)."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from fsspec.core import url_to_fs
 
 from mae.errors import UserError
 
-ATTEMPTS = 3  # at remote bytes, a second apart and more: a network stumbles, and a run lasts for days
+ATTEMPTS = 3  # at reading remote bytes, with growing pauses: networks fail now and then, and a run lasts for days
 
 _HTTP = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=10, sock_read=30)}}  # seconds without an answer
 
@@ -25,7 +25,7 @@ Range = tuple[str, int, int]  # name of a file in the folder, first byte, number
 
 
 class Place:
-    """A folder or a file, local or remote. Remote folders are not listed: what is in them, an index must say.
+    """A folder or a file, local or remote. Remote folders cannot be listed: an index must say what is in them.
 
     A store's own settings (endpoint, credentials) come from its environment variables: for S3 those of botocore, such
     as AWS_ENDPOINT_URL, or fsspec's, FSSPEC_S3_ENDPOINT_URL.
@@ -46,10 +46,10 @@ class Place:
 
     @property
     def path(self) -> Path:
-        """Of a local place.
+        """The path of a local place.
 
         Raises:
-            UserError: It is remote.
+            UserError: The place is remote.
         """
         if self.remote:
             raise UserError(f"{self.where} is not on this machine: only shards can be read from afar (`mae pack`)")
@@ -65,21 +65,21 @@ class Place:
         fs, path = self._fs()
         for attempt in range(ATTEMPTS):
             try:
-                # Not fs.exists: over HTTP that takes any trouble for a no, and held-out images would go unnoticed.
+                # Not fs.exists: over HTTP it takes any error for a no, and held-out images would be left out silently.
                 fs.cat_file(path, start=0, end=1)
                 return True
             except FileNotFoundError:
                 return False
-            except Exception as error:  # of the store's own types
-                trouble = str(error) or type(error).__name__
+            except Exception as error:  # stores have exception types of their own
+                reason = str(error) or type(error).__name__
                 time.sleep(attempt)
-        raise UserError(f"{self.where} cannot be reached: {trouble}")
+        raise UserError(f"{self.where} cannot be reached: {reason}")
 
     def read(self) -> bytes:
         """The whole file.
 
         Raises:
-            OSError: And for remote places errors of the store's own types.
+            OSError: The file cannot be read; for remote places also exceptions of other types.
         """
         if not self.remote:
             return Path(self.where).read_bytes()
@@ -88,31 +88,31 @@ class Place:
         return data
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
-        """Parts of files in this folder; from afar all at once. What came short or failed is an exception."""
+        """Read parts of files in this folder, remote ones all at once; each result is the bytes or an exception."""
         if not self.remote:
             return [self._read_local(*one) for one in ranges]
         fs, path = self._fs()
-        found: list[Any] = [b""] * len(ranges)
-        missing = [i for i, (_, _, size) in enumerate(ranges) if size]  # no bytes are no range to ask for
+        results: list[Any] = [b""] * len(ranges)
+        missing = [i for i, (_, _, size) in enumerate(ranges) if size]  # an empty range cannot be requested
         for attempt in range(ATTEMPTS):
             if attempt:
                 time.sleep(attempt)
-            asked = [ranges[i] for i in missing]
+            wanted = [ranges[i] for i in missing]
             try:
                 answers: Sequence[Any] = fs.cat_ranges(
-                    [f"{path}/{name}" for name, _, _ in asked],
-                    [start for _, start, _ in asked],
-                    [start + size for _, start, size in asked],
+                    [f"{path}/{name}" for name, _, _ in wanted],
+                    [start for _, start, _ in wanted],
+                    [start + size for _, start, size in wanted],
                     on_error="return",
                 )
-            except Exception as error:  # of the store's own types
-                answers = [error] * len(asked)
+            except Exception as error:  # stores have exception types of their own
+                answers = [error] * len(wanted)
             for i, answer in zip(missing, answers, strict=True):
-                found[i] = checked(answer, ranges[i][2])
-            missing = [i for i in missing if isinstance(found[i], Exception)]
+                results[i] = checked(answer, ranges[i][2])
+            missing = [i for i in missing if isinstance(results[i], Exception)]
             if not missing:
                 break
-        return found
+        return results
 
     def _read_local(self, name: str, start: int, size: int) -> bytes | Exception:
         try:
@@ -122,7 +122,7 @@ class Place:
             return error
 
     def _fs(self) -> tuple[Any, str]:
-        # Once a process: connections and threads of a store do not survive the fork of a loader process.
+        # Once per process: connections and threads of a store do not survive the fork of a loader process.
         if self._opened[0] != os.getpid():
             try:
                 protocol = self.where.split("://")[0].split("::")[-1]
@@ -136,15 +136,6 @@ class Place:
 def checked(answer: Any, size: int) -> bytes | Exception:
     if isinstance(answer, Exception):
         return answer
-    if len(answer) != size:  # a file cut short, or a server that does not know ranges and sends all
+    if len(answer) != size:  # a truncated file, or a server without range requests that sends everything
         return OSError(f"{len(answer)} bytes came instead of {size}")
     return bytes(answer)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

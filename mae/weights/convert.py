@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from mae.errors import UserError
 from mae.options import ToolParser, out_file
-from mae.runtime.storage import sync
+from mae.runtime.files import sync
 from mae.weights import model_card, onnx_export
 from mae.weights.classifier import build_classifier
 from mae.weights.conversion_checks import (

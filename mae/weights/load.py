@@ -14,7 +14,7 @@ from timm.models.vision_transformer import VisionTransformer
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
 from mae.runtime.environment import is_first_rank
-from mae.runtime.storage import sync
+from mae.runtime.files import atomic_write
 from mae.weights import read_file
 from mae.weights.detect import detect_opened, require_usable, usable_weights
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchOverrides
@@ -131,13 +131,11 @@ def export_classifier(state: State, description: dict[str, Any], folder: Path) -
 
 def save_safetensors(tensors: State, description: dict[str, Any], path: Path) -> None:
     """Write a file with its description in the metadata; it gets its name once it is complete."""
-    unfinished = path.with_suffix(".partial")
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    save_file(tensors, unfinished, {"format": "pt", "mae": json.dumps(description)})
-    os.umask(umask := os.umask(0))  # the mask can only be read by setting it
-    unfinished.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
-    sync(unfinished)
-    unfinished.replace(path)
+    with atomic_write(path) as partial:
+        save_file(tensors, partial, {"format": "pt", "mae": json.dumps(description)})
+        os.umask(umask := os.umask(0))  # the mask can only be read by setting it
+        partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
 
 
 def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:

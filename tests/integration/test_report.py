@@ -78,8 +78,8 @@ def finish(out: Path, plan: report.Plan, seed: int, **top1: float) -> None:
     Image.new("RGB", (8, 8)).save(panel)
 
 
-def jobs_of(plan: report.Plan, seeds: list[int], out: Path) -> list[report.Job]:
-    return [report.Job(s, seed, out / f"seed_{seed}", plan.stages[s]) for seed in seeds for s in plan.stages]
+def jobs_of(plan: report.Plan, seeds: list[int], out: Path) -> list[report.StageRun]:
+    return [report.StageRun(s, seed, out / f"seed_{seed}", plan.stages[s]) for seed in seeds for s in plan.stages]
 
 
 # ---- the config ----------------------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_figures_of_both_probes_and_of_half_written_files(tmp_path: Path) -> Non
     cached.parent.mkdir()
 
     def figures(mode: str) -> dict[str, float]:
-        return report.Job("probe", 0, tmp_path / "seed_0", {"mode": mode}).figures()
+        return report.StageRun("probe", 0, tmp_path / "seed_0", {"mode": mode}).figures()
 
     assert figures("recipe") == {"top-1": 61, "images": 10}
     assert figures("both") == figures("cached") == {}
@@ -220,7 +220,7 @@ def test_statistics_are_those_of_a_pocket_calculator(tmp_path: Path) -> None:
         [{"stage": "knn", "value": 60, "source": "a"}, {"stage": "knn", "value": 70.5, "source": "b"}],
     )
     finished = {("knn", 3): {"top-1": 62.0, "images": 9.0}, ("knn", 5): {"top-1": 64.0, "images": 9.0}}
-    header, knn, probe = report.table(plan, [3, 4, 5], finished)
+    header, knn, probe = report.figure_rows(plan, [3, 4, 5], finished)
     assert header == ["stage", "figure", "seed 3", "seed 4", "seed 5", "mean ± std", "published", "difference"]
     assert knn == ["k-NN", "top-1", "62.00", "–", "64.00", "63.00 ± 1.41", "60 (a); 70.5 (b)", "+3.00; -7.50"]
     assert probe == ["linear probe", "–", "–", "–", "–", "–", "", ""]

@@ -21,7 +21,7 @@ from mae.data.decode import BadImage, open_image
 from mae.data.loaders import unchanged
 from mae.data.prepare.channel_stats import as_option, mean_and_std, moments
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
-from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, finish, suffix_of
+from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel
 from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
@@ -129,7 +129,7 @@ class Records(Samples):
     def __getitem__(self, index: int) -> Record:
         if self.progress:
             self.progress.set(index)
-        suffix, where = suffix_of(self.files.name(index)), self.files.where(index)
+        suffix, where = image_suffix(self.files.name(index)), self.files.where(index)
         try:
             data = self.files.read(index)
             check_crc(self.files, index, data)
@@ -209,7 +209,7 @@ def pack_images(config: Namespace) -> None:
             packed[split] = write_shards(records, folders[split], split, workers, config.shard_mb, allowed)
             allowed -= packed[split].about["bad_images"]
         for split, index in packed.items():  # all at the end: packing into a folder with an index is refused
-            finish(folders[split], index)
+            write_final_index(folders[split], index)
     for split, index in packed.items():
         size, count, encoded = int(index.size.sum()) / 2**20, len(index.files), index.about["encoding"]
         print(f"wrote {folders[split]}: {len(index):,} images, {size:,.1f} MiB, in {count} shards; {encoded}")

@@ -1,42 +1,43 @@
-"""Shards as they are written: tar files of a fixed form, in a folder that is complete or taken for unfinished."""
+"""Writing shards: tar files of a fixed form, in a folder that is either complete or marked as unfinished."""
 
-import errno
-import fcntl
 import os
 import re
 import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from types import TracebackType
 
 from mae.data.tar_shards import INDEX, Index, write_index
 from mae.errors import UserError
-from mae.runtime.storage import sync
+from mae.runtime.files import PARTIAL, exclusive_lock, os_errors_as_user_errors, sync
 
 ASIDE = ".replaced"  # folder for the shards that are being replaced
 
-MARK = "pack.partial"  # in a folder whose packing has begun and not ended: what lies beside it is ours to remove
+MARK = "pack.partial"  # exists while a folder is being packed; the shards beside it may be removed
 
-_SHARD = re.compile(r"\d{6,}\.tar(\.partial)?")
+one_line_errors = partial(os_errors_as_user_errors, hint="nothing is packed")
+
+_SHARD = re.compile(rf"\d{{6,}}\.tar({re.escape(PARTIAL)})?")
 
 
 def member(name: str, size: int) -> tarfile.TarInfo:
-    """A file in a tar, without time and owner: the same images make the same bytes."""
+    """A file in a tar, without time and owner, so that the same images make the same bytes."""
     info = tarfile.TarInfo(name)
     info.size = size
     return info
 
 
 def key(index: int) -> str:
-    """What the members of a sample are called before their suffix."""
+    """The name that all members of a sample share, before their suffix."""
     return f"{index:08d}"
 
 
-def suffix_of(name: str) -> str:
-    """Of an image's member, without the dot."""
+def image_suffix(name: str) -> str:
+    """Suffix of an image's member, without the dot."""
     suffix = os.path.splitext(name)[1].lower().removeprefix(".")
     return "jpg" if suffix == "jpeg" else suffix
 
@@ -57,20 +58,20 @@ class ShardWriter:
         self.tar: tarfile.TarFile | None = None
 
     def add(self, index: int, suffix: str, data: bytes, label: int | None) -> tuple[int, int]:
-        """Write one image; returns the number of its shard and where in there its bytes begin."""
+        """Write one image; returns the number of its shard and the offset of its bytes in there."""
         members = [(suffix, data)] + ([] if label is None else [("cls", str(label).encode())])
         needed = sum(tarfile.BLOCKSIZE + padded(len(content)) for _, content in members) + 2 * tarfile.BLOCKSIZE
         if self.tar is not None and padded(self.tar.offset + needed, tarfile.RECORDSIZE) > self.limit:
             self.close()
         if self.tar is None:
             self.files.append(f"{len(self.files):06d}.tar")
-        with os_errors_as_user_errors(self.path):
+        with one_line_errors(self.path):
             if self.tar is None:
                 self.tar = tarfile.open(self.unfinished, "w", format=tarfile.USTAR_FORMAT)
             offset = self.tar.offset + tarfile.BLOCKSIZE
-            for kind, content in members:
-                self.tar.addfile(member(f"{key(index)}.{kind}", len(content)), BytesIO(content))
-            self.tar.members.clear()  # type: ignore[attr-defined]  # it remembers them all
+            for extension, content in members:
+                self.tar.addfile(member(f"{key(index)}.{extension}", len(content)), BytesIO(content))
+            self.tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all of them in memory
         return len(self.files) - 1, offset
 
     @property
@@ -79,13 +80,13 @@ class ShardWriter:
 
     @property
     def unfinished(self) -> Path:
-        return self.folder / f"{self.files[-1]}.partial"
+        return self.folder / (self.files[-1] + PARTIAL)
 
     def close(self) -> None:
-        """Complete the shard under way, on disk."""
+        """Complete the current shard, and wait until it is on disk."""
         if self.tar is None:
             return
-        with os_errors_as_user_errors(self.path):
+        with one_line_errors(self.path):
             self.tar.close()
             sync(self.unfinished)
             self.unfinished.replace(self.path)
@@ -98,7 +99,7 @@ class ShardWriter:
         if error is None:
             self.close()
         elif self.tar is not None and self.tar.fileobj is not None:
-            with suppress(OSError):  # a full disk again
+            with suppress(OSError):  # the disk may still be full
                 self.tar.fileobj.close()
 
 
@@ -106,18 +107,9 @@ def padded(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
     return -(-size // unit) * unit
 
 
-@contextmanager
-def os_errors_as_user_errors(path: Path) -> Iterator[None]:
-    """A full disk and the like as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror or error}; nothing is packed") from None
-
-
-def finish(folder: Path, index: Index) -> None:
-    """The index last: with it the folder is complete."""
-    with os_errors_as_user_errors(folder / INDEX):
+def write_final_index(folder: Path, index: Index) -> None:
+    """Write the index, which comes last: with it the folder is complete."""
+    with one_line_errors(folder / INDEX):
         sync(folder)
         write_index(index, folder / INDEX)
         sync(folder)
@@ -127,42 +119,34 @@ def written_files(folder: Path) -> list[Path]:
     """Shards and index, finished or not; none where there is no folder.
 
     Raises:
-        OSError: The folder cannot be looked into.
+        OSError: The folder cannot be listed.
     """
-    known = {INDEX, Path(INDEX).with_suffix(".partial").name}
     names = os.listdir(folder) if folder.exists() else []
-    return sorted(folder / name for name in names if name in known or _SHARD.fullmatch(name))
+    return sorted(folder / name for name in names if name in (INDEX, INDEX + PARTIAL) or _SHARD.fullmatch(name))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
-    """Whether shards may be written there; those of an interrupted run are no hindrance.
+    """Check that shards may be written to a folder; those of an interrupted run do not count.
 
     Raises:
-        UserError: It holds shards or an index, and they are not to be overwritten.
+        UserError: It holds shards or an index that are not to be overwritten.
     """
-    held = written_files(folder)
-    if held and not overwrite and not (folder / MARK).exists():
-        raise UserError(f"{folder} already holds {held[-1].name}: --overwrite true replaces the shards there")
+    present = written_files(folder)
+    if present and not overwrite and not (folder / MARK).exists():
+        raise UserError(f"{folder} already holds {present[-1].name}: --overwrite true replaces the shards there")
 
 
 @contextmanager
 def exclusive_folder(folder: Path, overwrite: bool) -> Iterator[None]:
-    """A folder without shards that only this process writes to. If an error ends that, it is as it was before."""
-    interrupted = (folder / MARK).exists()
-    with os_errors_as_user_errors(folder):
+    """A folder without shards that only this process writes to. An error restores what was there before."""
+    with one_line_errors(folder):
+        interrupted = (folder / MARK).exists()
         folder.mkdir(parents=True, exist_ok=True)
-        mark = open(folder / MARK, "a")
-    with mark:
-        try:
-            fcntl.lockf(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system gives it up when this process ends
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):  # not: a file system that knows no locks
-                raise UserError(f"another mae pack is writing to {folder}") from None
-        if not (folder / MARK).exists() or os.fstat(mark.fileno()).st_ino != (folder / MARK).stat().st_ino:
-            raise UserError(f"another mae pack has just finished in {folder}")
-        with os_errors_as_user_errors(folder):
-            if interrupted and (left := remove(folder)):
-                print(f"removed {left} files that an interrupted run left in {folder}", flush=True)
+        (folder / MARK).touch()
+    with exclusive_lock(folder / MARK, "mae pack"):
+        with one_line_errors(folder):
+            if interrupted and (removed := remove(folder)):
+                print(f"removed {removed} files that an interrupted run left in {folder}", flush=True)
             bring_back(folder)
             if not interrupted:
                 check_free(folder, overwrite)
@@ -175,20 +159,20 @@ def exclusive_folder(folder: Path, overwrite: bool) -> Iterator[None]:
                 bring_back(folder)
                 (folder / MARK).unlink()
             raise
-        with os_errors_as_user_errors(folder):
+        with one_line_errors(folder):
             shutil.rmtree(folder / ASIDE, ignore_errors=True)
             (folder / MARK).unlink()
 
 
 def set_aside(folder: Path) -> None:
-    """Shards that are to be replaced, the index first: without it they are not taken for complete."""
+    """Move the shards that are to be replaced; the index first, since without it they do not pass for complete."""
     for path in reversed(written_files(folder)):
         (folder / ASIDE).mkdir(exist_ok=True)
         path.rename(folder / ASIDE / path.name)
 
 
 def bring_back(folder: Path) -> None:
-    """What was set aside, the index last."""
+    """Move back what was set aside, the index last."""
     if (folder / ASIDE).exists():
         for path in written_files(folder / ASIDE):
             path.rename(folder / path.name)
@@ -196,7 +180,8 @@ def bring_back(folder: Path) -> None:
 
 
 def remove(folder: Path) -> int:
+    """Remove shards and index; returns how many files."""
     paths = written_files(folder)
-    for path in reversed(paths):  # the index first: without it the folder is not taken for complete
+    for path in reversed(paths):  # the index first: without it the folder does not pass for complete
         path.unlink()
     return len(paths)

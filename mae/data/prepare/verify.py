@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mae.data.decode import BadImage
-from mae.data.prepare.tar_writer import key, member, padded, suffix_of, written_files
+from mae.data.prepare.tar_writer import image_suffix, key, member, padded, written_files
 from mae.data.tar_shards import INDEX, Index, read_index
 from mae.errors import UserError
 from mae.runtime.storage import Place
@@ -85,7 +85,7 @@ def record_damage(file: BinaryIO, index: Index, i: int) -> list[str]:
     if len(header) < BLOCK or len(data) < size:
         return ["the shard ends within it" if header else "the shard ends before it"]
     # An image that was encoded anew has another suffix than its name.
-    damage = header_damage(header, [f"{key(i)}.{suffix}" for suffix in (suffix_of(index.name(i)), "jpg")], size)
+    damage = header_damage(header, [f"{key(i)}.{suffix}" for suffix in (image_suffix(index.name(i)), "jpg")], size)
     if zlib.crc32(data) != index.crc32[i]:
         damage.append("its bytes differ from the checksum")
     if any(file.read(padded(size) - size)):

@@ -22,8 +22,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from mae.callbacks import wandb_logger as wandb_logger_module
+from mae.callbacks import wandb_settings
 from mae.callbacks.wandb_file import cut_torn_tail, read_records
-from mae.callbacks.wandb_logger import Resumed, RunLogger, WandbSettings, log_panel, wandb_logger, wandb_mode
+from mae.callbacks.wandb_logger import Resumed, RunLogger, log_panel, wandb_logger
+from mae.callbacks.wandb_settings import WandbSettings, wandb_mode
 
 KEY = "0123456789" * 4
 CONFIG = {"model": {"arch": "vit_tiny", "mask_ratio": 0.75}, "seed": 0}
@@ -257,7 +259,7 @@ def test_server_that_never_answers_is_offline(monkeypatch: pytest.MonkeyPatch) -
 
 def test_name_lookup_that_hangs_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: time.sleep(30))
-    monkeypatch.setattr(wandb_logger_module, "PROBE_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_settings, "PROBE_SECONDS", 0.5)
     monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     assert decide() == ("offline", "https://wandb.example does not answer within 0.5 s")

@@ -24,9 +24,10 @@ from mae.data.datamodule import ImageData
 from mae.data.prepare.pack import pack_command as pack
 from mae.data.sources import load_digits
 from mae.errors import UserError
-from mae.evaluation import embed, embed_chunks, feature_files
+from mae.evaluation import embed, embed_chunks
 from mae.evaluation.features import POOLS
 from mae.models.mae import MaskedAutoencoder
+from mae.runtime import files
 from mae.weights import load
 from mae.weights.load import load_encoder
 
@@ -88,7 +89,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 def run(*args: str) -> dict[str, np.ndarray]:
     embed.embed_command(args)
     out = next(Path(arg.removeprefix("--out=")) for arg in args if arg.startswith("--out="))
-    assert not embed_chunks.parts_of(out).exists()
+    assert not embed_chunks.chunk_folder(out).exists()
     return read(out)
 
 
@@ -264,10 +265,10 @@ def killed(args: list[str], prepare: Callable[[], None]) -> None:
 
 
 def die_at_sync(number: int) -> Callable[[], None]:
-    """Before the given one of all times that something is made safe: settings, each part, the file, its name."""
+    """Before the given one of all calls of `sync`: for the settings, each chunk, the list of bad images, the file."""
 
     def prepare() -> None:
-        real, count = embed.sync, 0
+        real, count = files.sync, 0
 
         def sync(path: Path) -> None:
             nonlocal count
@@ -276,7 +277,7 @@ def die_at_sync(number: int) -> Callable[[], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path)
 
-        embed.sync = embed_chunks.sync = sync  # type: ignore[assignment]
+        files.sync = embed_chunks.sync = sync
 
     return prepare
 
@@ -299,13 +300,13 @@ def test_killed_anywhere_and_started_again_it_is_the_same_file(
     (digits / "2" / "zz.png").write_bytes(b"nothing")
     try:
         run(*settings(encoder, digits, whole, "--max_bad_images=1"))
-        for at in range(1, 11):  # 1 settings, 2 to 5 parts, 6 file, 7 list, 8 settings moved, 9 name; then tidying up
+        for at in range(1, 10):  # 1 settings, 2 to 5 chunks, 6 list, 7 file, 8 its name; then tidying up
             out = tmp_path / f"{at}{suffix}"
             args = settings(encoder, digits, out, "--max_bad_images=1")
-            killed(args, die_at_sync(at) if at < 10 else die_while_tidying)
-            left = {path.name for path in embed_chunks.parts_of(out).glob("*.safetensors")}
-            assert len(left) == (max(0, at - 2) if at < 6 else 4 if at < 10 else 3)
-            assert out.exists() == (at >= 9)
+            killed(args, die_at_sync(at) if at < 9 else die_while_tidying)
+            left = {path.name for path in embed_chunks.chunk_folder(out).glob("*.safetensors")}
+            assert len(left) == (max(0, at - 2) if at < 6 else 4 if at < 9 else 3)
+            assert out.exists() == (at >= 8)
             run(*args)
             assert out.read_bytes() == whole.read_bytes(), at
         assert {path.suffix for path in tmp_path.iterdir()} == {suffix, ".txt"}
@@ -319,7 +320,7 @@ def test_only_missing_parts_are_computed(
     out = tmp_path / "x.npz"
     args = settings(encoder, digits, out)
     killed(args, die_at_sync(5))  # three parts are there
-    damaged = embed_chunks.parts_of(out) / "000001.safetensors"
+    damaged = embed_chunks.chunk_folder(out) / "000001.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1])
     numbers = []
     real = embed_chunks.FeatureChunks.write
@@ -348,15 +349,15 @@ def test_parts_of_other_settings_are_not_mixed_in(encoder: Path, digits: Path, t
     ):
         with pytest.raises(UserError, match=f"{said}.*--force"):
             embed.embed_command(args)
-    assert len(list(embed_chunks.parts_of(out).glob("*.safetensors"))) == 2
+    assert len(list(embed_chunks.chunk_folder(out).glob("*.safetensors"))) == 2
     found = run(*settings(other, digits, out, "--force=true"))
     assert np.array_equal(found["features"], run(*settings(other, digits, tmp_path / "y.npz"))["features"])
     # A part that some process of an earlier start leaves later is not taken either.
     killed(settings(encoder, digits, tmp_path / "z.npz"), die_at_sync(4))
-    stray = (embed_chunks.parts_of(tmp_path / "z.npz") / "000000.safetensors").read_bytes()
-    shutil.rmtree(embed_chunks.parts_of(tmp_path / "z.npz"))
+    stray = (embed_chunks.chunk_folder(tmp_path / "z.npz") / "000000.safetensors").read_bytes()
+    shutil.rmtree(embed_chunks.chunk_folder(tmp_path / "z.npz"))
     killed(settings(other, digits, tmp_path / "z.npz"), die_at_sync(4))
-    (embed_chunks.parts_of(tmp_path / "z.npz") / "000000.safetensors").write_bytes(stray)
+    (embed_chunks.chunk_folder(tmp_path / "z.npz") / "000000.safetensors").write_bytes(stray)
     run(*settings(other, digits, tmp_path / "z.npz"))
     assert (tmp_path / "z.npz").read_bytes() == out.read_bytes()
 
@@ -373,10 +374,12 @@ def test_a_file_that_is_there_stays_unless_forced(encoder: Path, digits: Path, t
 
 def test_two_commands_do_not_write_one_file(encoder: Path, digits: Path, tmp_path: Path) -> None:
     out = tmp_path / "x.npz"
+    folder = embed_chunks.chunk_folder(out)
+    folder.mkdir()
     ours, theirs = FORK.Pipe()
 
     def hold() -> None:
-        with embed_chunks.exclusive_lock(embed_chunks.parts_of(out)):
+        with embed_chunks.exclusive_lock(folder / embed_chunks.LOCK, "mae embed"):
             theirs.send("mine")
             time.sleep(60)
 
@@ -401,7 +404,7 @@ def test_mistakes_are_told_before_any_work(
         return str(error.value)
 
     nowhere = tmp_path / "nowhere"
-    assert "wanted is .parquet or .npz" in said(*settings(nowhere, nowhere, tmp_path / "x.csv"))
+    assert "must be .parquet or .npz" in said(*settings(nowhere, nowhere, tmp_path / "x.csv"))
     assert "there is no folder" in said(*settings(nowhere, nowhere, nowhere / "x.npz"))
     assert "nowhere does not exist" in said(*settings(nowhere, digits, tmp_path / "x.npz"))
     assert "--data.root" in said(*settings(encoder, nowhere, tmp_path / "x.npz"))
@@ -424,7 +427,7 @@ def test_a_full_disk_is_one_line(encoder: Path, digits: Path, tmp_path: Path, mo
     out = tmp_path / "x.npz"
     for where, name, said in (
         (embed_chunks, "save_file", r"x\.npz\.parts.*: No space left"),
-        (feature_files, "add_array", "x.npz cannot be .*: No space"),
+        (embed_chunks, "add_array", "x.npz cannot be .*: No space"),
     ):
         with monkeypatch.context() as broken:
             broken.setattr(where, name, fails)
@@ -463,12 +466,12 @@ def test_ten_thousand_images_killed_half_way(encoder: Path, tmp_path: Path) -> N
     process = subprocess.Popen([sys.executable, *MAE, *args], env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         deadline = time.monotonic() + 120
-        while len(list(embed_chunks.parts_of(out).glob("*.safetensors"))) < 4 and time.monotonic() < deadline:
+        while len(list(embed_chunks.chunk_folder(out).glob("*.safetensors"))) < 4 and time.monotonic() < deadline:
             time.sleep(0.01)
     finally:
         process.kill()
         process.wait()
-    left = len(list(embed_chunks.parts_of(out).glob("*.safetensors")))
+    left = len(list(embed_chunks.chunk_folder(out).glob("*.safetensors")))
     assert 4 <= left < 10
     assert not out.exists()
     assert f"; {left} of 10 parts are there" in command(MAE, args)
