@@ -1,13 +1,10 @@
 """`mae bench run`: what limits a pre-training run, its loader or its optimiser step, and what to change."""
 
-import contextlib
-import io
 import itertools
 import math
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
-from mae.bench.figures import Figure, blocks, cores, figure, machine, one_thread, write_json
-from mae.callbacks.checkpointing import Checkpoints
-from mae.callbacks.online_eval import Online
-from mae.callbacks.reconstructions import Panels
+from mae.bench.figures import Figure, consecutive_groups, figure, plural, torch_threads, write_json
+from mae.bench.measured_run import UNMEASURED, MeasuredRunCLI
 from mae.data.datamodule import ImageData, free_memory
 from mae.data.datasets import Batch
 from mae.data.decode import BadImage, open_image
@@ -29,9 +24,8 @@ from mae.data.sampling import EpochSampler
 from mae.data.sources import FileSource, spread
 from mae.data.tar_shards import RecordSource
 from mae.errors import UserError
-from mae.launch.stages import PretrainCLI
-from mae.options import out_file
 from mae.runtime.device_clock import Clock, idle, wait_for
+from mae.runtime.machine import available_cores, machine_details
 
 WARM_UP = 2  # optimiser steps, at least
 
@@ -82,7 +76,7 @@ class FedData(ImageData):
         return self.feed
 
 
-class RunCLI(PretrainCLI):
+class RunCLI(MeasuredRunCLI):
     """A pre-training run that is measured and leaves nothing."""
 
     command, description = (
@@ -93,18 +87,12 @@ class RunCLI(PretrainCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--seconds", type=float, default=20.0, help="Of each of three measurements, at least.")
-        parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file, too.")
+        parser.add_argument("--seconds", type=float, default=20.0, help="Shortest time of each of three measurements.")
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         if not self.config.seconds > 0:
-            raise UserError(f"--seconds {self.config.seconds}: wanted is above 0")
-        if self.config.json:
-            out_file(self.config.json, "--json")
-
-    def finish(self) -> None:
-        """No weights."""
+            raise UserError(f"--seconds {self.config.seconds}: it must be above 0")
 
 
 class Step(NamedTuple):
@@ -171,11 +159,8 @@ def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window
 def run_command(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         forced = [
-            *(f"--run_dir={folder}", "--ckpt_path=null", "--trainer.logger=false", "--trainer.devices=1"),
-            *("--trainer.num_nodes=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"),
-            # It ends when enough is measured, not before.
-            *("--trainer.max_epochs=1000000", "--trainer.max_steps=-1", "--trainer.max_time=null"),
-            *("--trainer.min_epochs=null", "--trainer.min_steps=null"),
+            *(*UNMEASURED, f"--run_dir={folder}", "--trainer.devices=1", "--trainer.num_nodes=1"),
+            *("--trainer.max_time=null", "--trainer.min_epochs=null", "--trainer.min_steps=null"),
         ]
         cli = RunCLI([*args, *forced])
         write_json(cli.config.json, bench_run(cli))
@@ -189,21 +174,17 @@ def bench_run(cli: RunCLI) -> dict[str, Any]:
     feed: Feed = module.train_dataloader()
     first, loader = loader_alone(feed, seconds)
     per_step = module.batch_size * trainer.accumulate_grad_batches
-    where = machine(device)
+    where = machine_details(device)
     workers = 0 if module.device_resident else module.num_workers
-    how = "images on the device" if module.device_resident else f"{workers} worker" + "s" * (workers != 1)
+    how = "images on the device" if module.device_resident else plural(workers, "worker")
     print(f"loader     {loader.median:>10,.0f} images/s  ({how})", flush=True)
 
     watch = Watch(feed, first, seconds)
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Panels | Online | Checkpoints)] + [watch]  # type: ignore[attr-defined]
-    # The recipe, and hints on settings: what is measured is no run of its own.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-        cli.fit()
-    alone, full = (blocks(steps) for steps in watch.steps)
+    cli.fit_with(watch)
+    alone, full = (consecutive_groups(steps) for steps in watch.steps)
     step, loop = (figure([per_step / statistics.fmean(s.seconds for s in block) for block in b]) for b in (alone, full))
     wait = figure([sum(s.waited for s in block) / sum(s.seconds for s in block) for block in full])
-    threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1) if device.type == "cpu" else where["device"]
+    threads = plural(where["threads"], "thread") if device.type == "cpu" else where["device"]
     print(f"step       {step.median:>10,.0f} images/s  (batch {per_step}, {trainer.precision}, {threads})")
     print(
         f"full loop  {loop.median:>10,.0f} images/s, data wait {wait.median:.1%} of the step "
@@ -241,7 +222,7 @@ def loader_alone(feed: Feed, seconds: float) -> tuple[Batch, Figure]:
                 if len(arrivals) > 2 * feed.loader.num_workers or now - started > seconds:
                     arrivals, warm, started = [now], True, now
             elif now - started >= seconds and len(arrivals) > STEPS:
-                spans = blocks(np.diff(arrivals).tolist())
+                spans = consecutive_groups(np.diff(arrivals).tolist())
                 return first, figure([feed.sampler.batch_size / statistics.fmean(span) for span in spans])
     raise AssertionError("epochs do not end")
 
@@ -258,7 +239,7 @@ def judge(
         loader, step, loop: Images/s.
         wait: Share of the step.
     """
-    has = cores()
+    has = available_cores()
     each = loader / max(1, workers)  # images/s of one worker
     needed = math.ceil(step / each)
     if step <= loader:
@@ -280,7 +261,7 @@ def judge(
         lines.append("images are on the device already; larger batches cost less an image")
         return "loader", lines
     spare = has - 1 if on_cpu else has
-    text = f"to keep up it takes {needed} worker{'s' * (needed != 1)} of {each:,.0f} images/s each"
+    text = f"to keep up it takes {plural(needed, 'worker')} of {each:,.0f} images/s each"
     if needed <= spare:
         lines.append(f"{text}: --data.num_workers {needed} ({has} cores)")
     else:
@@ -294,7 +275,11 @@ def slowed(share: float, busy: float) -> str:
     Args:
         busy: Cores' worth of work that loader processes take from the step.
     """
-    why = f"loader processes and step share {cores()} cores" if busy > 0.1 else "do other programs use this machine?"
+    why = (
+        f"loader processes and step share {available_cores()} cores"
+        if busy > 0.1
+        else "do other programs use this machine?"
+    )
     return f"the full loop has {share:.2f} of the step's rate, and does not wait for data: {why}"
 
 
@@ -313,7 +298,7 @@ def cheaper(module: ImageData, count: int = 64) -> list[str]:
             if not isinstance(data, BadImage)
         ]
         shapes = {(module.in_chans, picture.height, picture.width) for picture in pictures}
-        with one_thread():
+        with torch_threads(1):
             seconds = {reduced: loading(module, source, chosen, reduced) for reduced in (False, True)}
         share = reading / (reading + seconds[module.jpeg_scaling])
         if share > 0.25 and not isinstance(source, RecordSource):
