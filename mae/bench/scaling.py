@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
 from torch import multiprocessing as mp
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mae.bench.figures import Figure, alternate, figure, plural, ratio, steps_per_turn, torch_threads
@@ -235,8 +235,6 @@ class Rank:
             number = [steps_per_turn(seconds[-1], job.turn_seconds)]
             dist.broadcast_object_list(number, 0)  # the first process decides
             steps[contender] = number[0]
-        for count in job.counts[1:]:
-            self.check_gradients(count)
         rates: Rates = {contender: [] for contender in job.contenders}
         for turn in range(job.rounds):
             for contender in alternate(job.contenders, turn):
@@ -264,30 +262,3 @@ class Rank:
             alone = isinstance(module, DistributedDataParallel) and not (exchange and last)
             with module.no_sync() if alone else contextlib.nullcontext():  # type: ignore[operator]
                 variant.backward()
-
-    def check_gradients(self, count: int) -> None:
-        """Exchanged gradients must be the mean of those of each process: else something else than DDP is measured.
-
-        Raises:
-            RuntimeError: They are not.
-        """
-        mine = [self.small_gradients(count, exchange) for exchange in (True, False)]
-        gathered: list[Any] = [None] * self.job.counts[-1]
-        dist.all_gather_object(gathered, mine)
-        exchanged, kept = (torch.stack([pair[i] for pair in gathered[:count]]) for i in range(2))
-        mean = kept.mean(dim=0)
-        close = torch.allclose(exchanged, mean.expand_as(exchanged), rtol=1e-2, atol=1e-3 * float(mean.abs().max()))
-        if not close and exchanged.isfinite().all():  # in float16 they may overflow
-            raise RuntimeError(f"gradients of {count} processes are not the mean of what each has by itself")
-
-    def small_gradients(self, count: int, exchange: bool) -> Tensor:
-        """Gradients of all biases and norms, on the CPU: some of every block, and little to send."""
-        variant = self.variants.get(count)
-        if variant is None:
-            return torch.empty(0)
-        torch.manual_seed(self.rank)  # the same masks with and without exchange
-        self.backward(variant, exchange)
-        gradients = [p.grad.flatten() for p in variant.network.parameters() if p.ndim == 1 and p.grad is not None]
-        values = torch.cat(gradients).double().cpu()
-        variant.optimizer.zero_grad()
-        return values

@@ -5,8 +5,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +19,7 @@ from mae.models.blocks import kernel
 from mae.models.flops import training_flops
 from mae.models.mae import SIZES, MaskedAutoencoder
 from mae.runtime import memory
+from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.training import optim
 
 PEERS = ("plain", "hf-eager", "hf-sdpa")  # what ours is compared with
@@ -192,31 +191,12 @@ def peak_memory(name: str, setting: Setting, count: int) -> int | None:
     Raises:
         UserError: The memory does not suffice.
     """
-    context = get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=send_memory_growth, args=(there, name, setting, count))
-    process.start()
-    there.close()
     try:
-        result: int | UserError | None = here.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -signal.SIGKILL:  # Linux ends processes that take too much in this way
+        return call_in_fresh_process(memory_growth, name, setting, count)
+    except ProcessEnded as error:
+        if error.exit_code == -signal.SIGKILL:  # Linux ends processes that take too much in this way
             raise out_of_memory_error(name, setting) from None
-        raise RuntimeError(f"{name}: the process that measures memory ended with {process.exitcode}") from None
-    finally:
-        here.close()
-        process.join()
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
-def send_memory_growth(pipe: Connection, name: str, setting: Setting, count: int) -> None:
-    try:
-        pipe.send(memory_growth(name, setting, count))
-    except UserError as error:
-        pipe.send(error)
+        raise
 
 
 def memory_growth(name: str, setting: Setting, count: int) -> int | None:

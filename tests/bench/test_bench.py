@@ -21,9 +21,6 @@ from mae.data.datamodule import ImageData
 from mae.data.tar_shards import INDEX, tar_source, write_index
 from mae.runtime.machine import machine_details
 
-pytestmark = pytest.mark.bench
-
-
 QUICK = ["--data.image_size=28", "--data.batch_size_per_device=4"]
 
 

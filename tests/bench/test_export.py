@@ -16,9 +16,6 @@ from mae.models.mae import MaskedAutoencoder
 from mae.runtime.machine import available_cores
 from mae.weights import load
 
-pytestmark = pytest.mark.bench
-
-
 NAMES = [BASE, "ONNX float32", "ONNX int8"]
 
 

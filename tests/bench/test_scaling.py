@@ -19,9 +19,6 @@ from mae.bench.scaling import Job, process_counts, run_processes, scaling_figure
 from mae.bench.variants import Setting
 from mae.errors import TrainingFailed, UserError
 
-pytestmark = pytest.mark.bench
-
-
 SETTING = Setting("nano", 28, 7, 32, 1, 2, 1, "float32", "cpu")
 OPTIONS = [
     *("--sizes", "nano", "--image_size=28", "--patch_size=7", "--decoder_embed_dim=32", "--decoder_depth=1"),

@@ -22,9 +22,6 @@ from mae.errors import UserError
 from mae.models import compilation, flops
 from mae.models.blocks import Block
 
-pytestmark = pytest.mark.bench
-
-
 SETTING = Setting("nano", 16, 4, 32, 2, 2, 4, "float32", "cpu")
 SMALL = [
     *("--sizes", "nano", "--image_size=16", "--patch_size=4", "--decoder_embed_dim=32", "--decoder_depth=2"),
