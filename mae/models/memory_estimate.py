@@ -2,8 +2,8 @@
 
 One part of the memory depends on the network (weights, gradients, optimiser states), the other on the batch: what each
 layer keeps from its forward to its backward pass, and what its backward pass needs for itself. The layers are walked
-from the last to the first, as in the backward pass: kept activations shrink, gradients grow, and the peak is the largest
-sum on the way, or at the loss, or before the first trained layer.
+from the last to the first, as in the backward pass: kept activations shrink, gradients grow, and the peak is the
+largest sum on the way, or at the loss, or before the first trained layer.
 
 Shapes: an image has N tokens of width D at a block's input, M of them at its output; F is the MLP's width, H the heads.
 """
