@@ -73,7 +73,7 @@ def data_command(args: Sequence[str]) -> None:
 
 
 def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
-    """Measures and prints."""
+    """Measure both pipelines and the loaders; print and return the figures."""
     source = module.train_source
     if not isinstance(source, FileSource):
         raise UserError(f"--data.dataset {module.dataset} lies in memory: nothing is decoded; try `mae bench run`")
@@ -87,14 +87,14 @@ def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(module, source)
         official = Official(module, source, chosen, Path(folder))
-        figures |= decoders(ours.samples, chosen)
+        figures |= decoder_counts(ours.samples, chosen)
         by = ", ".join(f"{count} by {name}" for name, count in figures["decoders"].items())
         print(f"{len(chosen)} of {len(source)} images of {module.root}, median {figures['size']}; decoded: {by}")
-        figures["stages"] = stages(ours, official, chosen, rounds)
-        figures["difference"] = compare(ours, official, chosen)
+        figures["stages"] = stage_figures(ours, official, chosen, rounds)
+        figures["difference"] = pixel_difference(ours, official, chosen)
         figures["parts"] = time_shares(ours, chosen)
     print_stages(figures, module.jpeg_scaling)
-    figures["workers"] = loaders(module, source, chosen, config, rounds, device)
+    figures["workers"] = loader_rates(module, source, chosen, config, rounds, device)
     print_workers(figures["workers"], device)
     name, share = max(figures["parts"].items(), key=lambda item: item[1])
     print(f"{SHARES[name]} takes {share:.0%} of the full pipeline")
@@ -182,7 +182,7 @@ class Official:
         return default_collate(items)
 
 
-def decoders(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
+def decoder_counts(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
     """How many images each decoder takes, and the median size.
 
     Raises:
@@ -204,7 +204,7 @@ def decoders(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
     return {"decoders": dict(counts.most_common()), "size": f"{width} x {height}"}
 
 
-def stages(ours: Ours, official: Official, chosen: Sequence[int], rounds: int) -> dict[str, dict[str, Figure]]:
+def stage_figures(ours: Ours, official: Official, chosen: Sequence[int], rounds: int) -> dict[str, dict[str, Figure]]:
     """Images per second of CPU time, of both pipelines in turns on the same images."""
     pipelines: dict[str, Pipeline] = {"ours": ours, "official": official}
     for pipeline in pipelines.values():
@@ -241,7 +241,7 @@ def stage_rates(pipeline: Pipeline, indices: Sequence[int], boxes: Sequence[Box]
     return {stage: len(indices) / max(spent, 1e-9) for stage, spent in seconds.items()}
 
 
-def compare(ours: Ours, official: Official, chosen: Sequence[int]) -> dict[str, Any]:
+def pixel_difference(ours: Ours, official: Official, chosen: Sequence[int]) -> dict[str, Any]:
     """How far our crops are from PIL's of the same boxes, in levels of 255; PIL's images are turned upright first."""
     means, largest, turned, excluded = [], 0.0, 0, 0
     for index in chosen:
@@ -348,8 +348,8 @@ def print_stages(figures: dict[str, Any], reduced: bool) -> None:
 # ---- loader processes ------------------------------------------------------------------------------------------------
 
 
-class Endless(Sampler[list[Key]]):
-    """Batches of some images, shuffled anew each time round, without end."""
+class EndlessSampler(Sampler[list[Key]]):
+    """Endless batches of some images, shuffled anew in each epoch."""
 
     def __init__(self, indices: Sequence[int], batch_size: int, seed: int) -> None:
         self.indices, self.batch_size, self.seed = torch.tensor(indices), batch_size, seed
@@ -366,18 +366,18 @@ class Endless(Sampler[list[Key]]):
                 yield epoch, index
 
 
-def loaders(
+def loader_rates(
     module: ImageData, source: FileSource, chosen: Sequence[int], config: Namespace, rounds: int, device: torch.device
 ) -> dict[int, dict[str, Figure]]:
-    """Batches that the main process gets, as wall-clock images/s, by number of loader processes."""
+    """Wall-clock images/s that reach the main process, by number of loader processes."""
     received, prepared = ({count: list[float]() for count in config.workers} for _ in range(2))
     for turn in range(rounds):
         for count in alternate(list(received), turn):
             module.num_workers = count
             for rate, work in ((received, False), (prepared, True)):
-                sampler = Endless(chosen, module.batch_size, module.seed)
+                sampler = EndlessSampler(chosen, module.batch_size, module.seed)
                 loader = module.loader(DataLoader, module.samples(source), sampler)
-                rate[count].append(delivered(module, loader, config.seconds, device if work else None))
+                rate[count].append(loader_rate(module, loader, config.seconds, device if work else None))
     table = {
         count: {"received": figure(received[count]), "prepared": figure(prepared[count])} for count in config.workers
     }
@@ -387,8 +387,8 @@ def loaders(
     return table
 
 
-def delivered(module: ImageData, loader: DataLoader[Batch], seconds: float, device: torch.device | None) -> float:
-    """Images/s in the steady state; on a device, flipped, scaled and normalised there."""
+def loader_rate(module: ImageData, loader: DataLoader[Batch], seconds: float, device: torch.device | None) -> float:
+    """Images/s in the steady state; with a device, flipped, scaled and normalised on it."""
     workers, count = max(1, loader.num_workers), 0
     start = math.inf
     for count, batch in enumerate(loader, 1 - 2 * workers):
@@ -398,7 +398,7 @@ def delivered(module: ImageData, loader: DataLoader[Batch], seconds: float, devi
         if count == 0:
             wait_for(device)
             start = time.perf_counter()
-        # Batches come in bursts of one a worker: whole bursts are counted.
+        # Batches arrive in bursts of one per worker, and only whole bursts count.
         if count > 0 and count % workers == 0 and time.perf_counter() - start >= seconds:
             break
     wait_for(device)
