@@ -1,12 +1,14 @@
 """`mae bench step --processes`: the training step by 1, 2, ... processes, beside so many times the rate of one."""
 
 import contextlib
+import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from datetime import timedelta
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +29,9 @@ WARM_UP = 2  # steps; the last one says how many fill a turn
 
 PATIENCE = timedelta(minutes=30)  # with processes that compile, or take their turn
 
-Contender = tuple[int, bool]  # the number of processes, and whether they exchange gradients
+Case = tuple[int, bool]  # the number of processes, and whether they exchange gradients
 
-Rates = dict[Contender, list[float]]  # images/s in each round
+Rates = dict[Case, list[float]]  # images/s in each round
 
 
 class Job(NamedTuple):
@@ -44,7 +46,7 @@ class Job(NamedTuple):
     counts: list[int]  # sizes of the groups of processes, ascending
 
     @property
-    def contenders(self) -> list[Contender]:
+    def cases(self) -> list[Case]:
         return [(count, exchange) for count in self.counts for exchange in (True, False) if exchange or count > 1]
 
     @property
@@ -180,6 +182,9 @@ def print_scaling(table: dict[str, Any]) -> None:
 def run_rank(rank: int, job: Job, store: str, results: Any) -> None:
     """The work of one process; the first sends the rates, one that the user can help sends why it stops."""
     signals.die_with_parent()
+    parent = parent_process()
+    if parent is not None and os.getppid() != parent.pid:  # it ended before the kernel knew what to do then
+        sys.exit(1)
     try:
         keep_freed_memory()
         with torch_threads(job.threads):
@@ -229,26 +234,26 @@ class Rank:
         )
 
     def measure(self) -> Rates:
-        job, steps = self.job, dict[Contender, int]()
-        for contender in job.contenders:
-            seconds = [self.turn(contender, 1) for _ in range(WARM_UP)]
+        job, steps = self.job, dict[Case, int]()
+        for case in job.cases:
+            seconds = [self.turn(case, 1) for _ in range(WARM_UP)]
             number = [steps_per_turn(seconds[-1], job.turn_seconds)]
             dist.broadcast_object_list(number, 0)  # the first process decides
-            steps[contender] = number[0]
-        rates: Rates = {contender: [] for contender in job.contenders}
+            steps[case] = number[0]
+        rates: Rates = {case: [] for case in job.cases}
         for turn in range(job.rounds):
-            for contender in alternate(job.contenders, turn):
-                images = contender[0] * job.setting.batch * job.accumulate * steps[contender]
-                rates[contender].append(images / self.turn(contender, steps[contender]))
+            for case in alternate(job.cases, turn):
+                images = case[0] * job.setting.batch * job.accumulate * steps[case]
+                rates[case].append(images / self.turn(case, steps[case]))
         return rates
 
-    def turn(self, contender: Contender, steps: int) -> float:
-        """Seconds until all processes of a contender have done so many optimiser steps, while the others wait."""
+    def turn(self, case: Case, steps: int) -> float:
+        """Seconds until all processes of a case have done so many optimiser steps, while the others wait."""
         dist.barrier()
         start = time.perf_counter()
-        if variant := self.variants.get(contender[0]):
+        if variant := self.variants.get(case[0]):
             for _ in range(steps):
-                self.backward(variant, contender[1])
+                self.backward(variant, case[1])
                 variant.update()
             wait_for(self.device)
         dist.barrier()
