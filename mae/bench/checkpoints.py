@@ -21,6 +21,8 @@ from mae.training.module import Stage
 
 WARM_UP = 2  # optimiser steps
 
+MOST_WRITING = 50  # steps that are measured while a file is written
+
 CUBLAS = ":4096:8"  # what torch wants of cuBLAS before its results repeat
 
 
@@ -58,8 +60,11 @@ class Rounds(Callback):
         for _ in range(self.rounds):
             yield from ["plain"] * 2
             yield "saving"
-            while self.files.busy:
+            for _ in range(MOST_WRITING):
+                if not self.files.busy:
+                    break
                 yield "writing"
+            self.files.wait()
             torch.use_deterministic_algorithms(True, warn_only=True)
             yield from ["deterministic"] * 2
             torch.use_deterministic_algorithms(False)
