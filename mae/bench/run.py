@@ -52,15 +52,15 @@ class Feed:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        own = None
+        batches = None
         for _ in range(len(self)):
             asked = time.perf_counter()
             if self.repeated is not None:
                 batch = self.repeated
             else:
-                if own is None:
-                    own = iter(self.loader)
-                batch = next(own)
+                if batches is None:
+                    batches = iter(self.loader)
+                batch = next(batches)
             self.waits.append((asked, time.perf_counter()))
             yield batch
 

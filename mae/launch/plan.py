@@ -154,11 +154,9 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
     all_known = {key for keys in known.values() for key in keys}
     fit = [name for name in STAGES if keys <= known[name]]
     if not fit:
-        nobody = sorted(keys - all_known)
-        what = (
-            f"no stage knows model.{nobody[0]}" if nobody else f"no stage knows all of model.{', '.join(sorted(keys))}"
-        )
-        raise UserError(f"--config {path}: {what}; it must be one of mae {', '.join(STAGES)}")
+        unknown = sorted(keys - all_known)
+        which = unknown[0] if unknown else f"{', '.join(sorted(keys))} together"
+        raise UserError(f"--config {path}: no stage knows model.{which}; it must be one of mae {', '.join(STAGES)}")
     named = {"scratch": "finetune"}.get(first := path.stem.split("_")[0], first)
     if len(fit) > 1 and named not in fit:
         raise UserError(f"--config {path} could be of {' or '.join(fit)}: say which by --stage")
