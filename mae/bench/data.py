@@ -9,13 +9,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.transforms import functional
 
@@ -101,16 +101,9 @@ def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
     return figures
 
 
-class Pipeline(Protocol):
-    """From a file to a batch: single stages, and the whole as training does it."""
-
-    def read(self, index: int) -> bytes: ...
-    def decode(self, data: bytes, index: int) -> Any: ...
-    def crop(self, pixels: Any, box: Box) -> Any: ...
-    def full(self, indices: Sequence[int]) -> Any: ...
-
-
 class Ours:
+    """Our pipeline from a file to a batch: single stages, and the whole as training does it."""
+
     def __init__(self, module: ImageData, source: FileSource) -> None:
         self.source, self.size, self.samples = source, module.image_size, module.samples(source)
         self.batch_size = module.batch_size
@@ -206,7 +199,7 @@ def decoder_counts(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
 
 def stage_figures(ours: Ours, official: Official, chosen: Sequence[int], rounds: int) -> dict[str, dict[str, Figure]]:
     """Images per second of CPU time, of both pipelines in turns on the same images."""
-    pipelines: dict[str, Pipeline] = {"ours": ours, "official": official}
+    pipelines: dict[str, Ours | Official] = {"ours": ours, "official": official}
     for pipeline in pipelines.values():
         stage_rates(pipeline, chosen[:4], [ours.box(index) for index in chosen[:4]], 4)  # imports and first-use tables
     rates: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
@@ -222,7 +215,8 @@ def stage_figures(ours: Ours, official: Official, chosen: Sequence[int], rounds:
     return table
 
 
-def stage_rates(pipeline: Pipeline, indices: Sequence[int], boxes: Sequence[Box], batch_size: int) -> dict[str, float]:
+def stage_rates(pipeline: Any, indices: Sequence[int], boxes: Sequence[Box], batch_size: int) -> dict[str, float]:
+    """Images per second of CPU time, by stage."""
     seconds, now = dict.fromkeys(STAGES, 0.0), time.process_time
     for index, box in zip(indices, boxes, strict=True):
         start = now()
@@ -348,22 +342,15 @@ def print_stages(figures: dict[str, Any], reduced: bool) -> None:
 # ---- loader processes ------------------------------------------------------------------------------------------------
 
 
-class EndlessSampler(Sampler[list[Key]]):
-    """Endless batches of some images, shuffled anew in each epoch."""
-
-    def __init__(self, indices: Sequence[int], batch_size: int, seed: int) -> None:
-        self.indices, self.batch_size, self.seed = torch.tensor(indices), batch_size, seed
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        keys = self.keys()
-        while True:
-            yield list(itertools.islice(keys, self.batch_size))
-
-    def keys(self) -> Iterator[Key]:
-        for epoch in itertools.count():
-            order = torch.randperm(len(self.indices), generator=generator(self.seed, epoch, 0, "order"))
-            for index in self.indices[order].tolist():
-                yield epoch, index
+def endless_batches(indices: Sequence[int], batch_size: int, seed: int) -> Iterator[list[Key]]:
+    """Batches of some images, shuffled anew in each epoch, without end."""
+    keys: list[Key] = []
+    for epoch in itertools.count():
+        order = torch.randperm(len(indices), generator=generator(seed, epoch, 0, "order"))
+        keys += [(epoch, indices[i]) for i in order.tolist()]
+        while len(keys) >= batch_size:
+            yield keys[:batch_size]
+            keys = keys[batch_size:]
 
 
 def loader_rates(
@@ -375,8 +362,8 @@ def loader_rates(
         for count in alternate(list(received), turn):
             module.num_workers = count
             for rate, work in ((received, False), (prepared, True)):
-                sampler = EndlessSampler(chosen, module.batch_size, module.seed)
-                loader = module.loader(DataLoader, module.samples(source), sampler)
+                batches = endless_batches(chosen, module.batch_size, module.seed)
+                loader = module.loader(DataLoader, module.samples(source), batches)
                 rate[count].append(loader_rate(module, loader, config.seconds, device if work else None))
     table = {
         count: {"received": figure(received[count]), "prepared": figure(prepared[count])} for count in config.workers
