@@ -260,7 +260,7 @@ def divide(run: Run, images: int, gib: float, devices: int) -> Division:
     total, per_device = int(gib * GIB), images // devices
     about = (stage.model, run.image_shape, run.mask_ratio)
     how = (run.precision, run.compiled, run.device)
-    more = {"devices": devices, "averaged": run.averaged}
+    more: dict[str, Any] = {"devices": devices, "averaged": run.averaged}
     largest = {again: largest_batch(*about, total, *how, accumulated=again, **more) for again in (False, True)}
     if max(largest.values()) < least:
         needed = predicted_peak(*about, least, *how, accumulated=False, **more).total / GIB
