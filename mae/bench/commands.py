@@ -1,34 +1,45 @@
-"""`mae bench`: how fast it goes, and what limits it."""
+"""`mae bench`: how fast the package is, and what limits it."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 
-from mae.bench import checkpoints, data, export, growth, step
-from mae.bench import run as run_module
 from mae.errors import UserError
 
-COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "step": ("the training step beside plainer ones, and beside Hugging Face's", step.step_command),
-    "growth": ("the training step as one setting grows, in time and in FLOPs", growth.growth),
-    "scaling": ("the training step by 1, 2, ... processes, beside so many times one", growth.scaling),
-    "data": ("the input pipeline beside the official one, and loader processes", data.data_command),
-    "run": (
-        "loader against optimiser step in a run of `mae pretrain`: what limits, what to change",
-        run_module.run_command,
+# Name: (what it measures, where its function is).
+BENCHES: dict[str, tuple[str, str]] = {
+    "step": (
+        "the training step beside plainer ones and Hugging Face's; by settings (--sweep); over processes (--processes)",
+        "step:step_command",
     ),
-    "export": ("an encoder in ONNX Runtime, in float32 and int8: speed, accuracy, size", export.export_command),
-    "save": ("what checkpoints, and results that repeat to the bit, cost the training step", checkpoints.save_command),
+    "data": ("the input pipeline beside the official one, and loader processes", "data:data_command"),
+    "run": (
+        "loader against optimiser step in a run of `mae pretrain`: which limits, what to change",
+        "run:run_command",
+    ),
+    "export": ("an encoder in ONNX Runtime, in float32 and int8: speed, accuracy, size", "export:export_command"),
+    "save": ("what checkpoints, and results that repeat to the bit, cost the step", "checkpoints:save_command"),
+}
+
+RENAMED = {
+    "growth": "mae bench step --sweep AXIS (image_size, mask_ratio, depth, decoder_depth, batch)",
+    "scaling": "mae bench step --processes 1 2",
 }
 
 
 def bench_command(args: Sequence[str]) -> None:
-    """One of the commands below `mae bench`."""
-    known = ", ".join(COMMANDS)
+    """Start one of `BENCHES`."""
+    known = ", ".join(BENCHES)
     if not args:
-        raise UserError(f"`mae bench` needs to know what: {known}")
-    if args[0] in ("-h", "--help"):
-        lines = [f"  {name:<8} {text}" for name, (text, _) in COMMANDS.items()]
+        raise UserError(f"`mae bench` needs the name of a bench: {known}")
+    name, *rest = args
+    if name in ("-h", "--help"):
+        lines = [f"  {bench:<8} {text}" for bench, (text, _) in BENCHES.items()]
         print("\n".join(["usage: mae bench WHAT [options]; mae bench WHAT --help lists them", "", *lines]))
         return
-    if args[0] not in COMMANDS:
-        raise UserError(f"{args[0]!r} is nothing that `mae bench` measures; it knows {known}")
-    COMMANDS[args[0]][1](args[1:])
+    if name in RENAMED:
+        raise UserError(f"`mae bench {name}` is now `{RENAMED[name]}`")
+    if name not in BENCHES:
+        raise UserError(f"{name!r} is not a bench; the benches are {known}")
+    module, _, function = BENCHES[name][1].partition(":")
+    command: Callable[[Sequence[str]], None] = getattr(import_module(f"mae.bench.{module}"), function)
+    command(rest)

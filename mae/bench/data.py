@@ -7,34 +7,39 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, default_collate
+from torch.utils.data import DataLoader, default_collate
 from torchvision import transforms
 from torchvision.transforms import functional
 
-from mae.bench.figures import Figure, figure, machine, one_thread, ratio, write_json
-from mae.data import crops, datasets, jpeg, sources
-from mae.data import decode as decode_module
+from mae.bench.figures import (
+    Figure,
+    add_json_option,
+    alternate,
+    check_options,
+    figure,
+    ratio,
+    torch_threads,
+    write_json,
+)
+from mae.data import crops
 from mae.data.crops import Box
 from mae.data.datamodule import ImageData, raise_errors
-from mae.data.datasets import Batch, TrainSamples
-from mae.data.decode import BadImage, open_image
+from mae.data.datasets import Batch, TrainSamples, stack
+from mae.data.decode import BadImage, Picture, open_image
 from mae.data.sampling import Key, generator
 from mae.data.sources import FileSource, FolderSource, spread
 from mae.errors import UserError
-from mae.options import ToolParser, out_file
+from mae.options import ToolParser
 from mae.runtime.device_clock import wait_for
-from mae.runtime.storage import Place
-
-T = TypeVar("T")
-
+from mae.runtime.machine import machine_details
 
 STAGES = ("read", "decode", "crop", "full pipeline")
 
@@ -50,24 +55,25 @@ def data_command(args: Sequence[str]) -> None:
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(ImageData, "data", skip=UNUSED)
     parser.add_argument("--workers", type=int, default=[1, 2], nargs="+", help="Numbers of loader processes.")
-    parser.add_argument("--rounds", type=int, default=8, help="Parts that are measured one by one, for the spread.")
-    parser.add_argument("--images", type=int, default=400, help="How many, spread over the data set.")
-    parser.add_argument("--seconds", type=float, default=2.0, help="Of each measurement of loader processes, at least.")
-    parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file, too.")
+    parser.add_argument(
+        "--rounds", type=int, default=8, help="Groups of images that are measured one by one, for the spread."
+    )
+    parser.add_argument("--images", type=int, default=400, help="Number of images, spread over the data set.")
+    parser.add_argument("--seconds", type=float, default=2.0, help="Shortest measurement of loader processes.")
+    add_json_option(parser)
     config = parser.parse_args(list(args))
-    if min(config.rounds, config.images) < 1 or min(config.workers, default=-1) < 0 or config.seconds <= 0:
-        raise UserError("--rounds and --images must be at least 1, --workers at least 0, --seconds above 0")
-    if config.json:
-        out_file(config.json, "--json")
+    check_options(config, "rounds", "images")
+    if min(config.workers, default=-1) < 0 or config.seconds <= 0:
+        raise UserError("--workers must be at least 0, --seconds above 0")
     module = ImageData(**config.data.as_dict())
     module.setup("fit")
-    with one_thread():
+    with torch_threads(1):
         figures = bench_data(module, config)
     write_json(config.json, figures)
 
 
 def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
-    """Measures and prints."""
+    """Measure both pipelines and the loaders; print and return the figures."""
     source = module.train_source
     if not isinstance(source, FileSource):
         raise UserError(f"--data.dataset {module.dataset} lies in memory: nothing is decoded; try `mae bench run`")
@@ -76,35 +82,28 @@ def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
     chosen = spread(source, config.images)
     rounds = min(config.rounds, len(chosen))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    figures: dict[str, Any] = {"machine": machine(device), "images": len(chosen), "rounds": rounds}
+    figures: dict[str, Any] = {"machine": machine_details(device), "images": len(chosen), "rounds": rounds}
     figures |= {"image_size": list(module.image_size), "batch": module.batch_size, "jpeg_scaling": module.jpeg_scaling}
     with tempfile.TemporaryDirectory() as folder:
         ours = Ours(module, source)
         official = Official(module, source, chosen, Path(folder))
-        figures |= (said := decoders(ours.samples, chosen))
-        by = ", ".join(f"{count} by {name}" for name, count in said["decoders"].items())
-        print(f"{len(chosen)} of {len(source)} images of {module.root}, median {said['size']}; decoded: {by}")
-        figures["stages"] = stages(ours, official, chosen, rounds)
-        figures["difference"] = compare(ours, official, chosen)
-    figures["parts"] = parts(ours, chosen)
+        figures |= decoder_counts(ours.samples, chosen)
+        by = ", ".join(f"{count} by {name}" for name, count in figures["decoders"].items())
+        print(f"{len(chosen)} of {len(source)} images of {module.root}, median {figures['size']}; decoded: {by}")
+        figures["stages"] = stage_figures(ours, official, chosen, rounds)
+        figures["difference"] = pixel_difference(ours, official, chosen)
+        figures["parts"] = time_shares(ours, chosen)
     print_stages(figures, module.jpeg_scaling)
-    figures["workers"] = loaders(module, source, chosen, config, rounds, device)
+    figures["workers"] = loader_rates(module, source, chosen, config, rounds, device)
     print_workers(figures["workers"], device)
     name, share = max(figures["parts"].items(), key=lambda item: item[1])
-    print(f"{NAMES[name]} takes {share:.0%} of the full pipeline")
+    print(f"{SHARES[name]} takes {share:.0%} of the full pipeline")
     return figures
 
 
-class Pipeline(Protocol):
-    """From a file to a batch; single stages, and all of it as training does it."""
-
-    def read(self, index: int) -> bytes: ...
-    def decode(self, data: bytes, index: int) -> Any: ...
-    def crop(self, pixels: Any, box: Box) -> Any: ...
-    def full(self, indices: Sequence[int]) -> Any: ...
-
-
 class Ours:
+    """Our pipeline from a file to a batch: single stages, and the whole as training does it."""
+
     def __init__(self, module: ImageData, source: FileSource) -> None:
         self.source, self.size, self.samples = source, module.image_size, module.samples(source)
         self.batch_size = module.batch_size
@@ -129,10 +128,10 @@ class Ours:
 
 
 class Official:
-    """As published with the paper (main_pretrain.py): PIL decodes whole images, torchvision's transforms do the rest.
+    """The paper's published pipeline (main_pretrain.py): PIL decodes whole images, torchvision transforms them.
 
     Args:
-        chosen: The images that are asked for; where they are not files of their own, they are copied to `folder`.
+        chosen: The images that will be asked for; those that are not files of their own are copied to `folder`.
     """
 
     def __init__(self, module: ImageData, source: FileSource, chosen: Sequence[int], folder: Path) -> None:
@@ -176,8 +175,8 @@ class Official:
         return default_collate(items)
 
 
-def decoders(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
-    """How many images each decoder takes, and their median size.
+def decoder_counts(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
+    """How many images each decoder takes, and the median size.
 
     Raises:
         UserError: One of them cannot be read, or PIL does not know its format.
@@ -198,25 +197,26 @@ def decoders(ours: TrainSamples, chosen: Sequence[int]) -> dict[str, Any]:
     return {"decoders": dict(counts.most_common()), "size": f"{width} x {height}"}
 
 
-def stages(ours: Ours, official: Official, chosen: Sequence[int], rounds: int) -> dict[str, dict[str, Figure]]:
-    """Images per second of CPU time, of both pipelines by turns on the same images."""
-    both: dict[str, Pipeline] = {"ours": ours, "official": official}
-    for pipeline in both.values():
-        rates(pipeline, chosen[:4], [ours.box(index) for index in chosen[:4]], 4)  # imports and tables of the first use
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in both}
+def stage_figures(ours: Ours, official: Official, chosen: Sequence[int], rounds: int) -> dict[str, dict[str, Figure]]:
+    """Images per second of CPU time, of both pipelines in turns on the same images."""
+    pipelines: dict[str, Ours | Official] = {"ours": ours, "official": official}
+    for pipeline in pipelines.values():
+        stage_rates(pipeline, chosen[:4], [ours.box(index) for index in chosen[:4]], 4)  # imports and first-use tables
+    rates: dict[str, list[dict[str, float]]] = {name: [] for name in pipelines}
     for turn in range(rounds):
-        part = chosen[turn::rounds]
-        boxes = [ours.box(index) for index in part]
-        for name in list(both)[:: -1 if turn % 2 else 1]:
-            found[name].append(rates(both[name], part, boxes, ours.batch_size))
+        indices = chosen[turn::rounds]
+        boxes = [ours.box(index) for index in indices]
+        for name in alternate(list(pipelines), turn):
+            rates[name].append(stage_rates(pipelines[name], indices, boxes, ours.batch_size))
     table: dict[str, dict[str, Figure]] = {}
     for stage in STAGES:
-        table[stage] = {name: figure([one[stage] for one in found[name]]) for name in both}
+        table[stage] = {name: figure([rate[stage] for rate in rates[name]]) for name in pipelines}
         table[stage]["ratio"] = ratio(table[stage]["ours"], table[stage]["official"])
     return table
 
 
-def rates(pipeline: Pipeline, indices: Sequence[int], boxes: Sequence[Box], batch_size: int) -> dict[str, float]:
+def stage_rates(pipeline: Any, indices: Sequence[int], boxes: Sequence[Box], batch_size: int) -> dict[str, float]:
+    """Images per second of CPU time, by stage."""
     seconds, now = dict.fromkeys(STAGES, 0.0), time.process_time
     for index, box in zip(indices, boxes, strict=True):
         start = now()
@@ -235,13 +235,13 @@ def rates(pipeline: Pipeline, indices: Sequence[int], boxes: Sequence[Box], batc
     return {stage: len(indices) / max(spent, 1e-9) for stage, spent in seconds.items()}
 
 
-def compare(ours: Ours, official: Official, chosen: Sequence[int]) -> dict[str, Any]:
+def pixel_difference(ours: Ours, official: Official, chosen: Sequence[int]) -> dict[str, Any]:
     """How far our crops are from PIL's of the same boxes, in levels of 255; PIL's images are turned upright first."""
-    means, largest, turned, apart = [], 0.0, 0, 0
+    means, largest, turned, excluded = [], 0.0, 0, 0
     for index in chosen:
         with Image.open(official.paths[index]) as image:
             if image.has_transparency_data or image.mode.startswith(("I", "F")):
-                apart += 1  # laid on white by us, or of 16 bits: other pixels on purpose
+                excluded += 1  # laid on white by us, or of 16 bits: other pixels on purpose
                 continue
             turned += image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9)
             upright = ImageOps.exif_transpose(image).convert("RGB")
@@ -255,21 +255,11 @@ def compare(ours: Ours, official: Official, chosen: Sequence[int]) -> dict[str, 
         "worst_image": max(means, default=0.0),
         "worst_pixel": largest,
         "turned_upright": turned,
-        "not_compared": apart,
+        "not_compared": excluded,
     }
 
 
-# Functions of ours by the name of what they do, and where they are looked up when called.
-PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
-    "read": ((sources, "read_file"), (Place, "read_ranges")),
-    "open": ((sources, "open_image"),),
-    "decode": ((jpeg, "decode"), (decode_module, "_open_with_pillow")),
-    "draw": ((TrainSamples, "draw"),),
-    "resize": ((decode_module, "resized_crop"),),
-    "stack": ((datasets, "stack"),),
-}
-
-NAMES = {
+SHARES = {
     "read": "reading files",
     "open": "reading headers",
     "decode": "the decoder",
@@ -280,52 +270,53 @@ NAMES = {
 }
 
 
-def parts(ours: Ours, chosen: Sequence[int]) -> dict[str, float]:
-    """What share of our full pipeline's time goes where."""
-    with Stopwatch() as watch:
-        start = time.process_time()
-        for first in range(0, len(chosen), ours.batch_size):
-            ours.full(chosen[first : first + ours.batch_size])
-        whole = time.process_time() - start
-    found = {name: watch.spent[name] / whole for name in PARTS}
-    return found | {"rest": 1 - sum(found.values())}
+def time_shares(ours: Ours, chosen: Sequence[int]) -> dict[str, float]:
+    """What share of our full pipeline's CPU time goes where: its steps one by one on the same batches."""
+    seconds, whole, now = dict.fromkeys(SHARES, 0.0), 0.0, time.process_time
+    samples, source = ours.samples, ours.source
+    for first in range(0, len(chosen), ours.batch_size):
+        indices, crops_ = chosen[first : first + ours.batch_size], []
+        start = now()
+        ours.full(indices)
+        whole += (read := now()) - start
+        files = list(source.read_all(indices))
+        seconds["read"] += now() - read
+        for index, data in zip(indices, files, strict=True):
+            if isinstance(data, BadImage):
+                raise UserError(str(data))
+            start = now()
+            picture = open_image(data, source.where(index), source.in_chans)
+            opened = now()
+            _, box = samples.draw((0, index), picture.height, picture.width)
+            drawn = now()
+            crops_.append(picture.resized_crop(box, samples.size, samples.reduced))
+            cropped = now()
+            # The decoder works within these two: Pillow's when an image is opened, libjpeg-turbo's when it is cropped.
+            resizing = min(resize_seconds(picture, box, samples), cropped - drawn)
+            seconds["decode" if picture.decoder == "Pillow" else "open"] += opened - start
+            seconds["draw"] += drawn - opened
+            seconds["decode"] += cropped - drawn - resizing
+            seconds["resize"] += resizing
+        start = now()
+        stack(crops_)
+        seconds["stack"] += now() - start
+    whole = max(whole, sum(seconds.values()))
+    shares = {name: seconds[name] / whole for name in SHARES if name != "rest"}
+    return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
 
 
-class Stopwatch:
-    """Counts CPU seconds in the functions of `PARTS`, those within each other once.
-
-    The profilers of Python would make the many small functions look expensive beside the decoder.
-    """
-
-    def __init__(self) -> None:
-        self.spent = dict.fromkeys(PARTS, 0.0)
-        self.inner: list[float] = []  # of each function under way: seconds of those that it called
-
-    def __enter__(self) -> Self:
-        self.originals = [
-            (place, name, getattr(place, name), part) for part, found in PARTS.items() for place, name in found
-        ]
-        for place, name, original, part in self.originals:
-            setattr(place, name, self.timed(original, part))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for place, name, original, _ in self.originals:
-            setattr(place, name, original)
-
-    def timed(self, function: Callable[..., T], part: str) -> Callable[..., T]:
-        def timed(*args: Any, **kwargs: Any) -> T:
-            self.inner.append(0.0)
-            start = time.process_time()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                took = time.process_time() - start
-                self.spent[part] += took - self.inner.pop()
-                if self.inner:
-                    self.inner[-1] += took
-
-        return timed
+def resize_seconds(picture: Picture, box: Box, samples: TrainSamples) -> float:
+    """CPU seconds to resize a box of pixels that are decoded already, at the size that the decoder gives them."""
+    shrink = 1
+    while samples.reduced and picture.decoder != "Pillow" and shrink < 8:
+        if any(length < 2 * shrink * wanted for length, wanted in zip(box[2:], samples.size, strict=True)):
+            break
+        shrink *= 2
+    pixels = picture.pixels().permute(1, 2, 0)[::shrink, ::shrink].contiguous().permute(2, 0, 1)
+    top, left, height, width = (value // shrink for value in box)
+    start = time.process_time()
+    crops.resized_crop(pixels, (top, left, max(1, height), max(1, width)), samples.size)
+    return time.process_time() - start
 
 
 def print_stages(figures: dict[str, Any], reduced: bool) -> None:
@@ -344,43 +335,36 @@ def print_stages(figures: dict[str, Any], reduced: bool) -> None:
         + ")"
     )
     whole = 1e6 / figures["stages"]["full pipeline"]["ours"].median
-    said = ", ".join(f"{name} {share * whole:.0f}" for name, share in figures["parts"].items())
-    print(f"of our {whole:.0f} µs an image: {said}", flush=True)
+    shares = ", ".join(f"{name} {share * whole:.0f}" for name, share in figures["parts"].items())
+    print(f"of our {whole:.0f} µs an image: {shares}", flush=True)
 
 
 # ---- loader processes ------------------------------------------------------------------------------------------------
 
 
-class Endless(Sampler[list[Key]]):
-    """Batches of some images, shuffled anew each time round, without end."""
-
-    def __init__(self, indices: Sequence[int], batch_size: int, seed: int) -> None:
-        self.indices, self.batch_size, self.seed = torch.tensor(indices), batch_size, seed
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        keys = self.keys()
-        while True:
-            yield list(itertools.islice(keys, self.batch_size))
-
-    def keys(self) -> Iterator[Key]:
-        for epoch in itertools.count():
-            order = torch.randperm(len(self.indices), generator=generator(self.seed, epoch, 0, "order"))
-            for index in self.indices[order].tolist():
-                yield epoch, index
+def endless_batches(indices: Sequence[int], batch_size: int, seed: int) -> Iterator[list[Key]]:
+    """Batches of some images, shuffled anew in each epoch, without end."""
+    keys: list[Key] = []
+    for epoch in itertools.count():
+        order = torch.randperm(len(indices), generator=generator(seed, epoch, 0, "order"))
+        keys += [(epoch, indices[i]) for i in order.tolist()]
+        while len(keys) >= batch_size:
+            yield keys[:batch_size]
+            keys = keys[batch_size:]
 
 
-def loaders(
+def loader_rates(
     module: ImageData, source: FileSource, chosen: Sequence[int], config: Namespace, rounds: int, device: torch.device
 ) -> dict[int, dict[str, Figure]]:
-    """Batches that the main process gets, as wall-clock images/s, by number of loader processes."""
+    """Wall-clock images/s that reach the main process, by number of loader processes."""
     received, prepared = ({count: list[float]() for count in config.workers} for _ in range(2))
     for turn in range(rounds):
-        for count in list(received)[:: -1 if turn % 2 else 1]:
+        for count in alternate(list(received), turn):
             module.num_workers = count
             for rate, work in ((received, False), (prepared, True)):
-                sampler = Endless(chosen, module.batch_size, module.seed)
-                loader = module.loader(DataLoader, module.samples(source), sampler)
-                rate[count].append(delivered(module, loader, config.seconds, device if work else None))
+                batches = endless_batches(chosen, module.batch_size, module.seed)
+                loader = module.loader(DataLoader, module.samples(source), batches)
+                rate[count].append(loader_rate(module, loader, config.seconds, device if work else None))
     table = {
         count: {"received": figure(received[count]), "prepared": figure(prepared[count])} for count in config.workers
     }
@@ -390,8 +374,8 @@ def loaders(
     return table
 
 
-def delivered(module: ImageData, loader: DataLoader[Batch], seconds: float, device: torch.device | None) -> float:
-    """Images/s in the steady state; on a device, flipped, scaled and normalised there."""
+def loader_rate(module: ImageData, loader: DataLoader[Batch], seconds: float, device: torch.device | None) -> float:
+    """Images/s in the steady state; with a device, flipped, scaled and normalised on it."""
     workers, count = max(1, loader.num_workers), 0
     start = math.inf
     for count, batch in enumerate(loader, 1 - 2 * workers):
@@ -401,7 +385,7 @@ def delivered(module: ImageData, loader: DataLoader[Batch], seconds: float, devi
         if count == 0:
             wait_for(device)
             start = time.perf_counter()
-        # Batches come in bursts of one a worker: whole bursts are counted.
+        # Batches arrive in bursts of one per worker, and only whole bursts count.
         if count > 0 and count % workers == 0 and time.perf_counter() - start >= seconds:
             break
     wait_for(device)

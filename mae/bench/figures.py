@@ -1,23 +1,29 @@
-"""What measurements of speed share: figures with their spread, the machine, waiting for a device, a JSON file."""
+"""What the benches share: figures with their spread, turns, options, torch's threads, a JSON file."""
 
 import contextlib
 import json
-import os
-import platform
 import statistics
 from collections.abc import Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from mae.errors import UserError
+from mae.options import out_file
+from mae.runtime.machine import available_cores
 
 T = TypeVar("T")
 
+TURN_SECONDS = 0.5  # a turn has as many steps as fill this, so that waiting for the device costs nothing
+
+MOST_STEPS = 50  # in a turn
+
 
 class Figure(NamedTuple):
-    """Something measured several times."""
+    """A quantity that was measured once a round."""
 
     median: float
     low: float
@@ -33,59 +39,73 @@ def figure(values: Sequence[float]) -> Figure:
 
 
 def ratio(values: Figure, base: Figure) -> Figure:
-    """Round by round: what slows the machine down for a while slows down both."""
+    """The quotient of each round: what slows the machine down for a while slows down both."""
     return figure([value / other for value, other in zip(values.rounds, base.rounds, strict=True)])
 
 
-def blocks(items: Sequence[T], count: int = 8) -> list[list[T]]:
-    """Consecutive, of nearly the same length, none empty."""
-    parts = np.array_split(np.arange(len(items)), min(count, len(items)))
-    return [[items[i] for i in part] for part in parts]
+def consecutive_groups(items: Sequence[T], count: int = 8) -> list[list[T]]:
+    """At most `count` groups of neighbours, of nearly the same length, none empty."""
+    return [[items[i] for i in group] for group in np.array_split(np.arange(len(items)), min(count, len(items)))]
+
+
+def alternate(items: Sequence[T], turn: int) -> list[T]:
+    """The order of a turn, reversed every other time: each finds in the caches what its neighbour has left there."""
+    return list(items)[:: -1 if turn % 2 else 1]
+
+
+def steps_per_turn(seconds: float, turn_seconds: float) -> int:
+    """How many steps, of so many seconds each, fill a turn."""
+    return min(MOST_STEPS, max(1, round(turn_seconds / max(seconds, 1e-9))))
+
+
+def plural(count: int, word: str, ending: str = "s") -> str:
+    return f"{count} {word}{ending * (count != 1)}"
 
 
 @contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def torch_threads(count: int) -> Iterator[None]:
+    """torch computes with `count` threads and compiles for as many: its cache may hold programs for another number."""
+    import torch._inductor.config as inductor
+
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(count)
     try:
-        yield
+        with inductor.patch({"cpp.threads": count}):
+            yield
     finally:
         torch.set_num_threads(before)
 
 
-def cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0))
+def add_json_option(parser: ArgumentParser) -> None:
+    parser.add_argument("--json", type=str | None, default=None, help="Also write all figures to this file.")
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """What figures of speed mean nothing without."""
-    packages = ("torch", "torchvision", "lightning", "pillow", "simplejpeg", "numpy")
-    return {
-        "cpu": cpu_name(),
-        "cores": cores(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in packages},
-    }
+def check_options(config: Namespace, *positive: str) -> None:
+    """Check `--json` and those options, numbers or lists of numbers, that must be at least 1.
 
-
-def cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    Raises:
+        UserError: One is smaller, there are more threads than cores, or the JSON file cannot be written.
+    """
+    for option in positive:
+        values = config[option] if isinstance(config[option], list) else [config[option]]
+        for value in values:
+            if value is not None and value < 1:
+                raise UserError(f"--{option} {value}: at least 1")
+            if option == "threads" and value is not None and value > available_cores():
+                raise UserError(f"--threads {value}: this process may use 1 to {available_cores()}")
+    if config.json:
+        out_file(config.json, "--json")
 
 
 def write_json(path: str | None, figures: dict[str, Any]) -> None:
     if path:
-        Path(path).write_text(json.dumps(plain(figures), indent=1) + "\n")
+        Path(path).write_text(json.dumps(plain_values(figures), indent=1) + "\n")
 
 
-def plain(value: Any) -> Any:
-    """Figures by the names of their parts."""
+def plain_values(value: Any) -> Any:
+    """Each Figure in a nested dict or list as a dict of its fields."""
     if isinstance(value, Figure):
         return value._asdict()
-    return {str(key): plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+    if isinstance(value, list):
+        return [plain_values(item) for item in value]
+    return {str(key): plain_values(item) for key, item in value.items()} if isinstance(value, dict) else value

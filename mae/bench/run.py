@@ -1,13 +1,10 @@
 """`mae bench run`: what limits a pre-training run, its loader or its optimiser step, and what to change."""
 
-import contextlib
-import io
 import itertools
 import math
 import statistics
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -18,10 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
-from mae.bench.figures import Figure, blocks, cores, figure, machine, one_thread, write_json
-from mae.callbacks.checkpointing import Checkpoints
-from mae.callbacks.online_eval import Online
-from mae.callbacks.reconstructions import Panels
+from mae.bench.figures import Figure, consecutive_groups, figure, plural, torch_threads, write_json
+from mae.bench.measured_run import UNMEASURED, MeasuredRunCLI
 from mae.data.datamodule import ImageData, free_memory
 from mae.data.datasets import Batch
 from mae.data.decode import BadImage, open_image
@@ -29,23 +24,22 @@ from mae.data.sampling import EpochSampler
 from mae.data.sources import FileSource, spread
 from mae.data.tar_shards import RecordSource
 from mae.errors import UserError
-from mae.launch.stages import PretrainCLI
-from mae.options import out_file
 from mae.runtime.device_clock import Clock, idle, wait_for
+from mae.runtime.machine import available_cores, machine_details
 
 WARM_UP = 2  # optimiser steps, at least
 
-STEPS = 3  # optimiser steps measured, at least
+STEPS = 3  # optimiser steps to measure, at least
 
-LATE = 0.05  # share of the step that data may be waited for without a word
+LATE = 0.05  # share of the step that may be spent waiting for data without a remark
 
 
 class Feed:
-    """The training loader, or one of its batches over and over; notes when each batch was asked for and when it came.
+    """The training loader, or one of its batches repeated; notes when each batch was requested and when it arrived.
 
     Attributes:
-        repeated: The batch to repeat; None: the loader's own.
-        waits: (asked, came) of each batch, by the clock `time.perf_counter`.
+        repeated: The batch to repeat; None: the batches of the loader.
+        waits: (requested, arrived) of each batch, by the clock `time.perf_counter`.
     """
 
     def __init__(self, loader: DataLoader[Batch]) -> None:
@@ -58,21 +52,21 @@ class Feed:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Batch]:
-        own = None
+        batches = None
         for _ in range(len(self)):
             asked = time.perf_counter()
             if self.repeated is not None:
                 batch = self.repeated
             else:
-                if own is None:
-                    own = iter(self.loader)
-                batch = next(own)
+                if batches is None:
+                    batches = iter(self.loader)
+                batch = next(batches)
             self.waits.append((asked, time.perf_counter()))
             yield batch
 
 
 class FedData(ImageData):
-    """Keeps one training loader, to be measured by itself first and then in training."""
+    """Data with one training loader that is measured alone first and then in training."""
 
     feed: Feed | None = None
 
@@ -82,7 +76,7 @@ class FedData(ImageData):
         return self.feed
 
 
-class RunCLI(PretrainCLI):
+class RunCLI(MeasuredRunCLI):
     """A pre-training run that is measured and leaves nothing."""
 
     command, description = (
@@ -93,25 +87,19 @@ class RunCLI(PretrainCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--seconds", type=float, default=20.0, help="Of each of three measurements, at least.")
-        parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file, too.")
+        parser.add_argument("--seconds", type=float, default=20.0, help="Shortest time of each of three measurements.")
 
     def before_instantiate_classes(self) -> None:
         super().before_instantiate_classes()
         if not self.config.seconds > 0:
-            raise UserError(f"--seconds {self.config.seconds}: wanted is above 0")
-        if self.config.json:
-            out_file(self.config.json, "--json")
-
-    def finish(self) -> None:
-        """No weights."""
+            raise UserError(f"--seconds {self.config.seconds}: it must be above 0")
 
 
-class Step(NamedTuple):
-    """An optimiser step."""
+class MeasuredStep(NamedTuple):
+    """A measured optimiser step."""
 
     seconds: float
-    waited: float  # for data, while the device had nothing to do
+    waited: float  # seconds without data, in which the device had nothing to do
 
 
 class Watch(Callback):
@@ -119,10 +107,10 @@ class Watch(Callback):
 
     def __init__(self, feed: Feed, batch: Batch, seconds: float) -> None:
         self.feed, self.batch, self.seconds = feed, batch, seconds
-        self.steps: list[list[Step]] = []  # of each phase
+        self.steps: list[list[MeasuredStep]] = []  # for each of the two phases
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only the pixels: what else it holds is read on the CPU at every step.
+        # Only the pixels: the other tensors are read on the CPU in every step.
         self.feed.repeated = self.batch._replace(images=self.batch.images.to(pl_module.device))
         self.clock = Clock(pl_module.device)
         self.begin()
@@ -140,7 +128,7 @@ class Watch(Callback):
             return
         now = time.perf_counter()
         if not self.warm:
-            # Loader processes have 2 batches each in store: used up here.
+            # Loader processes have prefetched 2 batches each, which are used up here.
             enough = WARM_UP * window if self.feed.repeated else max(WARM_UP * window, 2 * self.feed.loader.num_workers)
             late = len(self.marks) >= WARM_UP * window and now - self.started > self.seconds
             if len(self.marks) >= enough or late:
@@ -156,60 +144,55 @@ class Watch(Callback):
         self.begin()
 
 
-def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window: int) -> list[Step]:
+def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window: int) -> list[MeasuredStep]:
     """Optimiser steps of `window` batches each.
 
     Args:
-        done: When the device was done with each batch, and first with the one before them.
-        waits: When each was asked for and came.
+        done: When the device had finished each batch, after the time for the batch before the first.
+        waits: When each batch was requested and when it arrived.
     """
     waited = idle(done[:-1], waits)
     firsts = range(0, len(waited), window)
-    return [Step(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
+    return [MeasuredStep(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
 
 
 def run_command(args: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         forced = [
-            *(f"--run_dir={folder}", "--ckpt_path=null", "--trainer.logger=false", "--trainer.devices=1"),
-            *("--trainer.num_nodes=1", "--trainer.limit_val_batches=0", "--trainer.enable_progress_bar=false"),
-            # It ends when enough is measured, not before.
-            *("--trainer.max_epochs=1000000", "--trainer.max_steps=-1", "--trainer.max_time=null"),
-            *("--trainer.min_epochs=null", "--trainer.min_steps=null"),
+            *(*UNMEASURED, f"--run_dir={folder}", "--trainer.devices=1", "--trainer.num_nodes=1"),
+            *("--trainer.max_time=null", "--trainer.min_epochs=null", "--trainer.min_steps=null"),
         ]
         cli = RunCLI([*args, *forced])
         write_json(cli.config.json, bench_run(cli))
 
 
 def bench_run(cli: RunCLI) -> dict[str, Any]:
-    """Measures and prints."""
+    """Measure the loader, the step and both together; print and return the figures."""
     trainer, module, seconds = cli.trainer, cli.datamodule, cli.config.seconds
     device = trainer.strategy.root_device
     module.trainer = trainer
     feed: Feed = module.train_dataloader()
     first, loader = loader_alone(feed, seconds)
     per_step = module.batch_size * trainer.accumulate_grad_batches
-    where = machine(device)
+    where = machine_details(device)
     workers = 0 if module.device_resident else module.num_workers
-    how = "images on the device" if module.device_resident else f"{workers} worker" + "s" * (workers != 1)
+    how = "images on the device" if module.device_resident else plural(workers, "worker")
     print(f"loader     {loader.median:>10,.0f} images/s  ({how})", flush=True)
 
     watch = Watch(feed, first, seconds)
-    trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, Panels | Online | Checkpoints)] + [watch]  # type: ignore[attr-defined]
-    # The recipe, and hints on settings: what is measured is no run of its own.
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-        cli.fit()
-    alone, full = (blocks(steps) for steps in watch.steps)
+    cli.fit_with(watch)
+    alone, full = (consecutive_groups(steps) for steps in watch.steps)
     step, loop = (figure([per_step / statistics.fmean(s.seconds for s in block) for block in b]) for b in (alone, full))
     wait = figure([sum(s.waited for s in block) / sum(s.seconds for s in block) for block in full])
-    threads = f"{where['threads']} thread" + "s" * (where["threads"] != 1) if device.type == "cpu" else where["device"]
+    threads = plural(where["threads"], "thread") if device.type == "cpu" else where["device"]
     print(f"step       {step.median:>10,.0f} images/s  (batch {per_step}, {trainer.precision}, {threads})")
     print(
         f"full loop  {loop.median:>10,.0f} images/s, data wait {wait.median:.1%} of the step "
         f"({wait.low:.1%} to {wait.high:.1%})"
     )
-    named, advice = judge(loader.median, step.median, loop.median, wait.median, workers, device.type == "cpu", module)
+    named, advice = find_bottleneck(
+        loader.median, step.median, loop.median, wait.median, workers, device.type == "cpu", module
+    )
     print(*advice, sep="\n", flush=True)
     return {
         "machine": where,
@@ -228,7 +211,7 @@ def bench_run(cli: RunCLI) -> dict[str, Any]:
 
 
 def loader_alone(feed: Feed, seconds: float) -> tuple[Batch, Figure]:
-    """A batch, and the images/s that come where nothing else is done; epochs begin and end as in training."""
+    """A batch, and the images/s of the loader when nothing else runs; epochs begin and end as in training."""
     arrivals: list[float] = []
     first, warm, started = None, False, time.perf_counter()
     for epoch in itertools.count():
@@ -241,7 +224,7 @@ def loader_alone(feed: Feed, seconds: float) -> tuple[Batch, Figure]:
                 if len(arrivals) > 2 * feed.loader.num_workers or now - started > seconds:
                     arrivals, warm, started = [now], True, now
             elif now - started >= seconds and len(arrivals) > STEPS:
-                spans = blocks(np.diff(arrivals).tolist())
+                spans = consecutive_groups(np.diff(arrivals).tolist())
                 return first, figure([feed.sampler.batch_size / statistics.fmean(span) for span in spans])
     raise AssertionError("epochs do not end")
 
@@ -249,72 +232,76 @@ def loader_alone(feed: Feed, seconds: float) -> tuple[Batch, Figure]:
 # ---- what to change --------------------------------------------------------------------------------------------------
 
 
-def judge(
+def find_bottleneck(
     loader: float, step: float, loop: float, wait: float, workers: int, on_cpu: bool, module: ImageData
 ) -> tuple[str, list[str]]:
-    """Which of them is the bottleneck, and what to do about it in lines.
+    """Which of loader and step is the bottleneck, and lines of advice.
 
     Args:
         loader, step, loop: Images/s.
-        wait: Share of the step.
+        wait: Share of the step that waits for data.
     """
-    has = cores()
+    cores = available_cores()
     each = loader / max(1, workers)  # images/s of one worker
     needed = math.ceil(step / each)
     if step <= loader:
         line = f"the step is the bottleneck: the loader has {loader / step:.1f} times its rate"
         if wait <= LATE:
             text = f", so more workers would do nothing ({needed} would do)" if workers else ""
-            more = [slowed(loop / step, on_cpu * workers * loop / loader)] if loop < 0.9 * step else []
+            more = [reason_for_slow_loop(loop / step, on_cpu * workers * loop / loader)] if loop < 0.9 * step else []
             return "step", [line + text, *more]
         if module.device_resident:
             return "step", [line, "they take turns on the device; larger batches cost less an image"]
         if not workers:
-            return "step", [line, f"they take turns: --data.num_workers 1 would load during the step ({has} cores)"]
-        lines = [line, f"yet data is waited for: {workers + 1} processes share {has} cores, or images differ much"]
-        if workers + 1 < has:
+            return "step", [line, f"they take turns: --data.num_workers 1 would load during the step ({cores} cores)"]
+        lines = [line, f"yet data is waited for: {workers + 1} processes share {cores} cores, or images differ much"]
+        if workers + 1 < cores:
             lines.append(f"--data.num_workers {workers + 1} would smooth it")
-        return "step", lines + cheaper(module)
+        return "step", lines + loading_advice(module)
     lines = [f"the loader is the bottleneck: it has {loader / step:.2f} of the step's rate"]
     if module.device_resident:
         lines.append("images are on the device already; larger batches cost less an image")
         return "loader", lines
-    spare = has - 1 if on_cpu else has
-    text = f"to keep up it takes {needed} worker{'s' * (needed != 1)} of {each:,.0f} images/s each"
+    spare = cores - 1 if on_cpu else cores
+    text = f"to keep up it takes {plural(needed, 'worker')} of {each:,.0f} images/s each"
     if needed <= spare:
-        lines.append(f"{text}: --data.num_workers {needed} ({has} cores)")
+        lines.append(f"{text}: --data.num_workers {needed} ({cores} cores)")
     else:
-        lines.append(f"{text}, but there are {has} cores" + (", which the step needs, too" if on_cpu else ""))
-    return "loader", lines + cheaper(module)
+        lines.append(f"{text}, but there are {cores} cores" + (", which the step needs, too" if on_cpu else ""))
+    return "loader", lines + loading_advice(module)
 
 
-def slowed(share: float, busy: float) -> str:
-    """Why the full loop has this share of the step's rate, though data are there in time.
+def reason_for_slow_loop(share: float, busy: float) -> str:
+    """Why the full loop reaches only this share of the step's rate, though data arrive in time.
 
     Args:
-        busy: Cores' worth of work that loader processes take from the step.
+        busy: Number of cores that loader processes keep from the step.
     """
-    why = f"loader processes and step share {cores()} cores" if busy > 0.1 else "do other programs use this machine?"
+    why = (
+        f"loader processes and step share {available_cores()} cores"
+        if busy > 0.1
+        else "do other programs use this machine?"
+    )
     return f"the full loop has {share:.2f} of the step's rate, and does not wait for data: {why}"
 
 
-def cheaper(module: ImageData, count: int = 64) -> list[str]:
-    """What would make loading cheaper, tried on some images."""
+def loading_advice(module: ImageData, count: int = 64) -> list[str]:
+    """Settings that would make loading cheaper, tried on some images."""
     source = module.train_source
     assert source is not None
     chosen, lines, shapes = spread(source, count), [], set()
     if isinstance(source, FileSource):
         start = time.perf_counter()
-        found = list(source.read_all(chosen))
+        files = list(source.read_all(chosen))
         reading = time.perf_counter() - start
         pictures = [
             open_image(data, source.where(index), module.in_chans)
-            for index, data in zip(chosen, found, strict=True)
+            for index, data in zip(chosen, files, strict=True)
             if not isinstance(data, BadImage)
         ]
         shapes = {(module.in_chans, picture.height, picture.width) for picture in pictures}
-        with one_thread():
-            seconds = {reduced: loading(module, source, chosen, reduced) for reduced in (False, True)}
+        with torch_threads(1):
+            seconds = {reduced: loading_seconds(module, source, chosen, reduced) for reduced in (False, True)}
         share = reading / (reading + seconds[module.jpeg_scaling])
         if share > 0.25 and not isinstance(source, RecordSource):
             lines.append(f"reading files takes {share:.0%} of the loading: `mae pack` makes few large files of them")
@@ -338,8 +325,8 @@ def cheaper(module: ImageData, count: int = 64) -> list[str]:
     return lines
 
 
-def loading(module: ImageData, source: FileSource, chosen: Sequence[int], reduced: bool) -> float:
-    """CPU seconds for some images."""
+def loading_seconds(module: ImageData, source: FileSource, chosen: Sequence[int], reduced: bool) -> float:
+    """CPU seconds to load some images."""
     samples = module.samples(source)
     samples.reduced = reduced
     start = time.process_time()

@@ -1,75 +1,76 @@
-"""`mae bench step`: the training step of our network beside plainer ones, and beside Hugging Face's."""
+"""`mae bench step`: the training step beside plainer ones and Hugging Face's, by settings, and over processes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
 from jsonargparse import Namespace
 
 from mae.bench import figures as figures_module
-from mae.bench.figures import Figure, figure, ratio, write_json
-from mae.bench.variants import COMPILED, DTYPES, OTHERS, Contender, Setting, enough_memory, forget, peak_memory, threads
+from mae.bench.figures import (
+    Figure,
+    add_json_option,
+    alternate,
+    check_options,
+    figure,
+    plural,
+    ratio,
+    steps_per_turn,
+    torch_threads,
+    write_json,
+)
+from mae.bench.scaling import Job, measure_scaling, print_scaling, process_counts
+from mae.bench.variants import COMPILED, DTYPES, PEERS, Setting, Variant, enough_memory, forget_networks, peak_memory
 from mae.errors import UserError
 from mae.models import flops
 from mae.models.blocks import cpu_has_bfloat16
 from mae.models.mae import SIZES
-from mae.options import ToolParser, out_file
+from mae.options import ToolParser
 from mae.runtime.device_clock import wait_for
+from mae.runtime.machine import available_cores, machine_details
 from mae.runtime.memory import GIB, keep_freed_memory
 
-WARM_UP = 2  # steps of each contender that do not count
+WARM_UP = 2  # steps of each variant that do not count; the last one says how many fill a turn
 
-MODES = {"both": (COMPILED, ""), "true": (COMPILED,), "false": ("",)}  # what stands behind the names of ours
+MODES = {"both": (COMPILED, ""), "true": (COMPILED,), "false": ("",)}  # ends of the names of ours
 
 ABLATION = ("mask-tokens", "ours", "ours-depth-1")
 
-# Table 2 of the paper: how many times faster without mask tokens, decoder of depth 8; then with a decoder of depth 1.
+# Table 2 of the paper: how many times faster without mask tokens, with a decoder of depth 8 and with one of depth 1.
 PAPER = {"large": (2.8, 3.7), "huge": (3.5, 4.1)}
+
+AXES = ("image_size", "mask_ratio", "depth", "decoder_depth", "batch")
 
 
 def step_command(args: Sequence[str]) -> None:
-    config = parsed(args)
+    config = parse_options(args)
     device = chosen_device(config.device)
-    dtypes = [checked_dtype(name, device) for name in config.dtypes]
-    names = contenders(config)
+    for name in config.dtypes:
+        check_dtype(name, device)
+    names = variant_names(config)
+    all_settings = [base_setting(config, size, dtype, device) for size, dtype in product(config.sizes, config.dtypes)]
     keep_freed_memory()
     print_header(config, device)
     results: list[dict[str, Any]] = []
-    for size in config.sizes:
-        setting = Setting(
-            size,
-            config.image_size,
-            config.patch_size or (14 if size == "huge" else 16),
-            config.decoder_embed_dim,
-            config.decoder_depth,
-            config.decoder_num_heads,
-            config.batch,
-            "",
-            str(device),
-        )
-        for dtype in dtypes:
-            one = setting._replace(dtype=dtype)
-            counts = config.threads or [all_threads(device)]
-            # Before all of them are in the memory of this process.
-            peaks = {name: peak_memory(name, one, max(counts)) for name in names} if config.memory else {}
-            for count in counts:
-                result = bench(names, one, count, config.rounds, peaks)
-                results.append(result)
-                print_table(result)
-                # After each table: of a bench that is stopped, what is done stays.
-                rows = [figures_module.plain(row) for row in results]
-                write_json(config.json, {"machine": versions(device), "results": rows})
+    for setting in all_settings:
+        for table, print_table in tables(config, setting, names):
+            results.append(table)
+            print_table(table)
+            # Written after each table, so that a bench that is stopped keeps what it has measured.
+            write_json(config.json, {"machine": versions(device), "results": results})
 
 
-def parsed(args: Sequence[str]) -> Namespace:
-    """The options, those checked that need no device."""
+def parse_options(args: Sequence[str]) -> Namespace:
+    """The options, checked as far as that needs no device."""
     parser = ToolParser(
         prog="mae bench step",
-        description="Images/s, memory and FLOPs of the pre-training step, beside the same network without its savings "
-        "and Hugging Face's ViTMAEForPreTraining: in one process, in turns, on random images.",
+        description="Images/s, memory and FLOPs of the pre-training step on random images: beside the same network "
+        "without its savings and Hugging Face's ViTMAEForPreTraining, in turns in one process; or as one setting grows "
+        "(--sweep); or over processes (--processes).",
     )
     parser.add_argument("--config", action="config")
     parser.add_argument("--sizes", type=str, nargs="+", default=["base"], choices=list(SIZES), help="Of the encoder.")
@@ -78,57 +79,87 @@ def parsed(args: Sequence[str]) -> Namespace:
     parser.add_argument("--decoder_embed_dim", type=int, default=512)
     parser.add_argument("--decoder_depth", type=int, default=8)
     parser.add_argument("--decoder_num_heads", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16, help="Images a step.")
+    parser.add_argument("--batch", type=int, default=16, help="Images a step; with --processes, of each micro-batch.")
     parser.add_argument(
-        "--dtypes",
-        type=str,
-        nargs="+",
-        default=["float32"],
-        choices=list(DTYPES),
-        help="Other than float32: autocast.",
+        "--dtypes", type=str, nargs="+", default=["float32"], choices=list(DTYPES), help="Half precision is autocast."
     )
     parser.add_argument(
         "--compile", type=str, default="both", choices=list(MODES), help="Whether our blocks are compiled."
     )
     parser.add_argument(
-        "--against", type=str, nargs="*", default=list(OTHERS), choices=list(OTHERS), help="Who else takes part."
+        "--against", type=str, nargs="*", default=list(PEERS), choices=list(PEERS), help="What to compare ours with."
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="Of the CPU, one table each (default: all cores).")
-    parser.add_argument("--rounds", type=int, default=10, help="Steps of each, in turns, after a warm-up.")
-    parser.add_argument("--memory", type=bool, default=True, help="Peak memory, in a process for each contender.")
+    parser.add_argument("--threads", type=int, nargs="+", help="Of the CPU, a table for each; all cores (1 a process).")
+    parser.add_argument("--rounds", type=int, default=10, help="Turns of each variant, after a warm-up.")
+    parser.add_argument("--memory", type=bool, default=True, help="Peak memory, in a process for each of the compared.")
     parser.add_argument(
         "--ablation",
         type=bool,
         default=False,
-        help="Instead: ours beside an encoder that sees mask tokens, the paper's Table 2.",
+        help="Compare ours with an encoder that sees mask tokens instead: the paper's Table 2.",
     )
+    parser.add_argument(
+        "--sweep",
+        type=str,
+        nargs="+",
+        default=[],
+        choices=AXES,
+        help="Vary these settings of ours instead, one by one.",
+    )
+    parser.add_argument(
+        "--processes", type=int, nargs="*", help="Train ours by so many processes instead; without numbers 1, 2, 4, ..."
+    )
+    parser.add_argument("--accumulate", type=int, default=1, help="Micro-batches a step, with --processes.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
-    parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file, too.")
+    add_json_option(parser)
     config = parser.parse_args(list(args))
-    for option in ("image_size", "batch", "rounds"):
-        if config[option] < 1:
-            raise UserError(f"--{option} {config[option]}: at least 1")
-    if config.patch_size is not None and config.patch_size < 1:
-        raise UserError(f"--patch_size {config.patch_size}: at least 1")
-    for count in config.threads or []:
-        if not 1 <= count <= figures_module.cores():
-            raise UserError(f"--threads {count}: this process may use 1 to {figures_module.cores()}")
-    if config.json:
-        out_file(config.json, "--json")
+    check_options(config, "image_size", "patch_size", "batch", "rounds", "threads", "accumulate")
+    if bool(config.sweep) + (config.processes is not None) + config.ablation > 1:
+        raise UserError("--sweep, --processes and --ablation true are benches of their own: take one of them")
     return config
 
 
-def contenders(config: Namespace) -> list[str]:
-    """Who takes part, ours first."""
+def variant_names(config: Namespace) -> list[str]:
+    """The variants to measure, ours first."""
+    modes = MODES[config.compile]
     if config.ablation:
-        return [name + mode for mode in MODES[config.compile] for name in ABLATION]
+        return [name + mode for mode in modes for name in ABLATION]
+    ours = ["ours" + mode for mode in modes]
+    if config.sweep or config.processes is not None:
+        return ours
     peers = [name for name in config.against if name.startswith("hf-")]
     if peers and not find_spec("transformers"):
         raise UserError(
             f"{' and '.join(peers)}: transformers is not installed; `pip install transformers`, or leave them out: "
             "--against plain"
         )
-    return ["ours" + mode for mode in MODES[config.compile]] + list(dict.fromkeys(config.against))
+    return ours + list(dict.fromkeys(config.against))
+
+
+def base_setting(config: Namespace, size: str, dtype: str, device: torch.device) -> Setting:
+    """The setting that the options describe.
+
+    Raises:
+        UserError: Images of this size have too few patches.
+    """
+    setting = Setting(
+        size,
+        config.image_size,
+        config.patch_size or (14 if size == "huge" else 16),
+        config.decoder_embed_dim,
+        config.decoder_depth,
+        config.decoder_num_heads,
+        config.batch,
+        dtype,
+        str(device),
+        depth=SIZES[size].depth,
+    )
+    if setting.visible < 1:
+        raise UserError(
+            f"--image_size {setting.image_size} has {setting.patches} patches of --patch_size {setting.patch_size}: "
+            f"too few to hide {setting.mask_ratio:.0%} of them"
+        )
+    return setting
 
 
 def chosen_device(name: str) -> torch.device:
@@ -137,7 +168,7 @@ def chosen_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"--device {name}: wanted is auto, cpu, cuda or cuda:N") from None
+        raise UserError(f"--device {name}: it must be auto, cpu, cuda or cuda:N") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {name}: only cpu and cuda are measured")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -145,150 +176,238 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
-def checked_dtype(name: str, device: torch.device) -> str:
+def check_dtype(name: str, device: torch.device) -> None:
     if name == "float16" and device.type == "cpu":
         raise UserError("--dtypes float16: on CUDA only; the CPU has float32 and bfloat16")
     if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise UserError(f"--dtypes bfloat16: {torch.cuda.get_device_name(device)} has none; float16 or float32")
-    return name
 
 
-def all_threads(device: torch.device) -> int:
-    return figures_module.cores() if device.type == "cpu" else torch.get_num_threads()
+def tables(
+    config: Namespace, setting: Setting, names: Sequence[str]
+) -> Iterator[tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]:
+    """Each table of a setting as it is measured, with the function that prints it."""
+    device = torch.device(setting.device)
+    if config.processes is not None:
+        for threads, name in product(config.threads or [1], names):
+            counts = process_counts(config.processes, device, threads)
+            turn_seconds = figures_module.TURN_SECONDS
+            job = Job(name, setting, config.accumulate, threads, config.rounds, turn_seconds, counts)
+            yield measure_scaling(job), print_scaling
+        return
+    all_threads = config.threads or [available_cores() if device.type == "cpu" else torch.get_num_threads()]
+    if config.sweep:
+        for threads, name, axis in product(all_threads, names, dict.fromkeys(config.sweep)):
+            yield sweep(axis, name, setting, threads, config.rounds), print_sweep
+        return
+    # Before all of them are in this process's memory.
+    peaks = {name: peak_memory(name, setting, max(all_threads)) for name in names} if config.memory else {}
+    for threads in all_threads:
+        yield compare(names, setting, threads, config.rounds, peaks), print_comparison
 
 
-def bench(
-    names: Sequence[str], setting: Setting, count: int, rounds: int, peaks: dict[str, int | None]
-) -> dict[str, Any]:
-    """One table: figures of each contender at a setting.
+# ---- measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(
+    planned: dict[Any, tuple[str, Setting]], threads: int, rounds: int, peaks: dict[str, int | None]
+) -> tuple[dict[str, Any], dict[Any, dict[str, Any]]]:
+    """How it was measured, and the figures of each variant.
 
     Args:
-        count: Threads.
-        peaks: Bytes that each takes at most; what is not known may be missing.
+        planned: Name and setting of each variant; all are on one device, in one dtype.
+        peaks: Bytes that each name takes at most, where they are known.
     """
-    device = torch.device(setting.device)
-    by_cpu_time = count == 1 and device.type == "cpu"
+    _, setting = next(iter(planned.values()))
+    by_cpu_time = threads == 1 and setting.device == "cpu"
     clock = time.process_time if by_cpu_time else time.perf_counter
-    forget()
-    with threads(count):
-        fields = {}
-        for name in names:
-            with enough_memory(name, setting):
-                fields[name] = Contender(name, setting)
-        seconds, products = in_turns(fields, clock, rounds)
-        work = {name: contender.flops() for name, contender in fields.items()}
-        trained = {name: contender.parameters for name, contender in fields.items()}
+    forget_networks()
+    with torch_threads(threads), many_shapes():
+        variants = {}
+        for key, (name, own) in planned.items():
+            with enough_memory(name, own):
+                variants[key] = Variant(name, own)
+        seconds, products = time_in_turns(variants, clock, rounds)
+        work = {key: variant.flops() for key, variant in variants.items()}
     rate = max(products)
-    figures = {
-        name: {
-            "seconds": seconds[name],
-            "images_per_second": setting.batch / seconds[name].median,
-            "peak_bytes": peaks.get(name),
-            "flops_per_image": work[name],
-            "share_of_product_rate": work[name] * setting.batch / seconds[name].median / rate,
-            "parameters": trained[name],
+    rows = {}
+    for key, variant in variants.items():
+        per_second = variant.setting.batch / seconds[key].median
+        rows[key] = {
+            "seconds": seconds[key],
+            "images_per_second": per_second,
+            "peak_bytes": peaks.get(variant.name),
+            "flops_per_image": work[key],
+            "share_of_product_rate": work[key] * per_second / rate,
+            "parameters": variant.parameters,
         }
-        for name in names
-    }
+    how = {"threads": threads, "clock": "CPU time" if by_cpu_time else "wall clock", "product_rate": rate}
+    return {"setting": setting._asdict(), **how}, rows
+
+
+def many_shapes() -> Any:
+    """A sweep compiles blocks for more shapes than torch by default allows for one function."""
+    import torch._dynamo.config as dynamo
+
+    return dynamo.patch(recompile_limit=128)
+
+
+def time_in_turns(
+    variants: dict[Any, Variant], clock: Callable[[], float], rounds: int
+) -> tuple[dict[Any, Figure], list[float]]:
+    """Seconds a step of each, one turn a round; and FLOP/s of matrix products, measured in between.
+
+    What slows the machine down for a while slows down all of them.
+    """
+    first = next(iter(variants.values()))
+    device, dtype = first.device, first.dtype
+
+    def turn(variant: Variant, steps: int) -> float:
+        wait_for(device)
+        start = clock()
+        for _ in range(steps):
+            variant.step()
+        wait_for(device)
+        return (clock() - start) / steps
+
+    steps = {}
+    for key, variant in variants.items():
+        with enough_memory(variant.name, variant.setting):
+            seconds = [turn(variant, 1) for _ in range(WARM_UP)]
+        steps[key] = steps_per_turn(seconds[-1], figures_module.TURN_SECONDS)
+    products = flops.product_rates(device, dtype, clock, tries=1)
+    sizes = flops.SIZES[: len(products) - 1] or (512,)
+    times: dict[Any, list[float]] = {key: [] for key in variants}
+    for number in range(rounds):
+        for key in alternate(list(variants), number):
+            times[key].append(turn(variants[key], steps[key]))
+        products += [flops.product_rate(device, dtype, size, clock) for size in sizes]
+    return {key: figure(values) for key, values in times.items()}, products
+
+
+def compare(
+    names: Sequence[str], setting: Setting, threads: int, rounds: int, peaks: dict[str, int | None]
+) -> dict[str, Any]:
+    """One table: variants at one setting."""
+    table, rows = measure({name: (name, setting) for name in names}, threads, rounds, peaks)
     ours = [name for name in names if name.removesuffix(COMPILED) == "ours"]
-    result = {
-        "setting": setting._asdict(),
-        "threads": count,
-        "clock": "CPU time" if by_cpu_time else "wall clock",
-        "product_rate": rate,
-        "contenders": figures,
-        "ours_is_faster": {one: {name: ratio(seconds[name], seconds[one]) for name in names} for one in ours},
-    }
+    seconds = {name: row["seconds"] for name, row in rows.items()}
+    faster = {one: {name: ratio(seconds[name], seconds[one]) for name in names} for one in ours}
+    table |= {"contenders": rows, "ours_is_faster": faster}
     if names[0].startswith(ABLATION[0]):
-        result["ablation"] = ablation(names, setting, seconds, work)
+        table["ablation"] = ablation(setting, rows)
+    return table
+
+
+def ablation(setting: Setting, rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How many times faster than an encoder with mask tokens: in time, in FLOPs, and in the paper."""
+    as_in_paper = setting.image_size == 224 and setting.decoder_depth == 8
+    paper = PAPER.get(setting.size) if as_in_paper else None
+    result = {}
+    for name, row in rows.items():
+        base_name = name.removesuffix(COMPILED)
+        if base_name == ABLATION[0]:
+            continue
+        slow = rows[name.replace(base_name, ABLATION[0])]
+        result[name] = {
+            "time": ratio(slow["seconds"], row["seconds"]),
+            "flops": slow["flops_per_image"] / row["flops_per_image"],
+            "paper": paper[ABLATION.index(base_name) - 1] if paper else None,
+        }
     return result
 
 
-def in_turns(
-    fields: dict[str, Contender], clock: Callable[[], float], rounds: int
-) -> tuple[dict[str, Figure], list[float]]:
-    """Seconds a step of each, one step a round; and FLOP/s of matrix products, measured in between.
-
-    What slows the machine down for a while slows down all; the order is turned round every other time, as each step
-    finds in the caches what its neighbour has left there.
-    """
-    device, dtype = next((one.device, one.dtype) for one in fields.values())
-    for name, contender in fields.items():
-        with enough_memory(name, contender.setting):
-            for _ in range(WARM_UP):
-                contender.step()
-    products = flops.product_rates(device, dtype, clock, tries=1)
-    sizes = flops.SIZES[: len(products) - 1] or (512,)
-    seconds: dict[str, list[float]] = {name: [] for name in fields}
-    for number in range(rounds):
-        for name in list(fields)[:: -1 if number % 2 else 1]:
-            wait_for(device)
-            start = clock()
-            fields[name].step()
-            wait_for(device)
-            seconds[name].append(clock() - start)
-        products += [flops.product_rate(device, dtype, size, clock) for size in sizes]
-    return {name: figure(values) for name, values in seconds.items()}, products
+def axis_values(axis: str, base: Setting) -> list[Any]:
+    """Values of one axis around the base's own, which is among them; those that cannot be are left out."""
+    grid, depth = base.image_size // base.patch_size, base.depth or SIZES[base.size].depth
+    candidates: dict[str, list[Any]] = {
+        "image_size": [base.patch_size * round(grid * 2 ** (i / 2)) for i in range(-2, 3)],  # doubles the patches
+        "mask_ratio": [0.25, 0.5, base.mask_ratio, 0.85, 0.9],
+        "depth": [depth // 4, depth // 2, depth, 2 * depth],
+        "decoder_depth": [1, 2, 4, base.decoder_depth, 8, 12],
+        "batch": [base.batch // 4, base.batch // 2, base.batch, 2 * base.batch, 4 * base.batch],
+    }
+    return sorted({value for value in candidates[axis] if value > 0 and base._replace(**{axis: value}).visible > 0})
 
 
-def ablation(
-    names: Sequence[str], setting: Setting, seconds: dict[str, Figure], work: dict[str, int]
-) -> dict[str, dict[str, Any]]:
-    """How many times faster than an encoder with mask tokens: in time, in FLOPs, and in the paper."""
-    as_in_paper = setting.image_size == 224 and setting.decoder_depth == 8
-    rows = {}
-    for name in names:
-        mode = COMPILED if name.endswith(COMPILED) else ""
-        slow, kind = ABLATION[0] + mode, name.removesuffix(COMPILED)
-        if kind == ABLATION[0]:
-            continue
-        paper = PAPER.get(setting.size) if as_in_paper else None
-        rows[name] = {
-            "time": ratio(seconds[slow], seconds[name]),
-            "flops": work[slow] / work[name],
-            "paper": paper[ABLATION.index(kind) - 1] if paper else None,
-        }
-    return rows
+def sweep(axis: str, name: str, base: Setting, threads: int, rounds: int) -> dict[str, Any]:
+    """One table: a variant of ours as one setting grows, in time and in FLOPs."""
+    planned = {value: (name, base._replace(**{axis: value})) for value in axis_values(axis, base)}
+    table, rows = measure(planned, threads, rounds, {})
+    per_image = {
+        value: figure([seconds / setting.batch for seconds in rows[value]["seconds"].rounds])
+        for value, (_, setting) in planned.items()
+    }
+    own = getattr(base, axis)
+    for value, row in rows.items():
+        row["time_ratio"] = ratio(per_image[value], per_image[own])
+        row["flops_ratio"] = row["flops_per_image"] / rows[own]["flops_per_image"]
+    return {**table, "setting": base._asdict(), "variant": name, "sweep": axis, "values": rows}
+
+
+# ---- printing --------------------------------------------------------------------------------------------------------
 
 
 def versions(device: torch.device) -> dict[str, Any]:
-    """Machine and packages; threads are each table's own."""
-    found = figures_module.machine(device)
-    del found["threads"]
+    """Machine and packages, without the threads, which each table names."""
+    details = machine_details(device)
+    del details["threads"]
     if find_spec("transformers"):
-        found["transformers"] = version("transformers")
-    return {**found, "float32 products": torch.get_float32_matmul_precision()}
+        details["transformers"] = version("transformers")
+    return {**details, "float32 products": torch.get_float32_matmul_precision()}
 
 
 def print_header(config: Namespace, device: torch.device) -> None:
     print(", ".join(f"{key} {value}" for key, value in versions(device).items()))
-    print(f"a step: forward, backward, AdamW, gradients forgotten; {config.batch} random images, 3/4 of them hidden")
-    print(f"{config.rounds} rounds of one step each, in turns, the order turned round every other time; median (range)")
-    print("ours: fused AdamW; the others: torch's AdamW as it is by default")
-    print("freed memory is kept by the process (glibc's thresholds): all contenders gain from it")
+    print(f"a step: forward, backward, AdamW, gradients dropped; {config.batch} random images, 3/4 of them hidden")
+    print(f"{plural(config.rounds, 'round')}, in turns, the order reversed every other time; median (range)")
+    if not config.sweep and config.processes is None:
+        print("ours: fused AdamW; the others: torch's AdamW with its defaults")
+    print("the process keeps freed memory (glibc's thresholds): all variants gain from it")
     if "bfloat16" in config.dtypes and device.type == "cpu" and not cpu_has_bfloat16():
-        print("this CPU has no bfloat16 products (AVX-512 BF16 or AMX): torch goes a long way round; expect no gain")
+        print("this CPU has no bfloat16 products (AVX-512 BF16 or AMX): torch emulates them; expect no gain")
     print(flush=True)
 
 
-def print_table(result: dict[str, Any]) -> None:
-    setting, threads_, ours = result["setting"], result["threads"], result["ours_is_faster"]
-    print(
+def heading(table: dict[str, Any]) -> str:
+    setting = table["setting"]
+    return (
         f"{setting['size']}, patch {setting['patch_size']}, {setting['image_size']} px, batch {setting['batch']}, "
-        f"{setting['dtype']}, {threads_} thread{'s' if threads_ != 1 else ''}, {result['clock']}; matrix products: "
-        f"{result['product_rate'] / 1e9:,.1f} GFLOP/s at best"
+        f"{setting['dtype']}, {plural(table['threads'], 'thread')}, {table['clock']}; matrix products: "
+        f"{table['product_rate'] / 1e9:,.1f} GFLOP/s at best"
     )
-    heads = "".join(f"{one + ' is faster':>28}" for one in ours)
-    print(f"{'':<22}{'img/s':>8}{'ms a step':>34}{'peak GiB':>10}{'GFLOP/img':>11}{'of products':>13}{heads}")
-    for name, row in result["contenders"].items():
-        milliseconds = figure([1000 * value for value in row["seconds"].rounds])
-        peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f}"
-        faster = "".join(f"{'':>28}" if name == one else f"{figures[name]!s:>28}" for one, figures in ours.items())
-        print(
-            f"{name:<22}{row['images_per_second']:>8,.1f}{milliseconds!s:>34}{peak:>10}"
-            f"{row['flops_per_image'] / 1e9:>11.3g}{row['share_of_product_rate']:>13.0%}{faster}"
-        )
-    for name, row in result.get("ablation", {}).items():
+
+
+def print_row(name: str, row: dict[str, Any], columns: str) -> None:
+    milliseconds = figure([1000 * value for value in row["seconds"].rounds])
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / GIB:.2f}"
+    print(
+        f"{name:<22}{row['images_per_second']:>8,.1f}{milliseconds!s:>34}{peak:>10}"
+        f"{row['flops_per_image'] / 1e9:>11.3g}{row['share_of_product_rate']:>13.0%}{columns}"
+    )
+
+
+HEAD = f"{'img/s':>8}{'ms a step':>34}{'peak GiB':>10}{'GFLOP/img':>11}{'of products':>13}"
+
+
+def print_comparison(table: dict[str, Any]) -> None:
+    ours = table["ours_is_faster"]
+    print(heading(table))
+    print(f"{'':<22}{HEAD}" + "".join(f"{one + ' is faster':>28}" for one in ours))
+    for name, row in table["contenders"].items():
+        columns = (f"{'':>28}" if name == one else f"{figures[name]!s:>28}" for one, figures in ours.items())
+        print_row(name, row, "".join(columns))
+    for name, row in table.get("ablation", {}).items():
         paper = f", the paper's {row['paper']}" if row["paper"] else ""
         print(f"without mask tokens, {name}: {row['time']} times as fast; FLOPs {row['flops']:.2f}{paper}")
+    print(flush=True)
+
+
+def print_sweep(table: dict[str, Any]) -> None:
+    own = table["setting"][table["sweep"]]
+    print(heading(table))
+    print(f"{table['variant'] + ', ' + table['sweep']:<22}{HEAD}{'time an image x':>24}{'FLOP x':>9}")
+    for value, row in table["values"].items():
+        columns = f"{row['time_ratio']!s:>24}{row['flops_ratio']:>9.2f}"
+        print_row(f"{value}{' (base)' * (value == own)}", row, columns)
     print(flush=True)

@@ -1,18 +1,17 @@
-"""Who takes part in `mae bench step`: our network in several forms and Hugging Face's, each with its training step."""
+"""The networks that `mae bench step` trains: ours in several forms and Hugging Face's, each with its training step."""
 
 import gc
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from mae.bench.figures import torch_threads
 from mae.bench.plain_models import MaskTokenEncoder, Plain
 from mae.errors import UserError
 from mae.models import compilation
@@ -20,11 +19,12 @@ from mae.models.blocks import kernel
 from mae.models.flops import training_flops
 from mae.models.mae import SIZES, MaskedAutoencoder
 from mae.runtime import memory
+from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.training import optim
 
-OTHERS = ("plain", "hf-eager", "hf-sdpa")
+PEERS = ("plain", "hf-eager", "hf-sdpa")  # what ours is compared with
 
-COMPILED = "-compiled"  # behind the name of one of ours
+COMPILED = "-compiled"  # the end of the name of one of ours
 
 MASK_RATIO = 0.75
 
@@ -32,7 +32,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class Setting(NamedTuple):
-    """What all contenders have in common; plain values, for other processes."""
+    """What all variants have in common; plain values, so that it can be sent to other processes."""
 
     size: str
     image_size: int
@@ -43,38 +43,54 @@ class Setting(NamedTuple):
     batch: int
     dtype: str
     device: str
+    mask_ratio: float = MASK_RATIO
+    depth: int | None = None  # encoder blocks; None: as the size has
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def visible(self) -> int:
+        return int(self.patches * (1 - self.mask_ratio))
 
 
-class Contender:
-    """A network and its training step: forward, backward, AdamW, gradients forgotten, on a batch of random images.
+class Variant:
+    """A network and its training step (forward, backward, AdamW, gradients dropped) on a batch of random images.
 
     Args:
-        name: `ours`, `ours-depth-1` (a decoder of one block) or `mask-tokens` (the ablation), each with `-compiled` or
-            without; or among `OTHERS`.
+        name: `ours`, `ours-depth-1` (a decoder of one block) or `mask-tokens` (the ablation), each with or without
+            `-compiled`; or one of `PEERS`.
+
+    Attributes:
+        module: What is called in the forward pass: `network`, or DistributedDataParallel around it.
 
     Raises:
-        UserError: A network that cannot be, or that cannot be compiled here.
+        UserError: The network cannot be built, or cannot be compiled here.
     """
 
     def __init__(self, name: str, setting: Setting):
         self.name, self.setting = name, setting
         self.device, self.dtype = torch.device(setting.device), DTYPES[setting.dtype]
         torch.manual_seed(0)
-        kind = name.removesuffix(COMPILED)
+        base_name = name.removesuffix(COMPILED)
         with self.device:
-            self.network = build(kind, setting).train()
+            self.network = build_network(base_name, setting).train()
             self.images = torch.randn(setting.batch, *self.image_shape)
+        self.module = self.network
+        # Hugging Face's network has its ratio from its config.
+        self.arguments = {} if name.startswith("hf-") else {"mask_ratio": setting.mask_ratio}
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer: AdamW
-        if kind in OTHERS:
-            self.optimizer = AdamW(self.trainable)  # as torch has it by default
+        if base_name in PEERS:
+            self.optimizer = AdamW(self.trainable)  # with torch's defaults
         else:
             self.optimizer = optim.adamw(self.network, lr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95))
-        # A scale that does not overflow at first: a step that the scaler leaves out would be too fast.
+        # The first scale must not overflow: a step that the scaler skips would be too fast.
         scaled = self.dtype == torch.float16
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scaled)
-        if name.endswith(COMPILED) and (why := compilation.attempt(self.network, self.step)):
-            raise UserError(f"{name}: {why}; --compile false measures without")
+        if name.endswith(COMPILED) and (reason := compilation.attempt(self.network, self.step)):
+            raise UserError(f"{name}: {reason}; --compile false measures without")
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -82,39 +98,49 @@ class Contender:
 
     @property
     def parameters(self) -> int:
-        """How many numbers are trained."""
+        """The number of trained parameters."""
         return sum(p.numel() for p in self.trainable)
 
-    def step(self) -> None:
+    def backward(self) -> None:
+        """The forward and the backward pass."""
         with kernel("plain" if self.name == "plain" else None):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss: Tensor = self.network(self.images).loss
+                loss: Tensor = self.module(self.images, **self.arguments).loss
             self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """The optimiser's step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
+    def step(self) -> None:
+        self.backward()
+        self.update()
+
     def flops(self) -> int:
-        """Of a training step, per image: those that this network executes."""
-        return training_flops(self.network, lambda network, images: network(images).loss, *self.image_shape)
+        """FLOPs of a training step per image, as this network executes them."""
+        loss = lambda network, images: network(images, **self.arguments).loss  # noqa: E731
+        return training_flops(self.network, loss, *self.image_shape)
 
 
-def build(kind: str, setting: Setting) -> nn.Module:
+def build_network(name: str, setting: Setting) -> nn.Module:
     """A network with new weights.
 
     Raises:
-        UserError: Its widths, heads or patches do not go together.
+        UserError: Its widths, heads or patches do not fit together.
     """
-    if kind.startswith("hf-"):
-        return hugging_face(setting, kind.removeprefix("hf-"))
+    if name.startswith("hf-"):
+        return hugging_face(setting, name.removeprefix("hf-"))
     classes = {"plain": Plain, "mask-tokens": MaskTokenEncoder}
+    size = SIZES[setting.size]
     try:
-        return classes.get(kind, MaskedAutoencoder)(
+        return classes.get(name, MaskedAutoencoder)(
             image_size=setting.image_size,
             patch_size=setting.patch_size,
-            **SIZES[setting.size]._asdict(),
+            **size._replace(depth=setting.depth or size.depth)._asdict(),
             decoder_embed_dim=setting.decoder_embed_dim,
-            decoder_depth=1 if kind == "ours-depth-1" else setting.decoder_depth,
+            decoder_depth=1 if name == "ours-depth-1" else setting.decoder_depth,
             decoder_num_heads=setting.decoder_num_heads,
         )
     except ValueError as error:
@@ -122,8 +148,10 @@ def build(kind: str, setting: Setting) -> nn.Module:
 
 
 def hugging_face(setting: Setting, attention: str) -> nn.Module:
-    """ViTMAEForPreTraining of the same shape. Its new position embeddings are zeros: the same work as any others, but
-    nothing to compare the result of training with."""
+    """ViTMAEForPreTraining of the same shape.
+
+    Its new position embeddings are zeros: the work is the same, but what it learns must not be compared.
+    """
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
     size = SIZES[setting.size]
@@ -132,7 +160,7 @@ def hugging_face(setting: Setting, attention: str) -> nn.Module:
         patch_size=setting.patch_size,
         num_channels=3,
         hidden_size=size.embed_dim,
-        num_hidden_layers=size.depth,
+        num_hidden_layers=setting.depth or size.depth,
         num_attention_heads=size.num_heads,
         intermediate_size=4 * size.embed_dim,
         decoder_hidden_size=setting.decoder_embed_dim,
@@ -140,7 +168,7 @@ def hugging_face(setting: Setting, attention: str) -> nn.Module:
         decoder_num_attention_heads=setting.decoder_num_heads,
         decoder_intermediate_size=4 * setting.decoder_embed_dim,
         layer_norm_eps=1e-6,
-        mask_ratio=MASK_RATIO,
+        mask_ratio=setting.mask_ratio,
         norm_pix_loss=True,
         attn_implementation=attention,
     )
@@ -148,22 +176,8 @@ def hugging_face(setting: Setting, attention: str) -> nn.Module:
     return network
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch computes with so many, and compiles for so many: from its cache it might take programs for others."""
-    import torch._inductor.config as inductor
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with inductor.patch({"cpp.threads": count}):
-            yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def forget() -> None:
-    """Networks that are gone leave neither memory nor compiled programs."""
+def forget_networks() -> None:
+    """Free the memory and the compiled programs of networks that are no longer used."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -172,53 +186,34 @@ def forget() -> None:
 
 
 def peak_memory(name: str, setting: Setting, count: int) -> int | None:
-    """Bytes that a process of its own takes for a contender; None: the system does not tell.
+    """Bytes that a variant takes in a process of its own with `count` threads; None where the system does not say.
 
     Raises:
-        UserError: There is not so much memory.
+        UserError: The memory does not suffice.
     """
-    context = get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=report_growth, args=(there, name, setting, count))
-    process.start()
-    there.close()
     try:
-        found: int | UserError | None = here.recv()
-    except EOFError:
-        process.join()
-        if process.exitcode == -signal.SIGKILL:  # so the system ends what is too large
-            raise too_large(name, setting) from None
-        raise RuntimeError(f"{name}: the process that measures memory ended with {process.exitcode}") from None
-    finally:
-        here.close()
-        process.join()
-    if isinstance(found, UserError):
-        raise found
-    return found
+        return call_in_fresh_process(memory_growth, name, setting, count)
+    except ProcessEnded as error:
+        if error.exit_code == -signal.SIGKILL:  # Linux ends processes that take too much in this way
+            raise out_of_memory_error(name, setting) from None
+        raise
 
 
-def report_growth(pipe: Connection, name: str, setting: Setting, count: int) -> None:
-    try:
-        pipe.send(growth(name, setting, count))
-    except UserError as error:
-        pipe.send(error)
+def memory_growth(name: str, setting: Setting, count: int) -> int | None:
+    """The peak of two steps in bytes, less what this process had before.
 
-
-def growth(name: str, setting: Setting, count: int) -> int | None:
-    """Bytes at most in two steps, over what this process had before.
-
-    A step of a small network comes first: what libraries take once is not the network's.
+    A step of a small network comes first: what libraries allocate once does not belong to the network.
     """
     device = torch.device(setting.device)
-    with threads(count), enough_memory(name, setting):
-        Contender(name, setting._replace(size="nano", decoder_depth=1, batch=1)).step()
-        forget()
-        memory.keep_freed_memory()  # from here on: that of the small network went back to the system
+    with torch_threads(count), enough_memory(name, setting):
+        Variant(name, setting._replace(size="nano", depth=None, decoder_depth=1, batch=1)).step()
+        forget_networks()
+        memory.keep_freed_memory()  # only from here on, so that the small network's memory went back to the system
         before = torch.cuda.memory_allocated(device) if device.type == "cuda" else memory.resident()
         memory.reset_peak(device)
-        contender = Contender(name, setting)
+        variant = Variant(name, setting)
         for _ in range(2):
-            contender.step()
+            variant.step()
         peak = memory.peak(device)
         return peak - before if peak else None
 
@@ -226,18 +221,18 @@ def growth(name: str, setting: Setting, count: int) -> int | None:
 @contextmanager
 def enough_memory(name: str, setting: Setting) -> Iterator[None]:
     """Raises:
-    UserError: In place of an error that tells of too little memory.
+    UserError: In place of any error that reports too little memory.
     """
     try:
         yield
     except Exception as error:
         if not memory.is_out_of_memory(error):
             raise
-        raise too_large(name, setting) from None
+        raise out_of_memory_error(name, setting) from None
 
 
-def too_large(name: str, setting: Setting) -> UserError:
+def out_of_memory_error(name: str, setting: Setting) -> UserError:
     return UserError(
-        f"{name}, {setting.size}, {setting.dtype}: out of memory at --batch {setting.batch}; a smaller one, or fewer "
-        "contenders (--against, --compile): all that are compared are in memory at once"
+        f"{name}, {setting.size}, {setting.dtype}: out of memory at --batch {setting.batch}; take a smaller one, or "
+        "fewer variants (--against, --compile, --sweep, --processes): all that are compared are in memory at once"
     )

@@ -1,12 +1,10 @@
-"""`mae plan`: how an effective batch is divided for devices of so much memory, and what a device will hold at most."""
+"""`mae plan`: divide a global batch among devices of a given memory, and predict the peak memory of a device."""
 
 import ctypes
 import gc
 import inspect
 import json
-import multiprocessing
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +13,6 @@ import torch.nn.functional as F
 import yaml
 from jsonargparse import Namespace
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from mae.classify import SCRATCH
 from mae.data.datamodule import DEFAULTS
@@ -27,17 +24,19 @@ from mae.linprobe import LinearProbe
 from mae.models.compilation import compile_blocks
 from mae.models.mae import MaskedAutoencoder, as_pair
 from mae.models.memory_estimate import MEANT_FOR, PRECISIONS, Footprint, largest_batch, predicted_peak, reserve, usable
+from mae.models.meta_device import meta_parameters
 from mae.models.vit import frozen_features
 from mae.options import ToolParser, out_file
 from mae.pretrain import Pretrain
 from mae.runtime import memory
+from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.runtime.memory import GIB
 from mae.training.optim import adamw, lars, scaled_lr
 from mae.weights.load import read_weights
 
 STAGES: dict[str, type[StageCLI]] = {"pretrain": PretrainCLI, "finetune": FinetuneCLI, "probe": LinearProbeCLI}
 
-GROUPS = ("--model.", "--data.", "--trainer.")  # settings of the run itself, which go before those of its config
+GROUPS = ("--model.", "--data.", "--trainer.")  # settings of the run, which override those of its config
 
 SMALL = {"embed_dim": 96, "depth": 2, "num_heads": 3}  # a network to warm up with
 
@@ -46,16 +45,8 @@ SMALL_DECODER = {"decoder_embed_dim": 96, "decoder_depth": 2, "decoder_num_heads
 CHECK_SECONDS = 900.0
 
 
-class NumbersHere(TorchFunctionMode):
-    """On the meta device some versions of timm look at the values of a `linspace`, of which there are none there."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = {} if kwargs is None else kwargs
-        return func(*args, **({"device": "cpu"} if func is torch.linspace else {}) | kwargs)
-
-
 class Run(NamedTuple):
-    """What of a run decides about its memory."""
+    """The settings of a run that decide about its memory."""
 
     stage: str
     model: dict[str, Any]  # arguments of the stage's class, with sizes of images and classes
@@ -64,62 +55,62 @@ class Run(NamedTuple):
     precision: str
     compiled: bool
     device: str
-    averaged: bool  # the weights
+    averaged: bool  # a moving average of the weights is kept
 
     def build(self, **small: Any) -> Pretrain | Finetune | LinearProbe:
-        """On the device that is current."""
+        """The stage, on the current device."""
         made = STAGES[self.stage].stage(**self.model | small)
         assert isinstance(made, Pretrain | Finetune | LinearProbe)
         return made
 
     def sketch(self) -> Pretrain | Finetune | LinearProbe:
-        """Shapes without values: nothing is computed, and no memory taken."""
-        with torch.device("meta"), NumbersHere():
+        """The stage on the meta device: shapes without values or memory."""
+        with meta_parameters():
             return self.build()
 
 
 def plan_command(args: Sequence[str]) -> None:
     parser = ToolParser(
         prog="mae plan",
-        description="Batch a device, accumulation, learning rate and peak memory for an effective batch. Settings of "
-        "the run (--model.*, --data.*, --trainer.*) go before those of its config.",
+        description="Batch per device, accumulation, learning rate and peak memory for a global batch. Settings of the "
+        "run (--model.*, --data.*, --trainer.*) override those of its config.",
     )
     parser.add_argument("--config", type=str, required=True, help="Of mae pretrain, finetune or probe.")
-    parser.add_argument("--images_per_step", type=int | None, default=None, help="The effective batch.")
-    parser.add_argument("--device_memory_gib", type=float | None, default=None, help="Of one device, in GiB.")
-    parser.add_argument("--devices", type=int, default=1, help="Of all nodes together.")
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="What kind of device.")
+    parser.add_argument("--images_per_step", type=int | None, default=None, help="The global batch.")
+    parser.add_argument("--device_memory_gib", type=float | None, default=None, help="Memory of one device, in GiB.")
+    parser.add_argument("--devices", type=int, default=1, help="Number of devices on all nodes together.")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="Type of the devices.")
     parser.add_argument("--precision", type=str | None, default=None, help="As in training; default: the config's.")
     parser.add_argument("--compile", type=bool | None, default=None, help="Compiled blocks; default: the config's.")
-    parser.add_argument("--stage", choices=[*STAGES, None], default=None, help="Where the config does not tell it.")
-    parser.add_argument("--classes", type=int, default=1000, help="Of a classifier.")
-    parser.add_argument("--json", type=str | None, default=None, help="Write the figures to this file, too.")
+    parser.add_argument("--stage", choices=[*STAGES, None], default=None, help="If the config does not say it.")
+    parser.add_argument("--classes", type=int, default=1000, help="Number of classes, for a classifier.")
+    parser.add_argument("--json", type=str | None, default=None, help="Also write the figures to this file.")
     parser.add_argument("--check", type=bool, default=False, help="Measure --check_batch images; plan nothing.")
     parser.add_argument("--check_batch", type=int, default=4, help="Images to measure the prediction with.")
-    own, given = divided(args)
+    own, given = split_arguments(args)
     options = parser.parse_args(own)
     if options.json:
         out_file(options.json, "--json")
     for key in ("devices", "classes", "check_batch"):
         if options[key] < 1:
             raise UserError(f"--{key} {options[key]}: at least 1")
-    settings = read(options.config, options.stage, given)
-    job = described(settings, options)
-    figures = check(job, options.check_batch) if options.check else plan(job, settings, options)
+    settings = read_settings(options.config, options.stage, given)
+    run = run_to_plan(settings, options)
+    figures = check_prediction(run, options.check_batch) if options.check else plan(run, settings, options)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def divided(args: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Our own arguments, and those of the run that is planned, with their values."""
+def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The planner's own arguments, and those of the run that is planned, with their values."""
     own: list[str] = []
-    given: list[str] = []
+    of_run: list[str] = []
     target = own
     for arg in args:
         if arg.startswith("--"):
-            target = given if arg.startswith(GROUPS) else own
+            target = of_run if arg.startswith(GROUPS) else own
         target.append(arg)
-    return own, given
+    return own, of_run
 
 
 class Settings(NamedTuple):
@@ -127,8 +118,8 @@ class Settings(NamedTuple):
     values: Namespace  # with defaults
 
 
-def read(config: str, stage: str | None, given: Sequence[str]) -> Settings:
-    """A run's settings, checked as the run itself would; nothing is built, no data or weights need be there."""
+def read_settings(config: str, stage: str | None, given: Sequence[str]) -> Settings:
+    """A run's settings, checked as the run itself would; data and weights need not exist."""
     stage = stage or stage_of(Path(config), given)
     cli: Any = STAGES[stage]
 
@@ -139,7 +130,7 @@ def read(config: str, stage: str | None, given: Sequence[str]) -> Settings:
         def instantiate_classes(self) -> None:
             pass
 
-    # Required, and where the sizes come from settings it does not matter; one that is given wins.
+    # Required, though it does not matter where sizes come from the settings; one on the command line wins.
     scratch = [] if stage == "pretrain" else [f"--model.encoder={SCRATCH}"]
     values = Parsed([*scratch, "--config", config, *given]).config
     assert isinstance(values, Namespace)
@@ -147,10 +138,10 @@ def read(config: str, stage: str | None, given: Sequence[str]) -> Settings:
 
 
 def stage_of(path: Path, given: Sequence[str]) -> str:
-    """The stage that knows all settings of the model; where several do, the one that the file's name begins with.
+    """The stage that knows all settings of the model; of several, the one that the file's name begins with.
 
     Raises:
-        UserError: None or several.
+        UserError: No stage or several stages fit.
     """
     try:
         content = yaml.safe_load(path.read_text())
@@ -163,18 +154,16 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
     all_known = {key for keys in known.values() for key in keys}
     fit = [name for name in STAGES if keys <= known[name]]
     if not fit:
-        nobody = sorted(keys - all_known)
-        what = (
-            f"no stage knows model.{nobody[0]}" if nobody else f"no stage knows all of model.{', '.join(sorted(keys))}"
-        )
-        raise UserError(f"--config {path}: {what}; it must be one of mae {', '.join(STAGES)}")
+        unknown = sorted(keys - all_known)
+        which = unknown[0] if unknown else f"{', '.join(sorted(keys))} together"
+        raise UserError(f"--config {path}: no stage knows model.{which}; it must be one of mae {', '.join(STAGES)}")
     named = {"scratch": "finetune"}.get(first := path.stem.split("_")[0], first)
     if len(fit) > 1 and named not in fit:
         raise UserError(f"--config {path} could be of {' or '.join(fit)}: say which by --stage")
     return fit[0] if len(fit) == 1 else named
 
 
-def described(settings: Settings, options: Namespace) -> Run:
+def run_to_plan(settings: Settings, options: Namespace) -> Run:
     stage, values = settings
     model, data = values.model.as_dict(), values.data
     defaults = DEFAULTS[data.dataset]
@@ -201,66 +190,48 @@ def described(settings: Settings, options: Namespace) -> Run:
     return Run(stage, model, shape, model.get("mask_ratio"), str(precision), compiled, options.device, averaged)
 
 
-def plan(job: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
+class Division(NamedTuple):
+    """How the images of a step are divided on each device."""
+
+    batch: int
+    accumulate: int
+    largest: dict[bool, int]  # batch that fits, without and with accumulation
+    peak: Footprint
+
+
+def plan(run: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
+    """Divide the global batch and print what follows from it; returns the same figures.
+
+    Raises:
+        UserError: Not even the smallest batch fits, or the images cannot be divided into equal batches.
+    """
     images, gib, devices = options.images_per_step, options.device_memory_gib, options.devices
     if images is None or gib is None:
         raise UserError("mae plan needs --images_per_step and --device_memory_gib (or --check true, which measures)")
     if images < 1 or not gib > 0:
-        raise UserError(f"--images_per_step {images}, --device_memory_gib {gib:g}: wanted are 1 or more and above 0")
+        raise UserError(f"--images_per_step {images}, --device_memory_gib {gib:g}: they must be at least 1 and above 0")
     if images % devices:
         near = sorted({max(1, images // devices), images // devices + 1})
         raise UserError(
             f"--images_per_step {images} cannot be divided among {devices} devices: take "
             f"{' or '.join(str(n * devices) for n in near)}, or another --devices"
         )
-    stage = job.sketch()
-    pairs = isinstance(stage, Finetune) and stage.mixing is not None
-    least = 2 if pairs or job.stage == "probe" else 1
-    total = int(gib * GIB)
-    about = (stage.model, job.image_shape, job.mask_ratio)
-    how = (job.precision, job.compiled, job.device)
-
-    def most(accumulated: bool) -> int:
-        return largest_batch(*about, total, *how, accumulated=accumulated, devices=devices, averaged=job.averaged)
-
-    def peak(batch: int, accumulated: bool) -> Footprint:
-        more = {"accumulated": accumulated, "devices": devices, "averaged": job.averaged}
-        return predicted_peak(*about, batch, *how, **more)
-
-    room, whole = {True: most(True), False: most(False)}, images // devices
-    if max(room.values()) < least:
-        needed = peak(least, False).total / GIB
-        raise UserError(
-            f"--device_memory_gib {gib:g}: {least} image{'s' * (least > 1)} a device would take {needed:.2f} GiB, and "
-            f"{usable(total, job.device) / GIB:.2f} are free after the reserve; what helps: {remedies(job)}"
-        )
-    divisors = (n for n in range(1, whole + 1) if whole % n == 0)
-    fit = (n for n in divisors if least <= whole // n <= room[n > 1] and not (pairs and whole // n % 2))
-    accumulate = next(fit, None)
-    if accumulate is None:
-        raise UserError(
-            f"--images_per_step {images}: {whole} images a device cannot be divided into equal batches of {least} to "
-            f"{room[True]}{', even as mixup and cutmix want them' if pairs else ''}; take another number"
-        )
-    batch = whole // accumulate
-    found, model = peak(batch, accumulate > 1), settings.values.model
+    batch, accumulate, largest, peak = divide(run, images, gib, devices)
+    model, reserved = settings.values.model, reserve(int(gib * GIB), run.device)
     lr = scaled_lr(model.base_lr, images)
-    blocks = "compiled" if job.compiled else "not compiled"
-    print(f"stage              {job.stage}, {job.precision}, blocks {blocks}, {job.device}")
-    print(f"effective batch    {batch} a device x {accumulate} accumulated x {devices} devices = {images}")
+    blocks = "compiled" if run.compiled else "not compiled"
+    print(f"stage              {run.stage}, {run.precision}, blocks {blocks}, {run.device}")
+    print(f"global batch       {batch} a device x {accumulate} accumulated x {devices} devices = {images}")
     print(f"                   --data.batch_size_per_device {batch} --trainer.accumulate_grad_batches {accumulate}")
     print(
         f"learning rate      0 to {lr:.6g} in {model.warmup_epochs:g} epochs of warm-up, then down to {model.min_lr:g}"
     )
     print(f"                   peak: --model.base_lr {model.base_lr:g} x {images} / 256")
-    tell(found)
-    print(f"reserve            {reserve(total, job.device) / GIB:.2f} GiB of {gib:g}: {MEANT_FOR[job.device]}")
-    print(f"largest batch      {room[False]} a device; {room[True]} with accumulation")
+    print_footprint(peak)
+    print(f"reserve            {reserved / GIB:.2f} GiB of {gib:g}: {MEANT_FOR[run.device]}")
+    print(f"largest batch      {largest[False]} a device; {largest[True]} with accumulation")
     return {
-        "stage": job.stage,
-        "precision": job.precision,
-        "compiled": job.compiled,
-        "device": job.device,
+        **{key: getattr(run, key) for key in ("stage", "precision", "compiled", "device")},
         "batch_size_per_device": batch,
         "accumulate_grad_batches": accumulate,
         "devices": devices,
@@ -268,26 +239,58 @@ def plan(job: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
         "lr": lr,
         "warmup_from": 0.0,
         "min_lr": model.min_lr,
-        "peak_bytes": found.total,
-        **{f"{key}_bytes": value for key, value in found._asdict().items()},
-        "reserve_bytes": reserve(total, job.device),
-        "largest_batch": room[False],
-        "largest_batch_accumulated": room[True],
+        "peak_bytes": peak.total,
+        **{f"{key}_bytes": value for key, value in peak._asdict().items()},
+        "reserve_bytes": reserved,
+        "largest_batch": largest[False],
+        "largest_batch_accumulated": largest[True],
     }
 
 
-def tell(found: Footprint) -> None:
-    print(f"predicted peak     {found.total / GIB:.3f} GiB a device, of which")
-    for key, value in found._asdict().items():
+def divide(run: Run, images: int, gib: float, devices: int) -> Division:
+    """The fewest micro-batches that fit.
+
+    Args:
+        images: The global batch, a multiple of `devices`.
+        gib: Memory of a device.
+    """
+    stage = run.sketch()
+    pairs = isinstance(stage, Finetune) and stage.mixing is not None
+    least = 2 if pairs or run.stage == "probe" else 1
+    total, per_device = int(gib * GIB), images // devices
+    about = (stage.model, run.image_shape, run.mask_ratio)
+    how = (run.precision, run.compiled, run.device)
+    more: dict[str, Any] = {"devices": devices, "averaged": run.averaged}
+    largest = {again: largest_batch(*about, total, *how, accumulated=again, **more) for again in (False, True)}
+    if max(largest.values()) < least:
+        needed = predicted_peak(*about, least, *how, accumulated=False, **more).total / GIB
+        raise UserError(
+            f"--device_memory_gib {gib:g}: {least} image{'s' * (least > 1)} a device would take {needed:.2f} GiB, and "
+            f"{usable(total, run.device) / GIB:.2f} are free after the reserve; what helps: {remedies(run)}"
+        )
+    for accumulate in range(1, per_device + 1):
+        batch, rest = divmod(per_device, accumulate)
+        if not rest and least <= batch <= largest[accumulate > 1] and not (pairs and batch % 2):
+            peak = predicted_peak(*about, batch, *how, accumulated=accumulate > 1, **more)
+            return Division(batch, accumulate, largest, peak)
+    raise UserError(
+        f"--images_per_step {images}: {per_device} images a device cannot be divided into equal batches of {least} to "
+        f"{largest[True]}{', even as mixup and cutmix want them' if pairs else ''}; take another number"
+    )
+
+
+def print_footprint(peak: Footprint) -> None:
+    print(f"predicted peak     {peak.total / GIB:.3f} GiB a device, of which")
+    for key, value in peak._asdict().items():
         print(f"    {key:<14} {value / GIB:.3f}")
 
 
-def remedies(job: Run) -> str:
+def remedies(run: Run) -> str:
     ways = ["devices with more memory"]
-    if job.stage != "probe":
-        ways.append("--model.activation_checkpointing true" * (not job.model.get("activation_checkpointing")))
+    if run.stage != "probe":
+        ways.append("--model.activation_checkpointing true" * (not run.model.get("activation_checkpointing")))
         ways.append("--trainer.strategy fsdp2, which spreads weights over devices and is not planned here")
-    if job.precision == "32-true" and job.device == "cuda":
+    if run.precision == "32-true" and run.device == "cuda":
         ways.append("--precision bf16-mixed")
     return ", ".join(way for way in ways if way)
 
@@ -295,57 +298,43 @@ def remedies(job: Run) -> str:
 # ---- is the prediction right? ----------------------------------------------------------------------------------------
 
 
-def check(job: Run, batch: int) -> dict[str, Any]:
-    """Predicted beside measured, of a few steps in a process of their own."""
-    if job.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--check true --device cuda: there is no CUDA device here; --device cpu")
-    stage = job.sketch()
-    found = predicted_peak(stage.model, job.image_shape, job.mask_ratio, batch, job.precision, job.compiled, job.device)
-    tell(found)
-    took = measured(job, batch)
-    print(f"measured peak      {took / GIB:.3f} GiB with {batch} images; predicted / measured {found.total / took:.3f}")
-    return {"batch": batch, "predicted_bytes": found.total, "measured_bytes": took, "ratio": found.total / took}
-
-
-def measured(job: Run, batch: int, seconds: float = CHECK_SECONDS) -> int:
-    """Bytes that tensors take at most in three steps of training, in a fresh process.
+def check_prediction(run: Run, batch: int) -> dict[str, Any]:
+    """The predicted peak beside the measured one, of a few steps in a fresh process.
 
     Raises:
-        UserError: The steps took too long, or the process has failed, for want of memory for instance.
+        UserError: There is no such device, the steps took too long, or the process failed.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=measure, args=(theirs, job, batch), daemon=True)
-    process.start()
-    theirs.close()
+    if run.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--check true --device cuda: there is no CUDA device here; --device cpu")
+    network, shape = run.sketch().model, run.image_shape
+    predicted = predicted_peak(network, shape, run.mask_ratio, batch, run.precision, run.compiled, run.device)
+    print_footprint(predicted)
     try:
-        if not ours.poll(seconds):
-            raise UserError(f"--check_batch {batch}: not done after {seconds:g} s; take fewer images")
-        took: int = ours.recv()
-        return took
-    except EOFError:
-        raise UserError(
-            f"--check_batch {batch}: the process that measured has ended early; is memory enough?"
-        ) from None
-    finally:
-        process.kill()
-        process.join()
+        measured = call_in_fresh_process(measure_peak, run, batch, seconds=CHECK_SECONDS)
+    except TimeoutError:
+        raise UserError(f"--check_batch {batch}: not done after {CHECK_SECONDS:g} s; take fewer images") from None
+    except ProcessEnded:
+        raise UserError(f"--check_batch {batch}: the process that measures ended early; is memory enough?") from None
+    ratio = predicted.total / measured
+    print(f"measured peak      {measured / GIB:.3f} GiB with {batch} images; predicted / measured {ratio:.3f}")
+    return {"batch": batch, "predicted_bytes": predicted.total, "measured_bytes": measured, "ratio": ratio}
 
 
-def measure(answer: Connection, job: Run, batch: int) -> None:
-    device = torch.device(job.device)
+def measure_peak(run: Run, batch: int) -> int:
+    """Bytes that tensors take at most in three steps of training; to be called in a fresh process."""
+    device = torch.device(run.device)
     if device.type == "cpu":
         # Each tensor in a mapping of its own: else holes in the C library's heap would be counted as well.
         ctypes.CDLL(None).mallopt(memory.M_MMAP_THRESHOLD, 1 << 16)
-    train(job, 2, device, **SMALL, **(SMALL_DECODER if job.stage == "pretrain" else {}))  # libraries, the compiler
+    train(run, 2, device, **SMALL, **(SMALL_DECODER if run.stage == "pretrain" else {}))  # libraries, the compiler
     torch._dynamo.reset()
-    before = settle(device)
-    train(job, batch, device)
-    answer.send(memory.peak(device) - before)
+    before = free_unused_memory(device)
+    train(run, batch, device)
+    return memory.peak(device) - before
 
 
-def settle(device: torch.device) -> int:
-    """Bytes that are taken now, after all that can be given back has been; the peak counts from here."""
+def free_unused_memory(device: torch.device) -> int:
+    """Free what can be freed and reset the peak; returns the bytes that stay in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -356,20 +345,20 @@ def settle(device: torch.device) -> int:
     return memory.resident()
 
 
-def train(job: Run, batch: int, device: torch.device, **small: Any) -> None:
+def train(run: Run, batch: int, device: torch.device, **small: Any) -> None:
     """Three optimiser steps on noise, in the order of Lightning: gradients go after the next forward pass."""
     with device:
-        stage = job.build(**small)
+        stage = run.build(**small)
     stage.to(device).train()
     network: Any = stage.model
-    if job.compiled:
+    if run.compiled:
         compile_blocks(network)
     optimizer = lars(network.head, 1e-3) if isinstance(stage, LinearProbe) else adamw(network, 1e-4, 0.05, (0.9, 0.95))
-    images = torch.randn(batch, *job.image_shape, device=device)
-    half = PRECISIONS[job.precision]
+    images = torch.randn(batch, *run.image_shape, device=device)
+    half = PRECISIONS[run.precision]
     for _ in range(3):
         with torch.autocast(device.type, half, enabled=half != torch.float32):
-            loss = loss_of(stage, images, job.mask_ratio)
+            loss = loss_of(stage, images, run.mask_ratio)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()

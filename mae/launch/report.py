@@ -4,7 +4,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 import platform
 import shlex
 import shutil
@@ -27,6 +26,7 @@ from mae.launch import page
 from mae.launch import stages as stages_module
 from mae.options import flatten_settings
 from mae.runtime.checkpoint_files import last_checkpoint
+from mae.runtime.machine import available_cores, cpu_name
 
 Settings = dict[str, Any]
 
@@ -327,11 +327,7 @@ def wait(child: subprocess.Popen[bytes]) -> int:
 def machine() -> str:
     """Versions, processors and date."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "timm"))
-    models = [platform.processor() or platform.machine()]
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")] or models
-    parts = [f"{versions}, Python {platform.python_version()}", f"{models[0]}, {len(os.sched_getaffinity(0))} cores"]
+    parts = [f"{versions}, Python {platform.python_version()}", f"{cpu_name()}, {available_cores()} cores"]
     if shutil.which("nvidia-smi"):  # asking torch would take memory of the GPU
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
         names = subprocess.run(query, capture_output=True, text=True, check=False)

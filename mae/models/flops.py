@@ -38,7 +38,8 @@ def training_flops(network: nn.Module, loss: Callable[..., Tensor], *shape: int)
     try:
         with kernel("plain"), FlopCounterMode(display=False) as counter, torch.enable_grad():
             images = torch.empty(1, *shape, device="meta")
-            loss(lambda *args: functional_call(network, meta, args), images).sum().backward()
+            call = lambda *args, **kwargs: functional_call(network, meta, args, kwargs)  # noqa: E731
+            loss(call, images).sum().backward()
     finally:
         for module, mode in modes:
             module.training = mode

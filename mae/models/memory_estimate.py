@@ -1,9 +1,9 @@
-"""Memory: what a training step takes at most, from the shapes of a network, before anything is run.
+"""The peak memory of a training step, predicted from the shapes of a network before anything is run.
 
-A step's memory has a part that goes by the network (weights, gradients, optimiser) and one that goes by the batch: what
-each layer keeps from its forward to its backward pass, and what the backward pass of one layer needs for itself. Layers
-are walked from the last to the first, as the backward pass does: what is kept shrinks, gradients grow, and the peak is
-the largest sum on the way, or at the loss, or before the first layer that is trained.
+One part of the memory depends on the network (weights, gradients, optimiser states), the other on the batch: what each
+layer keeps from its forward to its backward pass, and what its backward pass needs for itself. The layers are walked
+from the last to the first, as in the backward pass: kept activations shrink, gradients grow, and the peak is the
+largest sum on the way, or at the loss, or before the first trained layer.
 
 Shapes: an image has N tokens of width D at a block's input, M of them at its output; F is the MLP's width, H the heads.
 """
@@ -35,11 +35,11 @@ MEANT_FOR = {
     "cpu": "30 % for holes in the C library's heap, 1 GiB for Python and its libraries",
 }
 
-MOST = 2**20  # images a device that are thought of at all
+MOST = 2**20  # images per device that are considered
 
 
 class Footprint(NamedTuple):
-    """Bytes a device, at the moment when they are most."""
+    """Bytes on a device at the moment of the peak."""
 
     weights: int  # with buffers and, where there is one, their moving average
     gradients: int
@@ -55,7 +55,7 @@ class Footprint(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Bytes; those of the batch an image."""
+    """Bytes of one layer; those that depend on the batch are for one image."""
 
     kept: int  # from its forward to its backward pass
     extra: int  # in its backward pass at most, beyond what it and the layers before it keep
@@ -65,12 +65,12 @@ class Layer(NamedTuple):
 
     @property
     def frozen(self) -> bool:
-        """The backward pass ends before it."""
+        """Whether the backward pass ends before this layer."""
         return not self.kept and not self.gradients
 
 
-class Numbers(NamedTuple):
-    """How numbers are held."""
+class Numerics(NamedTuple):
+    """Precision, compilation and device, as far as memory depends on them."""
 
     half: int  # bytes in and out of matrix products; the residual stream and norms are float32
     dtype: torch.dtype  # of matrix products
@@ -86,11 +86,11 @@ class Numbers(NamedTuple):
         return self.half * sum(weights) if self.mixed else 0
 
 
-def numbers(precision: str | int, compiled: bool, device: str) -> Numbers:
+def numerics(precision: str | int, compiled: bool, device: str) -> Numerics:
     name = {"32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}.get(str(precision), str(precision))
     if name not in PRECISIONS:
         raise UserError(f"--precision {precision}: memory is known for {', '.join(PRECISIONS)}")
-    return Numbers(PRECISIONS[name].itemsize, PRECISIONS[name], compiled, torch.device(device))
+    return Numerics(PRECISIONS[name].itemsize, PRECISIONS[name], compiled, torch.device(device))
 
 
 def predicted_peak(
@@ -106,52 +106,50 @@ def predicted_peak(
     devices: int = 1,
     averaged: bool = False,
 ) -> Footprint:
-    """The most memory that a training step takes, at its moment.
+    """The memory that a training step takes at its peak.
 
-    Gradients of the step before are there until the backward pass begins: Lightning drops them only then.
+    Gradients of the previous step stay until the backward pass begins: Lightning drops them only then.
 
     Args:
         network: A MaskedAutoencoder or a classifier of this package, on any device, torch's meta device included.
         image_shape: (C, H, W).
         mask_ratio: Fraction of patches to hide; None: a classifier.
         batch: Images a device takes at once.
-        precision: As Lightning names it: 32-true, bf16-mixed or 16-mixed.
-        compiled: The blocks are.
-        device: "cuda" or "cpu": attention has other kernels there.
+        precision: In Lightning's names: 32-true, bf16-mixed or 16-mixed.
+        compiled: The blocks are compiled.
+        device: "cuda" or "cpu", which have different attention kernels.
         accumulated: Gradients are summed over several such batches.
-        devices: Each has the weights; from two on their gradients are exchanged.
+        devices: Number of devices; each has all weights, and two or more exchange their gradients.
         averaged: A moving average of the weights is kept.
     """
-    how = numbers(precision, compiled, device)
+    how = numerics(precision, compiled, device)
     layers = list(layers_of(network, mask_ratio, how))
     parameters = list(network.parameters())
     weights = sum(t.numel() * t.element_size() for t in [*parameters, *network.buffers()]) * (2 if averaged else 1)
     trained = sum(layer.gradients for layer in layers)
     states = 1 if isinstance(getattr(network, "head", None), nn.Sequential) else 2  # LARS: momentum; AdamW: two moments
-    always = Footprint(
-        weights, 0, states * trained, trained if devices > 1 else 0, FLOAT * math.prod(image_shape) * batch, 0, 0
-    )
-    buckets = devices > 1  # which are there all the time, and gradients are views of them
+    images = FLOAT * math.prod(image_shape) * batch
+    buckets = trained if devices > 1 else 0  # they are there all the time, and gradients are views of them
 
-    def moment(activations: int, transient: int, gradients: int) -> None:
+    def add_moment(activations: int, transient: int, gradients: int) -> None:
         own = 0 if buckets else gradients
-        moments.append(always._replace(activations=activations, transient=transient, gradients=own))
+        moments.append(Footprint(weights, own, states * trained, buckets, images, activations, transient))
 
     moments: list[Footprint] = []
-    moment(0, 0, trained)  # the optimiser's step
+    add_moment(0, 0, trained)  # the optimiser's step
 
     kept = 0
     for layer in layers:
         if layer.frozen:
-            moment(kept, batch * layer.passing + layer.cast, trained)
+            add_moment(kept, batch * layer.passing + layer.cast, trained)
         else:
             kept += batch * layer.kept + layer.cast
-    moment(kept, batch * loss_bytes(network, mask_ratio, how), trained)
+    add_moment(kept, batch * loss_bytes(network, mask_ratio, how), trained)
     gradients = trained if accumulated else 0
     for layer in reversed(layers):
         if not layer.frozen:
             gradients += 0 if accumulated else layer.gradients
-            moment(kept, batch * layer.extra + layer.gradients * buckets, gradients)
+            add_moment(kept, batch * layer.extra + (layer.gradients if buckets else 0), gradients)
             kept -= batch * layer.kept + layer.cast
     return max(moments, key=lambda footprint: footprint.total)
 
@@ -166,11 +164,11 @@ def largest_batch(
     device: str = "cuda",
     **more: Any,
 ) -> int:
-    """Images a device whose predicted peak leaves the reserve of its memory free; 0 where not even one does.
+    """The largest batch per device whose predicted peak leaves the reserve free; 0 if not even one image does.
 
     Args:
-        memory_bytes: All that the device has.
-        more: As in `predicted_peak`, as all else.
+        memory_bytes: All memory of the device.
+        more: Keyword arguments of `predicted_peak`; the other arguments are as there.
     """
     room = usable(memory_bytes, device)
 
@@ -193,14 +191,14 @@ def reserve(memory_bytes: int, device: str) -> int:
 
 
 def usable(memory_bytes: int, device: str) -> int:
-    """Of a device's memory, without the reserve; below 0 where that is all."""
+    """A device's memory without the reserve; negative if the reserve is larger."""
     return memory_bytes - reserve(memory_bytes, device)
 
 
 # ---- layers, in the order of the forward pass ------------------------------------------------------------------------
 
 
-def layers_of(network: nn.Module, mask_ratio: float | None, how: Numbers) -> Iterator[Layer]:
+def layers_of(network: nn.Module, mask_ratio: float | None, how: Numerics) -> Iterator[Layer]:
     if isinstance(network, MaskedAutoencoder):
         assert mask_ratio is not None
         return autoencoder_layers(network, mask_ratio, how)
@@ -209,7 +207,7 @@ def layers_of(network: nn.Module, mask_ratio: float | None, how: Numbers) -> Ite
     raise TypeError(f"{type(network).__name__}: wanted is a MaskedAutoencoder or a VisionTransformer")
 
 
-def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numbers) -> Iterator[Layer]:
+def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numerics) -> Iterator[Layer]:
     encoder, patches, patch = network.encoder, network.num_patches, network.decoder_pred.out_features
     seen = int(patches * (1 - mask_ratio))
     hidden, dim = patches - seen, encoder.embed_dim
@@ -236,7 +234,7 @@ def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numbe
     yield Layer(hidden * patch * FLOAT, 2 * hidden * patch * FLOAT, 0, 0, 0)
 
 
-def classifier_layers(network: VisionTransformer, how: Numbers) -> Iterator[Layer]:
+def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Layer]:
     embed: Any = network.patch_embed
     tokens, dim, proj = 1 + embed.num_patches, network.embed_dim, embed.proj
     height, width = proj.kernel_size
@@ -269,22 +267,22 @@ def classifier_layers(network: VisionTransformer, how: Numbers) -> Iterator[Laye
 
 
 def norm_layer(norm: Any, tokens: int) -> Layer:
-    """Its output, where a matrix product keeps it, is the next layer's to count."""
+    """Its output, if a matrix product keeps it, is counted by the next layer."""
     dim = norm.normalized_shape[0]
     return Layer(tokens * (dim + 2) * FLOAT, 2 * tokens * dim * FLOAT, 0, 0, trained_bytes(norm))
 
 
-def linear_layer(linear: nn.Linear, tokens: int, how: Numbers) -> Layer:
+def linear_layer(linear: nn.Linear, tokens: int, how: Numerics) -> Layer:
     grad = linear.out_features * (how.half + (FLOAT if how.mixed else 0))
     extra = tokens * (grad + linear.in_features * how.half)
     return Layer(tokens * linear.in_features * how.half, extra, 0, how.cast(linear), trained_bytes(linear))
 
 
-def block_layer(block: Any, n: int, first: int, how: Numbers, below: bool) -> Layer:
-    """What a block keeps of n tokens, of which it gives back those from `first` on.
+def block_layer(block: Any, n: int, first: int, how: Numerics, below: bool) -> Layer:
+    """A block that takes n tokens and returns those from `first` on.
 
     Args:
-        below: Layers before it are trained: its input has a gradient.
+        below: Layers before it are trained, so that its input has a gradient.
     """
     m, d, f, h = n - first, block.norm1.normalized_shape[0], block.mlp.fc1.out_features, block.attn.num_heads
     half, gradients = how.half, trained_bytes(block)
@@ -316,7 +314,7 @@ def block_layer(block: Any, n: int, first: int, how: Numbers, below: bool) -> La
     return Layer(kept, extra, passing, cast, gradients)
 
 
-def loss_bytes(network: nn.Module, mask_ratio: float | None, how: Numbers) -> int:
+def loss_bytes(network: nn.Module, mask_ratio: float | None, how: Numerics) -> int:
     """Bytes an image at the end of the forward pass, beyond what is kept: of pre-training's loss."""
     if not isinstance(network, MaskedAutoencoder):
         return 0

@@ -1,7 +1,6 @@
 """`mae bench`: that its figures are there and fit together; never how large they are."""
 
 import json
-import math
 import os
 import tarfile
 import tempfile
@@ -11,14 +10,16 @@ from typing import Any
 import pytest
 import torch
 from conftest import DIGITS, TINY
+from figure_checks import check_figure
 from PIL import Image
 
 from mae.bench import run
-from mae.bench.figures import blocks, figure, machine, ratio
-from mae.bench.run import Step, judge, steps_of
+from mae.bench.figures import consecutive_groups, figure, ratio
+from mae.bench.run import MeasuredStep, find_bottleneck, steps_of
 from mae.cli import main
 from mae.data.datamodule import ImageData
 from mae.data.tar_shards import INDEX, tar_source, write_index
+from mae.runtime.machine import machine_details
 
 QUICK = ["--data.image_size=28", "--data.batch_size_per_device=4"]
 
@@ -81,12 +82,6 @@ def measured(tmp_path: Path, *args: object) -> dict[str, Any]:
     return figures
 
 
-def fits(one: dict[str, Any]) -> None:
-    """A figure of something."""
-    assert 0 < one["low"] <= one["median"] <= one["high"] < math.inf
-    assert (one["low"], one["high"]) == (min(one["rounds"]), max(one["rounds"]))
-
-
 def fails(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     assert main(["bench", *map(str, args)]) == 2
     lines = capsys.readouterr().err.strip().splitlines()
@@ -111,8 +106,7 @@ def test_data(tmp_path: Path, photographs: Path, kind: str, capsys: pytest.Captu
     assert list(found["stages"]) == ["read", "decode", "crop", "full pipeline"]
     for row in found["stages"].values():
         for one in row.values():
-            fits(one)
-            assert len(one["rounds"]) == 3
+            check_figure(one, 3)
         quotients = [a / b for a, b in zip(row["ours"]["rounds"], row["official"]["rounds"], strict=True)]
         assert row["ratio"]["rounds"] == pytest.approx(quotients)
     assert sum(found["parts"].values()) == pytest.approx(1)
@@ -120,7 +114,7 @@ def test_data(tmp_path: Path, photographs: Path, kind: str, capsys: pytest.Captu
     assert list(found["workers"]) == ["0", "2"]
     for row in found["workers"].values():
         for one in row.values():
-            fits(one)
+            check_figure(one)
     assert found["workers"]["0"]["ratio"]["rounds"] == [1, 1, 1]
 
     off = found["difference"]
@@ -150,11 +144,10 @@ def test_transparent_images_are_not_compared(tmp_path: Path) -> None:
 
 def test_what_cannot_be_measured(tmp_path: Path, photographs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ["data", f"--data.root={photographs}"]
-    assert "needs to know what: step, growth, scaling, data, run, export, save" in fails(capsys)
-    assert (
-        "'dta' is nothing that `mae bench` measures; it knows step, growth, scaling, data, run, export, save"
-        in fails(capsys, "dta")
-    )
+    assert "needs the name of a bench: step, data, run, export, save" in fails(capsys)
+    assert "'dta' is not a bench; the benches are step, data, run, export, save" in fails(capsys, "dta")
+    assert "is now `mae bench step --sweep" in fails(capsys, "growth", "--axes", "batch")
+    assert "is now `mae bench step --processes" in fails(capsys, "scaling", "--processes", 2)
     assert "--rounds" in fails(capsys, *data, "--rounds=0")
     assert "--json" in fails(capsys, *data, f"--json={tmp_path / 'nowhere' / 'figures.json'}")
     assert "--data.crop_scale" in fails(capsys, *data, "--data.crop_scale=null")
@@ -182,7 +175,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 def check_run(found: dict[str, Any], batch: int, workers: int) -> None:
     assert (found["batch"], found["workers"], found["precision"]) == (batch, workers, "32-true")
     for key in ("loader", "step", "full_loop"):
-        fits(found[key])
+        check_figure(found[key])
     assert 0 <= found["data_wait"]["low"] <= found["data_wait"]["high"] <= 1
     assert min(found["steps"].values()) >= 3
     slower = found["loader"]["median"] < found["step"]["median"]
@@ -193,7 +186,7 @@ def check_run(found: dict[str, Any], batch: int, workers: int) -> None:
 def test_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(tmp_path, "save", *DIGITS, *TINY, "--rounds=2", "--trainer.accumulate_grad_batches=2")
     for key in ("clone", "write", "plain", "saving", "deterministic"):
-        fits(found[key])
+        check_figure(found[key])
     assert [len(found[key]["rounds"]) for key in ("plain", "saving", "deterministic", "write")] == [4, 2, 4, 2]
     assert found["bound"] == pytest.approx(found["plain"]["high"] + 1.5 * found["clone"]["median"])
     assert found["bytes"] > 50_000
@@ -238,25 +231,25 @@ def test_steps_wait_for_data_only_while_the_device_is_idle() -> None:
     # Two batches a step. The first came before the device was done with what it had, the last 2 s after that.
     done = [10.0, 11, 13, 14, 20]
     waits = [(9.0, 9.5), (11.0, 11.5), (12.0, 12.5), (12.5, 16.0)]
-    assert steps_of(done, waits, 2) == [Step(3, 0.5), Step(7, 2)]
-    assert steps_of(done, waits, 1)[3] == Step(6, 2)
+    assert steps_of(done, waits, 2) == [MeasuredStep(3, 0.5), MeasuredStep(7, 2)]
+    assert steps_of(done, waits, 1)[3] == MeasuredStep(6, 2)
 
 
 def test_figures() -> None:
     assert figure([3, 1, 2])[:3] == (2, 1, 3)
     assert ratio(figure([2, 6]), figure([1, 2])).rounds == [2, 3]
-    assert blocks(range(10), 4) == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
-    assert blocks("ab") == [["a"], ["b"]]
+    assert consecutive_groups(range(10), 4) == [[0, 1, 2], [3, 4, 5], [6, 7], [8, 9]]
+    assert consecutive_groups("ab") == [["a"], ["b"]]
 
 
 def test_advice(one_size: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def said(loader: float, step: float, loop: float, wait: float, workers: int, **settings: Any) -> tuple[str, str]:
         data = ImageData(root=str(settings.pop("root", one_size)), **settings)
         data.setup("fit")
-        name, lines = judge(loader, step, loop, wait, workers, True, data)
+        name, lines = find_bottleneck(loader, step, loop, wait, workers, True, data)
         return name, "\n".join(lines)
 
-    monkeypatch.setattr(run, "cores", lambda: 8)
+    monkeypatch.setattr(run, "available_cores", lambda: 8)
     limit, text = said(1200, 60, 58, 0.01, 4)
     assert limit == "step"
     assert "20.0 times its rate, so more workers would do nothing (1 would do)" in text
@@ -276,17 +269,17 @@ def test_advice(one_size: Path, photographs: Path, monkeypatch: pytest.MonkeyPat
     )
     assert "are on the device already" in said(20, 240, 20, 0.9, 0, device_resident=True)[1]
 
-    monkeypatch.setattr(run, "loading", lambda data, source, chosen, reduced: 1.0 if reduced else 2.0)
+    monkeypatch.setattr(run, "loading_seconds", lambda data, source, chosen, reduced: 1.0 if reduced else 2.0)
     text = said(20, 240, 20, 0.9, 1, root=photographs)[1]
     assert "--data.jpeg_scaling true would load 2.0 times as fast" in text
     assert "device_resident" not in text
-    monkeypatch.setattr(run, "loading", lambda *_: 1e-9)
+    monkeypatch.setattr(run, "loading_seconds", lambda *_: 1e-9)
     assert "`mae pack`" in said(20, 240, 20, 0.9, 1)[1]
     assert "mae pack" not in said(20, 240, 20, 0.9, 1, root=packed(photographs))[1]
 
 
 def test_the_machine_is_told() -> None:
-    found = machine(torch.device("cpu"))
+    found = machine_details(torch.device("cpu"))
     assert found["cpu"]
     assert found["cores"] == len(os.sched_getaffinity(0))
     assert found["torch"] == torch.__version__.split("+")[0]

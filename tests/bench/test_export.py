@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mae.bench import export
-from mae.bench import figures as figures_module
-from mae.bench.export import BASE, Contender, export_command, latency
+from mae.bench.export import BASE, ExportedForm, export_command, latency
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
+from mae.runtime.machine import available_cores
 from mae.weights import load
 
 NAMES = [BASE, "ONNX float32", "ONNX int8"]
@@ -88,15 +88,15 @@ def test_the_order_is_turned_round_every_other_time(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(export, "ROUND_SECONDS", 0.0)
     order: list[str] = []
 
-    def contender(name: str) -> Contender:
+    def noting(name: str) -> ExportedForm:
         def call(images: Tensor) -> Tensor:
             order.append(name)
             return images
 
-        return Contender(1, lambda count: call)
+        return ExportedForm(1, lambda count: call)
 
-    fields = {name: contender(name) for name in (BASE, "other")}
-    row = latency(fields, torch.zeros(2, 1, 4, 4), 1, 3)
+    forms = {name: noting(name) for name in (BASE, "other")}
+    row = latency(forms, torch.zeros(2, 1, 4, 4), 1, 3)
     assert row["calls_a_round"] == 1
     warm = 2 * export.WARM_UP + 1  # and a call that tells how often one is called
     assert order[warm:] == [BASE, "other", "other", BASE, BASE, "other"]
@@ -105,7 +105,7 @@ def test_the_order_is_turned_round_every_other_time(monkeypatch: pytest.MonkeyPa
 def test_wrong_options_are_named(encoder: Path, image_folder: Path, tmp_path: Path) -> None:
     for args, words in (
         (["--threads", "0"], "--threads 0: at least 1"),
-        (["--threads", "100000"], f"--threads 100000: this process may use 1 to {figures_module.cores()}"),
+        (["--threads", "100000"], f"--threads 100000: this process may use 1 to {available_cores()}"),
         (["--batch", "1", "0"], "--batch 0: at least 1"),
         (["--rounds=0"], "--rounds 0: at least 1"),
         (["--json", str(tmp_path / "missing" / "out.json")], "there is no folder"),

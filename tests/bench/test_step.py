@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from figure_checks import check_figure
 from torch import Tensor, nn
 
+from mae.bench import figures as figures_module
 from mae.bench import step, variants
-from mae.bench.step import PAPER
-from mae.bench.variants import Contender, Setting, build, enough_memory
+from mae.bench.step import AXES, PAPER, axis_values
+from mae.bench.variants import MASK_RATIO, Setting, Variant, build_network, enough_memory
 from mae.cli import main
 from mae.errors import UserError
-from mae.models import flops
+from mae.models import compilation, flops
 from mae.models.blocks import Block
 
 SETTING = Setting("nano", 16, 4, 32, 2, 2, 4, "float32", "cpu")
@@ -26,21 +28,23 @@ SMALL = [
     *("--decoder_num_heads=2", "--batch=2", "--rounds=3", "--compile=false", "--device=cpu"),
 ]
 WITHOUT_HF = ["--against", "plain"]
+MANY_CORES = 100_000
 QUICK = ["--memory=false", "--threads", "1"]
 
 
 @pytest.fixture
 def measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
-    """The figures that the command has written; matrix products are small ones."""
+    """The figures that the command has written; matrix products are small ones, and a turn is one step."""
     monkeypatch.setattr(flops, "SIZES", ())
+    monkeypatch.setattr(figures_module, "TURN_SECONDS", 0.0)
 
-    def run(*args: str) -> dict[str, Any]:
+    def measured(*args: str) -> dict[str, Any]:
         out = tmp_path / "figures.json"
         assert main(["bench", "step", *SMALL, *args, f"--json={out}"]) == 0
         figures: dict[str, Any] = json.loads(out.read_text())
         return figures
 
-    return run
+    return measured
 
 
 def copy_weights(ours: nn.Module, theirs: nn.Module) -> None:
@@ -75,7 +79,7 @@ def copy_weights(ours: nn.Module, theirs: nn.Module) -> None:
 def test_hugging_face_computes_the_same_loss_and_gradients(attention: str) -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(1)
-    ours, theirs = build("ours", SETTING), build(f"hf-{attention}", SETTING)
+    ours, theirs = build_network("ours", SETTING), build_network(f"hf-{attention}", SETTING)
     for parameter in ours.parameters():  # as they are at first, swapped biases and norms would not be seen
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
@@ -93,27 +97,27 @@ def test_hugging_face_computes_the_same_loss_and_gradients(attention: str) -> No
 
 def test_contenders_train_the_same_parameters() -> None:
     pytest.importorskip("transformers")
-    counts = {name: Contender(name, SETTING).parameters for name in ("ours", *variants.OTHERS)}
+    counts = {name: Variant(name, SETTING).parameters for name in ("ours", *variants.PEERS)}
     assert len(set(counts.values())) == 1, counts
 
 
-@pytest.mark.parametrize("name", ["ours", "ours-depth-1", "mask-tokens", *variants.OTHERS])
+@pytest.mark.parametrize("name", ["ours", "ours-depth-1", "mask-tokens", *variants.PEERS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_step_trains_and_leaves_no_gradients(name: str, dtype: str) -> None:
     if name.startswith("hf-"):
         pytest.importorskip("transformers")
-    contender = Contender(name, SETTING._replace(dtype=dtype))
-    before = [p.detach().clone() for p in contender.trainable]
-    contender.step()
-    changed = [not torch.equal(p, old) for p, old in zip(contender.trainable, before, strict=True)]
+    variant = Variant(name, SETTING._replace(dtype=dtype))
+    before = [p.detach().clone() for p in variant.trainable]
+    variant.step()
+    changed = [not torch.equal(p, old) for p, old in zip(variant.trainable, before, strict=True)]
     assert sum(changed) > 0.9 * len(changed)
-    assert all(p.grad is None for p in contender.trainable)
-    assert all(p.dtype == torch.float32 for p in contender.trainable)
+    assert all(p.grad is None for p in variant.trainable)
+    assert all(p.dtype == torch.float32 for p in variant.trainable)
 
 
 def test_fused_adamw_is_ours_alone() -> None:
-    assert Contender("ours", SETTING).optimizer.defaults["fused"]
-    assert not Contender("plain", SETTING).optimizer.defaults["fused"]
+    assert Variant("ours", SETTING).optimizer.defaults["fused"]
+    assert not Variant("plain", SETTING).optimizer.defaults["fused"]
 
 
 def test_plain_attends_by_products_and_ours_by_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,10 +129,10 @@ def test_plain_attends_by_products_and_ours_by_what_is_faster(monkeypatch: pytes
         return attend(self, *args, **kwargs)
 
     monkeypatch.setattr(Block, "forward", noted)
-    Contender("plain", SETTING).step()
+    Variant("plain", SETTING).step()
     assert set(seen) == {"plain"}
     seen.clear()
-    Contender("ours", SETTING).step()
+    Variant("ours", SETTING).step()
     assert set(seen) == {None}
 
 
@@ -171,10 +175,10 @@ def test_every_size_has_a_table(measure: Callable[..., dict[str, Any]]) -> None:
 def test_the_order_is_turned_round_every_other_round(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flops, "SIZES", ())
     order: list[str] = []
-    monkeypatch.setattr(Contender, "step", lambda self: order.append(self.name))
-    fields = {name: Contender(name, SETTING) for name in ("ours", "plain")}
+    monkeypatch.setattr(Variant, "step", lambda self: order.append(self.name))
+    several = {name: Variant(name, SETTING) for name in ("ours", "plain")}
     ticks = iter(range(1000))
-    seconds, products = step.in_turns(fields, lambda: float(next(ticks)), rounds=3)
+    seconds, products = step.time_in_turns(several, lambda: float(next(ticks)), rounds=3)
     assert order[2 * step.WARM_UP :] == ["ours", "plain", "plain", "ours", "ours", "plain"]
     assert all(figure.rounds == [1.0] * 3 for figure in seconds.values())
     assert len(products) == 4  # once before, and between rounds
@@ -205,6 +209,84 @@ def test_ablation_stands_beside_its_flops_and_the_paper(
     assert "times as fast; FLOPs" in capsys.readouterr().out
 
 
+def test_a_sweep_varies_one_setting(measure: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]) -> None:
+    before = torch.get_num_threads()
+    tables = measure("--threads", "1", "--rounds=2", "--sweep", "mask_ratio", "batch")["results"]
+    assert torch.get_num_threads() == before
+    shown = capsys.readouterr().out
+    assert [table["sweep"] for table in tables] == ["mask_ratio", "batch"]
+    for table in tables:
+        axis, rows = table["sweep"], table["values"]
+        base = Setting(**table["setting"])
+        assert base == SETTING._replace(batch=2, depth=4)
+        assert (table["variant"], table["threads"], table["clock"]) == ("ours", 1, "CPU time")
+        assert list(rows) == [str(value) for value in axis_values(axis, base)]
+        own = rows[str(getattr(base, axis))]
+        assert own["flops_ratio"] == 1
+        assert own["time_ratio"]["rounds"] == [1, 1]
+        assert f"\n{getattr(base, axis)} (base) " in shown
+        for value, row in rows.items():
+            for key in ("seconds", "time_ratio"):
+                check_figure(row[key], 2)
+            assert row["flops_ratio"] == pytest.approx(row["flops_per_image"] / own["flops_per_image"])
+            images = [float(value), base.batch] if axis == "batch" else [base.batch, base.batch]
+            pairs = zip(row["seconds"]["rounds"], own["seconds"]["rounds"], strict=True)
+            wanted = [a / images[0] / (b / images[1]) for a, b in pairs]
+            assert row["time_ratio"]["rounds"] == pytest.approx(wanted)
+            assert f"\n{value} " in shown
+
+
+def test_values_go_around_the_base_and_can_be() -> None:
+    base = Setting("small", 224, 16, 512, 8, 16, 8, "float32", "cpu")
+    sizes = axis_values("image_size", base)
+    assert sizes == [112, 160, 224, 320, 448]
+    assert [base._replace(image_size=value).patches for value in sizes] == [49, 100, 196, 400, 784]
+    assert axis_values("mask_ratio", base) == [0.25, 0.5, 0.75, 0.85, 0.9]
+    assert axis_values("depth", base) == [3, 6, 12, 24]
+    assert axis_values("decoder_depth", base) == [1, 2, 4, 8, 12]
+    assert axis_values("batch", base) == [2, 4, 8, 16, 32]
+    few = base._replace(image_size=32, batch=1, depth=1)  # 4 patches
+    assert axis_values("mask_ratio", few) == [0.25, 0.5, 0.75]
+    assert axis_values("image_size", few) == [32, 48, 64]
+    assert axis_values("batch", few) == [1, 2, 4]
+    assert axis_values("depth", few) == [1, 2]
+    assert set(AXES) <= set(Setting._fields)
+
+
+def test_flops_are_those_of_the_network_that_is_measured() -> None:
+    def work(**settings: Any) -> int:
+        return Variant("ours", SETTING._replace(**settings)).flops()
+
+    for axis in ("depth", "decoder_depth"):  # each block costs the same
+        first, second, fourth = (work(**{axis: value}) for value in (2, 3, 5))
+        assert fourth - second == 2 * (second - first) > 0
+    assert work(batch=1) == work()
+    assert work(mask_ratio=0.25) > 1.5 * work(mask_ratio=MASK_RATIO)
+
+
+def test_turns_are_filled_with_steps() -> None:
+    assert [figures_module.steps_per_turn(seconds, 0.5) for seconds in (10.0, 0.1, 1e-6)] == [1, 5, 50]
+    assert figures_module.alternate([1, 2, 3], 0) == [1, 2, 3]
+    assert figures_module.alternate([1, 2, 3], 1) == [3, 2, 1]
+
+
+def test_compiled_networks_are_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    networks = []
+
+    def attempt(network: nn.Module, take_step: Callable[[], None]) -> str:
+        networks.append(network)
+        take_step()
+        return ""
+
+    monkeypatch.setattr(compilation, "attempt", attempt)
+    variant = Variant("ours-compiled", SETTING)
+    assert networks == [variant.network]
+    assert all(p.grad is None for p in variant.network.parameters())
+    monkeypatch.setattr(compilation, "attempt", lambda *_: "no working C++ compiler")
+    with pytest.raises(UserError, match="compiler; --compile false measures without"):
+        Variant("ours-compiled", SETTING)
+
+
 @pytest.mark.slow
 def test_the_papers_sizes_save_flops_as_the_paper_saves_hours() -> None:
     """Table 2: of large, 2.8 and 3.7 times; of FLOPs alone, about as much."""
@@ -212,10 +294,10 @@ def test_the_papers_sizes_save_flops_as_the_paper_saves_hours() -> None:
     setting = Setting("large", 224, 16, 512, 8, 16, 1, "float32", "cpu")
     work = {}
     for name in names:
-        network = build(name, setting)
+        network = build_network(name, setting)
         work[name] = flops.training_flops(network, lambda network, images: network(images).loss, 3, 224, 224)
-    second = dict.fromkeys(names, step.figure([1.0]))
-    found = step.ablation(names, setting, second, work)
+    rows = {name: {"seconds": step.figure([1.0]), "flops_per_image": work[name]} for name in names}
+    found = step.ablation(setting, rows)
     assert [row["paper"] for row in found.values()] == list(PAPER["large"])
     for row in found.values():
         assert row["flops"] == pytest.approx(row["paper"], rel=0.25)
@@ -231,6 +313,15 @@ def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--threads", "100000"], "--threads 100000"),
         (["--rounds=0"], "--rounds 0"),
         (["--batch=0"], "--batch 0"),
+        (["--accumulate=0", "--processes"], "--accumulate 0"),
+        (["--sweep", "width"], "width"),
+        (["--sweep", "batch", "--processes", "1"], "take one of them"),
+        (["--processes", "0", "2"], "--processes 0: at least 1"),
+        (
+            ["--threads", "1", "--processes", str(MANY_CORES)],
+            f"--processes {MANY_CORES}: each needs 1 core (--threads 1)",
+        ),
+        (["--image_size=4", "--patch_size=4"], "--image_size 4 has 1 patches"),
         (["--compile=sometimes"], "sometimes"),
         (["--device=tpu"], "--device tpu"),
         (["--device=mps"], "--device mps"),
@@ -273,7 +364,7 @@ def test_peak_memory_is_that_of_a_fresh_process_and_grows_with_the_network() -> 
     )
     if small is None or large is None:
         pytest.skip("this system does not tell")
-    weights = 4 * sum(p.numel() for p in build("plain", SETTING._replace(size="small")).parameters())
+    weights = 4 * sum(p.numel() for p in build_network("plain", SETTING._replace(size="small")).parameters())
     assert small < large
     assert 3 * weights < large < 8 * weights  # weights, two moments, gradients
 
@@ -289,7 +380,7 @@ def test_compiled_and_hugging_face_and_memory(measure: Callable[..., dict[str, A
     pytest.importorskip("transformers")
     (table,) = measure("--compile=both", "--threads", "1")["results"]
     rows = table["contenders"]
-    assert list(rows) == ["ours-compiled", "ours", *variants.OTHERS]
+    assert list(rows) == ["ours-compiled", "ours", *variants.PEERS]
     assert set(table["ours_is_faster"]) == {"ours-compiled", "ours"}
     assert all(row["peak_bytes"] > 0 for row in rows.values())
     assert rows["ours-compiled"]["flops_per_image"] == rows["ours"]["flops_per_image"]

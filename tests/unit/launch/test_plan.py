@@ -13,7 +13,7 @@ from mae.errors import UserError
 from mae.launch import plan
 from mae.models.blocks import Block
 from mae.models.mae import MaskedAutoencoder
-from mae.models.memory_estimate import largest_batch, layers_of, loss_bytes, numbers, predicted_peak, usable
+from mae.models.memory_estimate import largest_batch, layers_of, loss_bytes, numerics, predicted_peak, usable
 from mae.models.vit import build, train_last
 from mae.runtime.memory import GIB
 
@@ -51,7 +51,7 @@ def kept(network: nn.Module, run: Any) -> int:
 
 
 def predicted_kept(network: nn.Module, ratio: float | None, batch: int, precision: str) -> int:
-    layers = [layer for layer in layers_of(network, ratio, numbers(precision, False, "cpu")) if not layer.frozen]
+    layers = [layer for layer in layers_of(network, ratio, numerics(precision, False, "cpu")) if not layer.frozen]
     return sum(batch * layer.kept + layer.cast for layer in layers)
 
 
@@ -98,7 +98,7 @@ def test_checkpointing_keeps_less_and_needs_a_block_more() -> None:
         assert a.kept + a.extra == b.kept + b.extra
 
 
-HOW = numbers("32-true", False, "cpu")
+HOW = numerics("32-true", False, "cpu")
 
 
 def test_the_peak_is_the_largest_of_all_moments() -> None:
