@@ -2,17 +2,18 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import Batch
+
+if TYPE_CHECKING:
+    from sklearn.linear_model import LogisticRegression
 
 Scaling = Literal["none", "standardize", "whiten"]
 
@@ -160,7 +161,10 @@ def linear_probe(features: Features) -> tuple[float, float]:
     return accuracy(torch.from_numpy(predictions), features), best
 
 
-def logistic(strength: float, features: Tensor, labels: Tensor) -> LogisticRegression:
+def logistic(strength: float, features: Tensor, labels: Tensor) -> "LogisticRegression":
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # weak penalties stop at max_iter: early stopping
         return LogisticRegression(C=strength, max_iter=300).fit(features.numpy(), labels.numpy())

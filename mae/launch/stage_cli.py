@@ -26,7 +26,8 @@ from mae.data.datamodule import ImageData
 from mae.data.datasets import worker_death_message
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.launch import out_of_memory as out_of_memory_module
-from mae.options import OneLineErrors, flatten_settings
+from mae.launch.stage_parser import StageParser
+from mae.options import flatten_settings, run_name
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.memory import GIB, is_out_of_memory
@@ -38,11 +39,6 @@ from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
 from mae.training.module import Stage
 from mae.weights import load
-
-
-class StageParser(OneLineErrors, LightningArgumentParser):
-    pass
-
 
 # Settings that a run may change when it is started again: where and how it runs and is watched, not what it learns. The
 # effective batch has a check of its own.
@@ -156,7 +152,7 @@ class StageCLI(LightningCLI):
                 precision.check_precision(said[1], "")
             raise
         if config.run_dir is None:
-            name = Path(str(config.config[0])).stem if config.config else self.command
+            name = run_name(str(config.config[0])) if config.config else self.command
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
         if config.seed_everything < 0:
             raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")

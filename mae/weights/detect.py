@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from torch import Tensor
 
@@ -46,24 +46,6 @@ class ArchOverrides(NamedTuple):
 
 
 NO_OVERRIDES = ArchOverrides()
-
-
-def add_override_options(parser: ArgumentParser) -> None:
-    """Options for what SRC does not tell."""
-    parser.add_argument("--num_heads", type=int | None, default=None, help="Of the encoder, if SRC does not tell.")
-    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="If SRC does not tell.")
-    parser.add_argument(
-        "--norm_pix_loss",
-        type=bool | None,
-        default=None,
-        help="Its decoder predicts normalised patches, or plain pixels, if SRC does not tell.",
-    )
-    parser.add_argument(
-        "--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches, if SRC does not tell."
-    )
-    parser.add_argument(
-        "--pool", type=Pool | None, default=None, help="What a classifier judges by, if SRC does not tell."
-    )
 
 
 def overrides_from(config: Namespace) -> ArchOverrides:

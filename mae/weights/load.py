@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
+from mae.runtime.environment import is_first_rank
 from mae.runtime.storage import sync
 from mae.weights import detect
 from mae.weights.detect import ArchOverrides, merge_lora
@@ -91,9 +91,8 @@ def read_weights(src: str | Path) -> Weights:
     return weights
 
 
-@rank_zero_only
 def say(weights: Weights) -> None:
-    for note in weights.notes:
+    for note in weights.notes if is_first_rank() else ():
         say_once(f"{weights.source}: {note}")
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from mae.commands import doctor_parser
 from mae.data.datasets import default_workers
 from mae.data.decode import IMAGE_SUFFIXES
 from mae.data.prepare.survey import FORMATS, TINY, Figures, Groups, Split, figures, gather, same_bytes, suffix_of
 from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
-from mae.options import ToolParser, out_file
+from mae.options import out_file
 from mae.runtime.storage import Place
 
 SHOWN, EXAMPLES, EQUALS = 20, 5, 3  # what is printed at most: unreadable images, names of others, of the same bytes
@@ -44,15 +45,7 @@ class Finding:
 
 
 def doctor_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae doctor", description="What is in a data folder and what is wrong with it.")
-    parser.add_argument("dir", type=str, metavar="DIR", help="As --data.root: a folder, a .tar file or packed shards.")
-    parser.add_argument("--train_dir", type=str | None, default=None, help="As --data.train_dir.")
-    parser.add_argument("--val_dir", type=str | None, default=None, help="As --data.val_dir.")
-    parser.add_argument("--in_chans", type=int, default=3, help="Channels that images are converted to.")
-    parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
-    parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file.")
-    parser.add_argument("--list", type=str | None, default=None, help="Write every problem to this CSV: path, problem.")
-    config = parser.parse_args(list(args))
+    config = doctor_parser().parse_args(list(args))
     workers = default_workers() if config.num_workers is None else config.num_workers
     if config.in_chans < 1 or workers < 0:
         raise UserError(f"--in_chans {config.in_chans}, --num_workers {workers}: wanted are at least 1 and 0")
