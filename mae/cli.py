@@ -13,7 +13,7 @@ from importlib import import_module
 
 from mae import __version__
 from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError, did_you_mean
-from mae.launch.short_help import is_wanted, short_help, without_all
+from mae.launch.short_help import short_help, wants_short_help, with_full_help
 from mae.runtime import signals
 from mae.runtime.environment import environment_rank, is_first_rank
 
@@ -92,10 +92,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(name: str, args: Sequence[str]) -> None:
     """Answer --help and mistyped options of a light command, import what the command needs, and call it."""
     if name in TRAINING:
-        if is_wanted(args):
+        if wants_short_help(args):
             print(short_help(name))
             return
-        args = without_all(args)
+        args = with_full_help(args)
         signals.note_early()
     elif parser := import_module("mae.commands").PARSERS.get(name):
         parser().parse_args(list(args))

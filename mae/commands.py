@@ -1,7 +1,7 @@
 """The options of the commands that need no Lightning to know them.
 
-A command's parser is apart from its work, and nothing heavy is imported here: `mae COMMAND --help` and a mistyped option
-are answered at once. Lists of choices repeat types of heavy modules; tests/unit/test_start.py compares them.
+A command's parser is kept apart from its work, and nothing heavy is imported here, so that `mae COMMAND --help` and a
+mistyped option are answered at once. Some choices repeat types of heavy modules; a test compares them.
 """
 
 from collections.abc import Callable

@@ -28,7 +28,7 @@ from mae.models.compilation import compile_blocks
 from mae.models.mae import MaskedAutoencoder, as_pair
 from mae.models.memory_estimate import MEANT_FOR, PRECISIONS, Footprint, largest_batch, predicted_peak, reserve, usable
 from mae.models.vit import frozen_features
-from mae.options import ToolParser, out_file
+from mae.options import ToolParser, out_file, run_name
 from mae.pretrain import Pretrain
 from mae.runtime import memory
 from mae.runtime.memory import GIB
@@ -168,7 +168,7 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
             f"no stage knows model.{nobody[0]}" if nobody else f"no stage knows all of model.{', '.join(sorted(keys))}"
         )
         raise UserError(f"--config {path}: {what}; it must be one of mae {', '.join(STAGES)}")
-    named = {"scratch": "finetune"}.get(first := path.stem.split("_")[0], first)
+    named = {"linprobe": "probe", "scratch": "finetune"}.get(first := run_name(path).split("_")[0], first)
     if len(fit) > 1 and named not in fit:
         raise UserError(f"--config {path} could be of {' or '.join(fit)}: say which by --stage")
     return fit[0] if len(fit) == 1 else named

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 WIDTH = 100
-COLUMN = 42  # where the meaning of a setting begins
+COLUMN = 38  # where the meaning of a setting begins
 
 
 class Setting(NamedTuple):
@@ -17,43 +17,38 @@ class Setting(NamedTuple):
     meaning: str
 
 
-Groups = dict[str, list[Setting]]
-
-
 class StageHelp(NamedTuple):
     purpose: str
-    groups: Groups
+    groups: dict[str, list[Setting]]
     examples: list[str]
 
 
+LABELS = Setting("--data.labels_per_class", None, "use only so many labelled images of each class")
 RUN = [
-    Setting(
-        "--config", None, "a packaged config by name (`mae configs`) or a YAML file; repeatable, the last one wins"
-    ),
+    Setting("--config", None, "a packaged config's name (`mae configs`) or a file; repeatable"),
     Setting("--run_dir", None, "folder of the run; by default runs/ and the config's name"),
-    Setting("--ckpt_path", None, "`last` resumes the run in --run_dir, or starts it; or a .ckpt file to resume from"),
-    Setting("--seed_everything", "0", "seed of the weights, the order of images, crops and masks"),
+    Setting("--ckpt_path", None, "`last` resumes the run in --run_dir; or a .ckpt file"),
+    Setting("--seed_everything", "0", "seed of weights, image order, crops and masks"),
 ]
-ROOT = Setting("--data.root", None, "folder with train/CLASS/* and val/CLASS/*, or shards of `mae pack`")
+ROOT = Setting("--data.root", None, "folder with train/CLASS/* and val/CLASS/*, or packed shards")
 BATCH = Setting("--data.batch_size_per_device", "64", "images per device and forward pass")
-WORKERS = Setting("--data.num_workers", None, "loader processes per device; by default one for each spare core")
+WORKERS = Setting("--data.num_workers", None, "loader processes per device; by default one a spare core")
 HARDWARE = [
     Setting("--trainer.devices", "auto", "GPUs or processes on each node"),
     Setting("--trainer.num_nodes", "1", "nodes"),
     Setting("--trainer.precision", None, "by default mixed precision on GPUs, float32 on CPUs"),
     Setting("--trainer.accumulate_grad_batches", "1", "batches per optimiser step, on each device"),
 ]
-WANDB = Setting("--wandb.mode", "auto", "online, offline, disabled; auto: online with an account, else offline")
-ENCODER = "weights of any format (`mae inspect` says whether they fit)"
+WANDB = Setting("--wandb.mode", "auto", "auto (by account), online, offline or disabled")
+ENCODER = "weights of any format, see `mae inspect`"
 
-STAGES = {
+HELP_TEXTS = {
     "pretrain": StageHelp(
         "MAE pre-training (arXiv:2111.06377).",
         {
             "Run": RUN,
             "Data": [
                 ROOT,
-                Setting("--data.image_size", None, "pixels, one number or [height, width]; by default the data set's"),
                 BATCH,
                 WORKERS,
             ],
@@ -61,12 +56,12 @@ STAGES = {
                 Setting("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
                 Setting("--model.patch_size", "16", "pixels, one number or [height, width]"),
                 Setting("--model.mask_ratio", "0.75", "fraction of patches that are hidden"),
-                Setting("--model.norm_pix_loss", "true", "predict patches normalised by their own mean and variance"),
-                Setting("--model.init", None, "weights to start from (a warm start, not a resumed run)"),
+                Setting("--model.norm_pix_loss", "true", "predict patches normalised one by one"),
+                Setting("--model.init", None, "weights to start from; not the way to resume a run"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "1.5e-4", "learning rate per 256 images of the global batch"),
-                Setting("--model.warmup_epochs", "40", "epochs of linear warm-up, before the cosine decay"),
+                Setting("--model.base_lr", "1.5e-4", "learning rate per 256 images of a step"),
+                Setting("--model.warmup_epochs", "40", "epochs of warm-up, before the cosine decay"),
                 Setting("--trainer.max_epochs", "800", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
@@ -81,21 +76,21 @@ STAGES = {
         {
             "Run": [
                 *RUN,
-                Setting("--mode", "recipe", "recipe: the paper's training; cached: fast, on cached features; both"),
+                Setting("--mode", "recipe", "recipe (the paper's), cached (fast, on features), both"),
             ],
             "Data": [
                 ROOT,
-                Setting("--data.labels_per_class", None, "use so many labelled images of each class only"),
+                LABELS,
                 BATCH,
                 WORKERS,
             ],
             "Model": [
                 Setting("--model.encoder", None, f"required: {ENCODER}"),
-                Setting("--model.pool", "class", "what the probe sees: class token, or mean of the patch tokens"),
+                Setting("--model.pool", "class", "what the probe sees: class token or mean of patches"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "0.1", "learning rate of LARS per 256 images of the global batch"),
-                Setting("--model.warmup_epochs", "10", "epochs of linear warm-up, before the cosine decay"),
+                Setting("--model.base_lr", "0.1", "learning rate of LARS per 256 images of a step"),
+                Setting("--model.warmup_epochs", "10", "epochs of warm-up, before the cosine decay"),
                 Setting("--trainer.max_epochs", "90", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
@@ -111,19 +106,19 @@ STAGES = {
             "Run": RUN,
             "Data": [
                 ROOT,
-                Setting("--data.labels_per_class", None, "use so many labelled images of each class only"),
+                LABELS,
                 BATCH,
             ],
             "Model": [
                 Setting("--model.encoder", None, f"required: {ENCODER}, or `scratch`: random"),
-                Setting("--model.blocks", None, "train the last blocks only (0.5: the last MLP); by default all"),
-                Setting("--model.lora_rank", None, "train low-rank updates of the attention only (needs peft)"),
+                Setting("--model.blocks", None, "train only the last blocks; 0.5: the last MLP"),
+                Setting("--model.lora_rank", None, "train low-rank updates of the attention; needs peft"),
                 Setting("--model.drop_path", "0.1", "stochastic depth of the last block"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "1.0e-3", "learning rate per 256 images of the global batch"),
-                Setting("--model.layer_decay", "0.75", "each layer's learning rate, relative to the one above it"),
-                Setting("--model.warmup_epochs", "5", "epochs of linear warm-up, before the cosine decay"),
+                Setting("--model.base_lr", "1.0e-3", "learning rate per 256 images of a step"),
+                Setting("--model.layer_decay", "0.75", "learning rate of a layer relative to the next"),
+                Setting("--model.warmup_epochs", "5", "epochs of warm-up, before the cosine decay"),
                 Setting("--trainer.max_epochs", "100", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
@@ -139,13 +134,13 @@ STAGES = {
 HELP = ("-h", "--help")
 
 
-def is_wanted(args: Sequence[str]) -> bool:
-    """Whether the arguments ask for the short help: --help, but not `--help all`."""
-    return any(word in HELP for word in without_all(args)) and without_all(args) == list(args)
+def wants_short_help(args: Sequence[str]) -> bool:
+    """Whether --help is among the arguments, and not as `--help all`."""
+    return any(word in HELP for word in args) and with_full_help(args) == list(args)
 
 
-def without_all(args: Sequence[str]) -> list[str]:
-    """The arguments with `--help all` replaced by the --help of the whole parser."""
+def with_full_help(args: Sequence[str]) -> list[str]:
+    """The arguments with `--help all` as the parser of all settings has it, --help."""
     words: list[str] = []
     for word in args:
         if not (word == "all" and words and words[-1] in HELP):
@@ -155,7 +150,7 @@ def without_all(args: Sequence[str]) -> list[str]:
 
 def short_help(command: str) -> str:
     """The settings of a training command that matter most, in groups, with two examples."""
-    stage = STAGES[command]
+    stage = HELP_TEXTS[command]
     lines = [f"usage: mae {command} [--config NAME|FILE] [--SETTING VALUE ...]", "", stage.purpose]
     for title, settings in stage.groups.items():
         lines += ["", f"{title}:"]

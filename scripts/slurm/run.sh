@@ -31,7 +31,7 @@ settings=("$@" --run_dir "$run" --ckpt_path last)
 settings+=(--trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE")
 if [[ " $*" =~ \ --config[=\ ]([^ ]+) && " $*" != *" --trainer.accumulate_grad_batches"* ]]; then
     config=${BASH_REMATCH[1]}
-    for name in "configs/${config%.yaml}.yaml" "configs/$stage/${config%.yaml}.yaml"; do # a packaged config's name
+    for name in "configs/${config%.yaml}.yaml" "configs/${stage/#probe/linprobe}/${config%.yaml}.yaml"; do # a packaged config's name
         [ -f "$config" ] || [ ! -f "$name" ] || config=$name
     done
     devices=$(awk '/^  (devices|num_nodes|accumulate_grad_batches):/ {n++; p = (p ? p : 1) * $2} END {print n == 3 ? p : 0}' \
