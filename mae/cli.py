@@ -90,7 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(name: str, args: Sequence[str]) -> None:
-    """Answer --help and mistyped options of a light command, import what the command needs, and call it."""
+    """Import what a command needs, and call it.
+
+    Where that takes seconds and the options are known without it, --help and mistakes are answered first: the command
+    parses the same arguments once more.
+    """
     if name in TRAINING:
         if wants_short_help(args):
             print(short_help(name))

@@ -44,18 +44,13 @@ class OneLineErrors:
 
     def readable(self, message: str) -> str:
         """The parser's message, with options named as they are typed."""
-        options = {action.dest: action.option_strings for action in self._actions}
-
-        def typed(key: str) -> str:
-            return options[key][-1] if options.get(key) else (key.upper() if key in options else f"--{key}")
-
         if match := re.fullmatch(r"the following arguments are required: (.*)", message, re.DOTALL):
-            missing = [typed(key) for key in match[1].split(", ")]
+            positional = {action.dest: action.metavar for action in self._actions if not action.option_strings}
+            missing = [str(positional.get(key, f"--{key}")) for key in match[1].split(", ")]
             verb = "is" if len(missing) == 1 else "are"
             return f"{', '.join(missing)} {verb} missing; `{self.prog} --help` says what each one is"
         if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
-            known = [option for names in options.values() for option in names if option.startswith("--")]
-            return message + did_you_mean(match[1], known)
+            return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
         return message
 
 

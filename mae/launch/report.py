@@ -25,7 +25,7 @@ from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
 from mae.launch import page
 from mae.launch import stages as stages_module
-from mae.options import find_config
+from mae.options import find_config, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 
 Settings = dict[str, Any]
@@ -354,7 +354,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         plan.published
     )
     blocks = [
-        page.text("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text("h1", f"{run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
         page.text("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
         *(page.text("p", where) for where in sorted({head[1] for head in heads})),
         page.text("h2", "Figures"),
@@ -376,7 +376,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[Job], out: Path)
         heading = f"Reconstructions: seed {seeds[0]}, step {step}"
         blocks += [page.text("h2", heading), page.image(out, panels[-1], heading)]
     blocks += [page.text("h2", "Commands"), page.code("\n".join(head[0] for head in heads))]
-    page.write(plan.path.stem, blocks, out / "report.md", out / "report.html")
+    page.write(run_name(plan.path), blocks, out / "report.md", out / "report.html")
 
 
 def table(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
