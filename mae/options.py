@@ -113,7 +113,7 @@ def find_config(config: str, command: str = "") -> str:
             return str(CONFIGS / f"{candidate}.yaml")
     short = [each.partition("/")[2] for each in names if each.startswith(f"{command}/")]
     hint = did_you_mean(name, [*names, *short])
-    raise UserError(f"--config {config}: no such file or packaged config (`mae configs` lists them){hint}")
+    raise UserError(f"--config {config} cannot be read: no such file or packaged config, see `mae configs`{hint}")
 
 
 def run_name(config: str | Path) -> str:

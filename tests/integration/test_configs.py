@@ -200,7 +200,7 @@ def test_packaged_configs_are_found_by_name_from_any_folder(tmp_path: Path, monk
     Path("vitb16_in1k").write_text("model: {}")  # a file that exists wins
     assert find_config("vitb16_in1k", "pretrain") == "vitb16_in1k"
     assert find_config("{model: {size: base}}") == "{model: {size: base}}"
-    with pytest.raises(UserError, match=r"--config pretrain/vitb16_in1: no such file.*mean pretrain/vitb16_in1k\?"):
+    with pytest.raises(UserError, match=r"--config pretrain/vitb16_in1 cannot be read.*mean pretrain/vitb16_in1k\?"):
         find_config("pretrain/vitb16_in1")
     with pytest.raises(UserError, match="did you mean vitl16_in1k"):
         find_config("vitl16_ink", "finetune")

@@ -183,7 +183,7 @@ def test_mistyped_options_and_configs_get_a_suggestion(capsys: pytest.CaptureFix
     )
     for args in (["--config", "pretrain/vitb16_in1"], ["--config=pretrain/vitb16_in1"]):
         assert "did you mean pretrain/vitb16_in1k?" in error_of(["pretrain", *args], capsys)
-    assert "--config nowhere.yaml: no such file" in error_of(["pretrain", "-c", "nowhere.yaml"], capsys)
+    assert "--config nowhere.yaml cannot be read: no such file" in error_of(["pretrain", "-c", "nowhere.yaml"], capsys)
 
 
 def test_an_old_option_name_works_and_says_the_new_one(
