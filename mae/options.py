@@ -3,7 +3,6 @@
 Nothing heavy is imported here: `--help` and a mistyped option are answered before torch is loaded.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -27,17 +26,14 @@ RENAMED_OPTIONS: dict[str, dict[str, str]] = {}
 SRC_HELP = "Weights: a run folder or file, or the official code's, timm's, Hugging Face's."
 
 
-class OneLineErrors:
-    """Added to a parser class: parser errors become UserErrors, and packaged configs are found by their names."""
+class ToolParser(ArgumentParser):
+    """A parser whose errors are UserErrors, of one line, and which finds packaged configs by their names."""
 
-    prog: str
-    _actions: list[argparse.Action]
-
-    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         command = self.prog.removeprefix("mae ")
         words = with_new_names(words, RENAMED_OPTIONS.get(command, {}))
-        return super().parse_args(with_config_paths(words, command), *more, **settings)  # type: ignore[misc]
+        return super().parse_args(with_config_paths(words, command), *more, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.readable(message))
@@ -52,10 +48,6 @@ class OneLineErrors:
         if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
         return message
-
-
-class ToolParser(OneLineErrors, ArgumentParser):
-    pass
 
 
 def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:

@@ -2,8 +2,8 @@
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from mae.options import OneLineErrors
+from mae.options import ToolParser
 
 
-class StageParser(OneLineErrors, LightningArgumentParser):
-    pass
+class StageParser(ToolParser, LightningArgumentParser):
+    """Lightning's parser, asked first by ours."""
