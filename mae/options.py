@@ -3,6 +3,7 @@
 Nothing heavy is imported here: `--help` and a mistyped option are answered before torch is loaded.
 """
 
+import functools
 import os
 import re
 import sys
@@ -51,15 +52,21 @@ class ToolParser(ArgumentParser):
 
 
 def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
-    """Command-line words with old names of options replaced. A line on standard error names the new one."""
+    """Command-line words with old names of options replaced."""
     result = []
     for word in words:
         option, equals, value = word.partition("=")
         if new := renamed.get(option):
-            print(f"mae: warning: {option} is now {new}; the next release drops the old name", file=sys.stderr)
+            warn_of_rename(option, new)
             word = f"{new}{equals}{value}"
         result.append(word)
     return result
+
+
+@functools.cache
+def warn_of_rename(old: str, new: str) -> None:
+    """Once in a process: arguments may be parsed several times."""
+    print(f"mae: warning: {old} is now {new}; the next release drops the old name", file=sys.stderr)
 
 
 # ---- packaged configs ----------------------------------------------------------------------------------------------

@@ -193,6 +193,7 @@ def test_an_old_option_name_works_and_says_the_new_one(
     parser = commands.embed_parser()
     needed = ["--encoder=a", "--out=b", "--data.root=c"]
     for words in (["--bs=3"], ["--bs", "3"]):
+        options.warn_of_rename.cache_clear()
         assert parser.parse_args([*needed, *words]).batch_size == 3
         assert (
             capsys.readouterr().err == "mae: warning: --bs is now --batch_size; the next release drops the old name\n"
