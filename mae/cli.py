@@ -3,22 +3,24 @@
 Nothing heavy is imported here: torch and Lightning take seconds, and a command loads only what it uses.
 """
 
-import difflib
 import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from importlib import import_module
 
 from mae import __version__
-from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
+from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError, did_you_mean
+from mae.launch.short_help import short_help, wants_short_help, with_full_help
 from mae.runtime import signals
 from mae.runtime.environment import environment_rank, is_first_rank
 
 ALONE_SECONDS = 7.0
 TRAINING = ("pretrain", "linprobe", "finetune")
-ALIASES = {"probe": "linprobe"}
+WITHOUT_WANDB = ("reconstruct", "inspect", "convert", "predict", "embed")
+ALIASES = {"probe": "linprobe"}  # old names of commands
 
 # Name: (what it does, where its function is).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -48,6 +50,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("what is in a data folder and what is wrong with it", "data.prepare.doctor:doctor_command"),
     "pack": ("images into tar shards with an index; --verify finds damaged records", "data.prepare.pack:pack_command"),
     "stats": ("mean and std of a data set, for its config", "data.prepare.stats:stats_command"),
+    "configs": ("the packaged configs, which --config finds by name", "launch.list_configs:configs_command"),
 }
 
 
@@ -68,11 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = ALIASES.get(args[0], args[0])
         if name not in COMMANDS:
             raise UserError(unknown_command(name))
-        if name in TRAINING:
-            signals.note_early()
-        command = command_function(name)
-        silence_libraries()  # after the import: Lightning sets its own level there
-        command(args[1:])
+        run_command(name, args[1:])
+        if name != args[0] and is_first_rank():
+            print(f"mae: note: `mae {args[0]}` is an old name of `mae {name}`", file=sys.stderr)
     except UserError as error:
         return report_error(error, 2)
     except TrainingFailed as error:
@@ -88,6 +89,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def run_command(name: str, args: Sequence[str]) -> None:
+    """Import what a command needs, and call it.
+
+    Where that takes seconds and the options are known without it, --help and mistakes are answered first: the command
+    parses the same arguments once more.
+    """
+    if name in TRAINING:
+        if wants_short_help(args):
+            print(short_help(name))
+            return
+        args = with_full_help(args)
+        signals.note_early()
+    elif parser := import_module("mae.commands").PARSERS.get(name):
+        parser().parse_args(list(args))
+    with hidden_module("wandb") if name in WITHOUT_WANDB else nullcontext():
+        command = command_function(name)
+    silence_libraries()  # after the import: Lightning sets its own level there
+    command(args)
+
+
+@contextmanager
+def hidden_module(name: str) -> Iterator[None]:
+    """Let a module look as if it were not installed: timm imports wandb for its own scripts, which takes a second."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+
+
 def command_function(name: str) -> Callable[[Sequence[str]], None]:
     module, _, function = COMMANDS[name][1].partition(":")
     command: Callable[[Sequence[str]], None] = getattr(import_module(f"mae.{module}"), function)
@@ -95,9 +129,8 @@ def command_function(name: str) -> Callable[[Sequence[str]], None]:
 
 
 def unknown_command(name: str) -> str:
-    close = difflib.get_close_matches(name, [*COMMANDS, *ALIASES], n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{name!r} is not a command; {hint}The commands are {', '.join(COMMANDS)}"
+    hint = did_you_mean(name, [*COMMANDS, *ALIASES])
+    return f"{name!r} is not a command{hint + ' The' if hint else '; the'} commands are {', '.join(COMMANDS)}"
 
 
 def usage() -> str:

@@ -1,27 +1,131 @@
-"""Options that commands share: a parser whose errors are one line, and checks of files to write."""
+"""What commands share: a parser whose errors are one line, packaged configs by name, and checks of files to write.
 
+Nothing heavy is imported here: `--help` and a mistyped option are answered before torch is loaded.
+"""
+
+import functools
 import math
 import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 
-from mae.errors import UserError
+from mae.errors import UserError, did_you_mean
 
+CONFIGS = Path(__file__).parent / "configs"
 
-class OneLineErrors:
-    """Parser errors become UserErrors, instead of a page of usage."""
+CONFIG_FOLDERS = ("pretrain", "linprobe", "finetune", "report")  # one for each command that has packaged configs
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        raise UserError(message)
+CONFIG_OPTIONS = ("--config", "-c")
 
-
-class ToolParser(OneLineErrors, ArgumentParser):
-    pass
-
+# For each command, old names of options and the new ones. An old name works for one release.
+RENAMED_OPTIONS: dict[str, dict[str, str]] = {}
 
 SRC_HELP = "Weights: a run folder or file, or the official code's, timm's, Hugging Face's."
+
+
+class ToolParser(ArgumentParser):
+    """A parser whose errors are UserErrors, of one line, and which finds packaged configs by their names."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
+        words = list(sys.argv[1:] if args is None else args)
+        command = self.prog.removeprefix("mae ")
+        words = with_new_names(words, RENAMED_OPTIONS.get(command, {}))
+        return super().parse_args(with_config_paths(words, command), *more, **settings)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(self.readable(message))
+
+    def readable(self, message: str) -> str:
+        """The parser's message, with options named as they are typed."""
+        if match := re.fullmatch(r"the following arguments are required: (.*)", message, re.DOTALL):
+            positional = {action.dest: action.metavar for action in self._actions if not action.option_strings}
+            missing = [str(positional.get(key, f"--{key}")) for key in match[1].split(", ")]
+            verb = "is" if len(missing) == 1 else "are"
+            return f"{', '.join(missing)} {verb} missing; `{self.prog} --help` says what each one is"
+        if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
+            return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
+        return message
+
+
+def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
+    """Command-line words with old names of options replaced."""
+    result = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if new := renamed.get(option):
+            warn_of_rename(option, new)
+            word = f"{new}{equals}{value}"
+        result.append(word)
+    return result
+
+
+@functools.cache
+def warn_of_rename(old: str, new: str) -> None:
+    """Once in a process: arguments may be parsed several times."""
+    print(f"mae: warning: {old} is now {new}; the next release drops the old name", file=sys.stderr)
+
+
+# ---- packaged configs ----------------------------------------------------------------------------------------------
+
+
+def with_config_paths(words: Sequence[str], command: str) -> list[str]:
+    """Command-line words with the value of each `--config` replaced by a path, where it names a packaged config."""
+    result: list[str] = []
+    for word in words:
+        option, equals, value = word.partition("=")
+        if result and result[-1] in CONFIG_OPTIONS:
+            word = find_config(word, command)
+        elif option in CONFIG_OPTIONS and equals:
+            word = f"{option}={find_config(value, command)}"
+        result.append(word)
+    return result
+
+
+def config_names() -> list[str]:
+    """Names of the packaged configs, such as pretrain/vitb16_in1k, in the order of the stages."""
+    paths = sorted(path for folder in CONFIG_FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
+    paths.sort(key=lambda path: CONFIG_FOLDERS.index(path.parent.name))
+    return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+def find_config(config: str, command: str = "") -> str:
+    """The path of a config.
+
+    Args:
+        config: A path; the name of a packaged config, pretrain/vitb16_in1k, `configs/` before and `.yaml` behind it
+            allowed; or settings as YAML text, which are returned as they are. A file that exists wins.
+        command: For which command, so that `mae pretrain` takes vitb16_in1k for pretrain/vitb16_in1k.
+
+    Raises:
+        UserError: There is neither a file nor a packaged config of this name.
+    """
+    if not config or config.startswith("-") or re.search(r"[{:\n]", config) or Path(config).is_file():
+        return config
+    name = config.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
+    names = config_names()
+    for candidate in (name, f"{command}/{name}"):
+        if candidate in names:
+            return str(CONFIGS / f"{candidate}.yaml")
+    short = [each.partition("/")[2] for each in names if each.startswith(f"{command}/")]
+    hint = did_you_mean(name, [*names, *short])
+    raise UserError(f"--config {config} cannot be read: no such file or packaged config, see `mae configs`{hint}")
+
+
+def run_name(config: str | Path) -> str:
+    """What a run of this config is called: the file's name, behind its folder's where that is the name of a command.
+
+    pretrain/vitb16_in1k.yaml gives pretrain_vitb16_in1k, my.yaml gives my.
+    """
+    path = Path(config)
+    return f"{path.parent.name}_{path.stem}" if path.parent.name in CONFIG_FOLDERS else path.stem
+
+
+# ---- settings and files --------------------------------------------------------------------------------------------
 
 
 def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -33,7 +137,7 @@ def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, An
 
 
 def out_file(path: str, option: str = "--out") -> Path:
-    """A file that can be written, before the work that fills it is done."""
+    """A file that can be written, checked before the work that fills it is done."""
     out = Path(path)
     if not out.parent.is_dir():
         raise UserError(f"{option} {out}: there is no folder {out.parent}")

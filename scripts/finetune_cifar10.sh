@@ -16,9 +16,9 @@ run() { # NAME SEED SETTING...
 
 few=(--data.labels_per_class 40 --trainer.max_epochs 30 --trainer.check_val_every_n_epoch 30)
 for seed in 0 1 2; do
-    run pretrained_4000 $seed --config configs/finetune_micro_cifar10.yaml --model.encoder "$encoder"
-    run scratch_4000 $seed --config configs/scratch_micro_cifar10.yaml
-    run pretrained_400 $seed --config configs/finetune_micro_cifar10.yaml --model.encoder "$encoder" "${few[@]}"
-    run scratch_400 $seed --config configs/scratch_micro_cifar10.yaml "${few[@]}"
+    run pretrained_4000 $seed --config finetune/micro_cifar10 --model.encoder "$encoder"
+    run scratch_4000 $seed --config finetune/micro_cifar10_scratch
+    run pretrained_400 $seed --config finetune/micro_cifar10 --model.encoder "$encoder" "${few[@]}"
+    run scratch_400 $seed --config finetune/micro_cifar10_scratch "${few[@]}"
 done
 grep -H '"acc1"' runs/finetune_cifar10/*/results.json

@@ -6,9 +6,9 @@ root=${1:?the folder that holds train/CLASS/* and test/CLASS/*}
 cd "$(dirname "$0")/.."
 run=runs/pretrain_micro_cifar10
 
-mae pretrain --config configs/pretrain_micro_cifar10.yaml --data.root "$root" --ckpt_path last
+mae pretrain --config pretrain/micro_cifar10 --data.root "$root" --ckpt_path last
 mae knn --encoder "$run" --data.root "$root" --data.val_dir test --pool both
-mae probe --mode cached --cached.pools '[both]' --model.encoder "$run" --data.root "$root" --data.val_dir test \
+mae linprobe --mode cached --cached.pools '[both]' --model.encoder "$run" --data.root "$root" --data.val_dir test \
     --run_dir runs/probe_micro_cifar10_both
-mae probe --mode cached --model.encoder "$run" --data.root "$root" --data.val_dir test \
+mae linprobe --mode cached --model.encoder "$run" --data.root "$root" --data.val_dir test \
     --run_dir runs/probe_micro_cifar10

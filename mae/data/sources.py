@@ -9,7 +9,6 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
-import torchvision.datasets
 from torch import Tensor
 
 from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
@@ -191,6 +190,8 @@ def load_torchvision(
     dataset: Literal["cifar10", "fashion_mnist"], root: Path, download: bool
 ) -> tuple[ArraySource, ArraySource]:
     """Training and test split of one of torchvision's data sets, whole in memory."""
+    import torchvision.datasets
+
     factory = {"cifar10": torchvision.datasets.CIFAR10, "fashion_mnist": torchvision.datasets.FashionMNIST}[dataset]
     sources = []
     for train in (True, False):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from tqdm import tqdm
 
+from mae.commands import embed_parser
 from mae.data.crops import center_box
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch, WholeSamples, make_batch, stack
@@ -29,7 +30,6 @@ from mae.data.tar_shards import INDEX, holds_images, open_images
 from mae.errors import PeerLost, UserError
 from mae.evaluation import features
 from mae.evaluation.embed_chunks import FeatureChunk, FeatureChunks, checked_out
-from mae.options import SRC_HELP, ToolParser
 from mae.runtime import signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
@@ -44,40 +44,6 @@ SPLITS = ("train", "val")
 MORE = "a larger --max_bad_images leaves unreadable images out, lists them, and goes on from here"
 
 Encode = Callable[[Tensor], Tensor]  # (B, C, H, W) -> (B, F, D)
-
-
-def embed_parser() -> ToolParser:
-    parser = ToolParser(prog="mae embed", description="Features of a folder of any images, as Parquet or npz.")
-    parser.add_argument("--config", action="config")
-    parser.add_argument("--encoder", type=str, required=True, help=SRC_HELP)
-    parser.add_argument(
-        "--data.root", type=str, required=True,
-        help="Folder of images, labelled where it has a folder a class or such folders below train/ and val/; a .tar "
-        "file of images; or the shards of `mae pack`.",
-    )  # fmt: skip
-    parser.add_argument("--out", type=str, required=True, help="The .parquet or .npz file to write: a row an image.")
-    parser.add_argument(
-        "--pool", default="mean", choices=list(features.POOLS), help="Mean of patch tokens, class token, or both."
-    )
-    parser.add_argument(
-        "--layers", type=int | list[int], default=-1,
-        help="Blocks counted from the end, -1 or [-4,-1]: a column each, the encoder's final norm applied.",
-    )  # fmt: skip
-    parser.add_argument("--dtype", default="float32", choices=["float32", "float16"], help="Of the features.")
-    parser.add_argument("--allow_finetuned", type=bool, default=False, help="Take the encoder of a classifier, too.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images a device takes at once.")
-    parser.add_argument(
-        "--num_workers", type=int | None, default=None, help="Loader processes a device; a spare core each."
-    )
-    parser.add_argument("--devices", type=int | str, default="auto", help="Processes or GPUs; the file is the same.")
-    parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto.")
-    parser.add_argument(
-        "--max_bad_images", type=int, default=0, help="Unreadable images to leave out; they are listed beside --out."
-    )
-    parser.add_argument(
-        "--force", type=bool, default=False, nargs="?", const=True, help="Replace --out, and parts of other settings."
-    )
-    return parser
 
 
 def embed_command(args: Sequence[str]) -> None:

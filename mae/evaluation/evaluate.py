@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from mae.commands import CLASSIFIER_HELP, predict_parser
 from mae.data.datamodule import TRAINING_ONLY, ImageData
 from mae.data.datasets import Batch
 from mae.data.decode import find_images, read_file
@@ -53,12 +54,7 @@ class Evaluation(LightningModule):
 def evaluate_command(args: Sequence[str]) -> None:
     parser = ToolParser(prog="mae evaluate", description="Top-1, top-5 and per-class accuracy, no training.")
     parser.add_argument("--config", action="config")
-    parser.add_argument(
-        "--model",
-        type=str,
-        required=True,
-        help="A classifier: a run folder of mae finetune or probe, or its files; official, timm's, Hugging Face's.",
-    )
+    parser.add_argument("--model", type=str, required=True, help=CLASSIFIER_HELP)
     parser.add_argument("--out", type=str | None, default=None, help="Folder for results.json, tables and a picture.")
     parser.add_argument("--devices", type=int | str, default="auto", help="Processes or GPUs; accuracy is the same.")
     parser.add_argument("--accelerator", type=str, default="auto", help="cpu, gpu or auto.")
@@ -146,18 +142,7 @@ class ImageFiles(FileSource):
 
 
 def predict_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae predict", description="Class and probabilities of images, as CSV.")
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE|DIR", help="Image files, or folders of them.")
-    parser.add_argument(
-        "--model",
-        type=str,
-        required=True,
-        help="A classifier: a run folder of mae finetune or probe, or its files; official, timm's, Hugging Face's.",
-    )
-    parser.add_argument("--out", type=str, required=True, help="The CSV to write: a row an image, a column a class.")
-    parser.add_argument("--batch_size", type=int, default=64, help="Images at once.")
-    parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
-    config = parser.parse_args(list(args))
+    config = predict_parser().parse_args(list(args))
     out = out_file(config.out)
     if config.batch_size < 1:
         raise UserError(f"--batch_size {config.batch_size}: at least 1")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from mae.commands import reconstruct_parser
 from mae.data.crops import center_box, resized_crop
 from mae.data.datasets import normalize
 from mae.data.decode import BadImage, decode_image
@@ -12,21 +13,12 @@ from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
 from mae.errors import UserError
 from mae.evaluation import plots
 from mae.models.mae import MaskedAutoencoder
-from mae.options import SRC_HELP, ToolParser, out_file
+from mae.options import out_file
 from mae.weights.load import read_weights
 
 
 def reconstruct_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae reconstruct", description="Original, masked and reconstructed images, side by side.")
-    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files.")
-    parser.add_argument("--model", type=str, required=True, help=SRC_HELP)
-    parser.add_argument("--out", type=str, required=True, help="The PNG to write.")
-    parser.add_argument("--mask_ratio", type=float | None, default=None, help="Fraction to hide; as in pre-training.")
-    parser.add_argument(
-        "--mask", type=str | None, default=None, help="PNG, white = hidden: a pixel a patch, or image-sized."
-    )
-    parser.add_argument("--seed", type=int, default=0, help="Of the random masks.")
-    config = parser.parse_args(list(args))
+    config = reconstruct_parser().parse_args(list(args))
     weights = read_weights(config.model)
     weights.require_decoder()
     model = weights.build()

@@ -9,12 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mae.commands import DEMO_DIR, demo_parser
 from mae.evaluation import features, plots
 from mae.launch.stages import PretrainCLI
 from mae.models.mae import MaskedAutoencoder
-from mae.options import ToolParser
-
-DEFAULT_DIR = "runs/demo"
 
 STEPS_PER_EPOCH = 4000 // 64
 
@@ -31,14 +29,10 @@ SETTINGS = [
 
 
 def demo_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae demo", description=__doc__)
-    parser.add_argument("--run_dir", type=str, default=DEFAULT_DIR, help="Run folder.")
-    parser.add_argument("--steps", type=int, default=2000, help="Optimiser steps of pre-training, 64 images each.")
-    parser.add_argument("--seed_everything", type=int, default=0, help="Seed of weights, order and masks.")
-    config = parser.parse_args(list(args))
+    config = demo_parser().parse_args(list(args))
     run_dir = Path(config.run_dir)
     settings = run_dir / "config.yaml"
-    if config.run_dir == DEFAULT_DIR and settings.exists() and "dataset: digits" in settings.read_text():
+    if config.run_dir == DEMO_DIR and settings.exists() and "dataset: digits" in settings.read_text():
         shutil.rmtree(run_dir)  # an earlier demo; a folder that the user named, or a run on other data, stays
 
     print("1/3 pre-training on handwritten digits", flush=True)

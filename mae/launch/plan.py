@@ -26,7 +26,7 @@ from mae.models.mae import MaskedAutoencoder, as_pair
 from mae.models.memory_estimate import MEANT_FOR, PRECISIONS, Footprint, largest_batch, predicted_peak, reserve, usable
 from mae.models.meta_device import meta_parameters
 from mae.models.vit import frozen_features
-from mae.options import ToolParser, out_file
+from mae.options import ToolParser, out_file, run_name
 from mae.pretrain import Pretrain
 from mae.runtime import memory
 from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
@@ -157,7 +157,7 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
         unknown = sorted(keys - all_known)
         which = unknown[0] if unknown else f"{', '.join(sorted(keys))} together"
         raise UserError(f"--config {path}: no stage knows model.{which}; it must be one of mae {', '.join(STAGES)}")
-    named = {"scratch": "finetune"}.get(first := path.stem.split("_")[0], first)
+    named = {"linprobe": "probe", "scratch": "finetune"}.get(first := run_name(path).split("_")[0], first)
     if len(fit) > 1 and named not in fit:
         raise UserError(f"--config {path} could be of {' or '.join(fit)}: say which by --stage")
     return fit[0] if len(fit) == 1 else named

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mae import options
+from mae.commands import report_parser
 from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
 from mae.launch import page
 from mae.launch import stages as stages_module
-from mae.options import flatten_settings
+from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.machine import available_cores, cpu_name
 
@@ -43,15 +43,7 @@ STOP_SECONDS = 30.0  # in which a stage that is to stop may end by itself
 
 
 def report_command(args: Sequence[str]) -> None:
-    parser = options.ToolParser(prog="mae report", description=__doc__)
-    parser.add_argument(
-        "--config", type=str, required=True, help="Sections data, pretrain, knn, probe, finetune, published (YAML)."
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Each stage runs once for each.")
-    parser.add_argument("--out", type=str, required=True, help="Folder of the runs, report.md and report.html.")
-    parser.add_argument("--root", type=str | None, default=None, help="Folder of the data: data.root of every stage.")
-    parser.add_argument("--stages", type=str, nargs="+", choices=list(TITLES), help="Run only these (default: all).")
-    config = parser.parse_args(list(args))
+    config = report_parser().parse_args(list(args))
     seeds, out = config.seeds, Path(config.out)
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: wanted are different numbers, 0 or more")
@@ -107,7 +99,7 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
         base: Settings = {}
         if (name := section.pop("config", None)) is not None:
             beside = path.parent / str(name)
-            base = read_yaml(beside if beside.exists() else Path(str(name)))
+            base = read_yaml(beside if beside.exists() else Path(find_config(str(name))))
         settings = merge(merge(base, shared), section)
         if root is not None:
             settings = merge(settings, {"data": {"root": root}})
@@ -350,7 +342,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
         plan.published
     )
     blocks = [
-        page.text_block("h1", f"{plan.path.stem}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
+        page.text_block("h1", f"{run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
         page.text_block("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
         *(page.text_block("p", where) for where in sorted({head[1] for head in heads})),
         page.text_block("h2", "Figures"),
@@ -375,7 +367,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
         heading = f"Reconstructions: seed {seeds[0]}, step {step}"
         blocks += [page.text_block("h2", heading), page.picture_block(out, panels[-1], heading)]
     blocks += [page.text_block("h2", "Commands"), page.code_block("\n".join(head[0] for head in heads))]
-    page.write_files(plan.path.stem, blocks, out / "report.md", out / "report.html")
+    page.write_files(run_name(plan.path), blocks, out / "report.md", out / "report.html")
 
 
 def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:

@@ -27,7 +27,8 @@ from mae.launch import out_of_memory
 from mae.launch.resume import ResumePoint
 from mae.launch.run_errors import translated_errors
 from mae.launch.run_folder import RunFolder
-from mae.options import OneLineErrors, check_ranges
+from mae.launch.stage_parser import StageParser
+from mae.options import check_ranges, run_name
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.files import sync
@@ -39,11 +40,6 @@ from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
 from mae.training.lightning_internals import ddp_options
 from mae.training.module import Stage
-
-
-class StageParser(OneLineErrors, LightningArgumentParser):
-    pass
-
 
 HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next start sends what is missing
 
@@ -147,7 +143,7 @@ class StageCLI(LightningCLI):
                 precision.check_precision(wrong[1], "")
             raise
         if config.run_dir is None:
-            name = Path(str(config.config[0])).stem if config.config else self.command
+            name = run_name(str(config.config[0])) if config.config else self.command
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
         if config.seed_everything < 0:
             raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")

@@ -13,8 +13,9 @@ import torch
 from jsonargparse import Namespace
 from safetensors import SafetensorError
 
+from mae.commands import convert_parser
 from mae.errors import UserError
-from mae.options import ToolParser, out_file
+from mae.options import out_file
 from mae.runtime.files import sync
 from mae.weights import model_card, onnx_export
 from mae.weights.classifier import build_classifier
@@ -27,7 +28,7 @@ from mae.weights.conversion_checks import (
     timm_outputs,
     transformers_outputs,
 )
-from mae.weights.detect import add_override_options, overrides_from, usable_weights
+from mae.weights.detect import overrides_from, usable_weights
 from mae.weights.load import print_notes, save_safetensors
 from mae.weights.read_file import MODEL_FILES
 from mae.weights.state_dict_keys import ENCODER, from_ours
@@ -59,31 +60,7 @@ class Conversion(NamedTuple):
 
 
 def convert_command(args: Sequence[str]) -> None:
-    parser = ToolParser(
-        prog="mae convert",
-        description="Weights into another format, checked numerically before they get their name.",
-    )
-    parser.add_argument("src", type=str, metavar="SRC", help="A run folder or file, of any format that is known.")
-    parser.add_argument("dst", type=str, metavar="DST", help="A file, by its suffix; without one a folder.")
-    parser.add_argument("--format", type=TargetFormat, required=True, help="Of DST.")
-    parser.add_argument("--force", type=bool, default=False, nargs="?", const=True, help="Overwrite what is there.")
-    add_override_options(parser)
-    parser.add_argument(
-        "--image_size",
-        type=int | tuple[int, int] | None,
-        default=None,
-        help="For images of this size, positions resampled.",
-    )
-    parser.add_argument("--in_chans", type=int | None, default=None, help="For so many channels, by timm's rule.")
-    parser.add_argument("--output", type=Output | None, default=None, help="onnx, export: what it computes.")
-    parser.add_argument("--free_size", type=bool, default=False, help="onnx, export of tokens: images of any size.")
-    parser.add_argument("--mask_ratio", type=float | None, default=None, help="onnx, export of a reconstruction.")
-    parser.add_argument("--quantize", type=bool, default=False, help="onnx: int8 weights, checked for what it costs.")
-    parser.add_argument(
-        "--push", type=str | None, default=None, help="Upload the folder to OWNER/NAME on a model hub, too."
-    )
-    parser.add_argument("--private", type=bool, default=True, help="What --push makes is private.")
-    config = parser.parse_args(list(args))
+    config = convert_parser().parse_args(list(args))
     dst = checked_destination(config)
     weights = usable_weights(config.src, overrides_from(config)).adapted(config.image_size, config.in_chans)
     for option in ("decoder_num_heads", "norm_pix_loss"):

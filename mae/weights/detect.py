@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
 from mae.models.meta_device import meta_parameters
-from mae.models.vit import Pool, build
+from mae.models.vit import build
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchitectureDetector, ArchOverrides
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
@@ -26,24 +26,6 @@ UNUSED_TENSORS = (f"{ENCODER}head_drop", "vit.pooler.", "pooler.", "vit.embeddin
 MOST_NAMED = 3  # tensors in an error
 
 ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
-
-
-def add_override_options(parser: ArgumentParser) -> None:
-    """Options for what SRC does not tell."""
-    parser.add_argument("--num_heads", type=int | None, default=None, help="Of the encoder, if SRC does not tell.")
-    parser.add_argument("--decoder_num_heads", type=int | None, default=None, help="If SRC does not tell.")
-    parser.add_argument(
-        "--norm_pix_loss",
-        type=bool | None,
-        default=None,
-        help="Its decoder predicts normalised patches, or plain pixels, if SRC does not tell.",
-    )
-    parser.add_argument(
-        "--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help="Of patches, if SRC does not tell."
-    )
-    parser.add_argument(
-        "--pool", type=Pool | None, default=None, help="What a classifier judges by, if SRC does not tell."
-    )
 
 
 def overrides_from(config: Namespace) -> ArchOverrides:

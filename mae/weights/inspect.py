@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mae.commands import inspect_parser
 from mae.errors import UserError
 from mae.models.mae import Pair, as_pair, sincos_positions
-from mae.options import SRC_HELP, ToolParser, out_file
+from mae.options import out_file
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.weights.detect import (
-    add_override_options,
     count_non_finite,
     detect_opened,
     first_names,
@@ -51,11 +51,7 @@ def inspect_command(args: Sequence[str]) -> None:
     Raises:
         UserError: It cannot be used. What is known about it has been printed, and written to --json, all the same.
     """
-    parser = ToolParser(prog="mae inspect", description="What is in a file of weights, and what it can be used for.")
-    parser.add_argument("src", type=str, metavar="SRC", help=SRC_HELP)
-    parser.add_argument("--json", type=str | None, default=None, help="Write the same as data to this file.")
-    add_override_options(parser)
-    config = parser.parse_args(list(args))
+    config = inspect_parser().parse_args(list(args))
     if config.json:
         out_file(config.json, "--json")
     try:

@@ -12,8 +12,8 @@ fail() {
 
 stage=${1-}
 case $stage in
-pretrain | probe | finetune) shift ;;
-*) fail "'$stage' is not a stage: sbatch --job-name=NAME SCRIPT pretrain|probe|finetune SETTINGS" ;;
+pretrain | linprobe | probe | finetune) shift ;;
+*) fail "'$stage' is not a stage: sbatch --job-name=NAME SCRIPT pretrain|linprobe|finetune SETTINGS" ;;
 esac
 [[ $SLURM_JOB_NAME != *.sbatch ]] || fail "the run has no name: sbatch --job-name=NAME ..."
 [[ " $*" != *" --run_dir"* && " $*" != *" --ckpt_path"* ]] ||
@@ -31,6 +31,9 @@ settings=("$@" --run_dir "$run" --ckpt_path last)
 settings+=(--trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE")
 if [[ " $*" =~ \ --config[=\ ]([^ ]+) && " $*" != *" --trainer.accumulate_grad_batches"* ]]; then
     config=${BASH_REMATCH[1]}
+    for name in "configs/${config%.yaml}.yaml" "configs/${stage/#probe/linprobe}/${config%.yaml}.yaml"; do # a packaged config's name
+        [ -f "$config" ] || [ ! -f "$name" ] || config=$name
+    done
     devices=$(awk '/^  (devices|num_nodes|accumulate_grad_batches):/ {n++; p = (p ? p : 1) * $2} END {print n == 3 ? p : 0}' \
         "$config") || fail "--config $config cannot be read"
     if [ "$devices" -gt 0 ]; then

@@ -81,24 +81,26 @@ def error_of(code: int) -> str:
 @pytest.mark.parametrize(
     ("config", "nodes", "accumulate"),
     [
-        ("pretrain_base_imagenet", 8, "1"),
-        ("pretrain_huge_imagenet", 1, "8"),
-        ("probe_large_imagenet", 4, "1"),
-        ("probe_large_imagenet", 1, "4"),
-        ("finetune_base_imagenet", 2, "2"),
-        ("finetune_huge_imagenet", 1, "8"),
-        ("pretrain_micro_cifar10", 1, None),  # for any number of devices
+        ("pretrain/vitb16_in1k", 8, "1"),
+        ("pretrain/vith14_in1k", 1, "8"),
+        ("linprobe/vitl16_in1k", 4, "1"),
+        ("linprobe/vitl16_in1k", 1, "4"),
+        ("finetune/vitb16_in1k", 2, "2"),
+        ("finetune/vith14_in1k", 1, "8"),
+        ("pretrain/micro_cifar10", 1, None),  # for any number of devices
     ],
 )
 def test_a_step_has_as_many_images_on_fewer_nodes(desk: Desk, config: str, nodes: int, accumulate: str | None) -> None:
-    stage = config.partition("_")[0]
-    assert desk.run(stage, "--config", f"configs/{config}.yaml", nodes=nodes) == 0, desk.log
-    assert desk.setting("--trainer.accumulate_grad_batches") == accumulate
-    assert (desk.setting("--trainer.num_nodes"), desk.setting("--trainer.devices")) == (str(nodes), "8")
+    stage = config.partition("/")[0]
+    # By its name, by its path, and by its name among the configs of the stage.
+    for way in (config, f"configs/{config}.yaml", config.partition("/")[2]):
+        assert desk.run(stage, "--config", way, nodes=nodes) == 0, desk.log
+        assert desk.setting("--trainer.accumulate_grad_batches") == accumulate
+        assert (desk.setting("--trainer.num_nodes"), desk.setting("--trainer.devices")) == (str(nodes), "8")
 
 
 def test_what_is_run(desk: Desk) -> None:
-    config = ["--config=configs/pretrain_base_imagenet.yaml", "--trainer.accumulate_grad_batches", "3"]
+    config = ["--config=configs/pretrain/vitb16_in1k.yaml", "--trainer.accumulate_grad_batches", "3"]
     assert desk.run("pretrain", *config, "--data.root", "a folder", PYTHON="python3") == 0
     assert desk.setting("--trainer.accumulate_grad_batches") == "3"  # what is given counts
     assert desk.setting("--data.root") == "a folder"
@@ -113,7 +115,7 @@ def test_what_is_run(desk: Desk) -> None:
         (["pretrain"], "train_8x8.sbatch", "the run has no name"),
         (["pretrain", "--run_dir=runs/other"], "mine", "follow from the job's name"),
         (["pretrain", "--config", "nowhere.yaml"], "mine", "--config nowhere.yaml cannot be read"),
-        (["probe", "--config", "configs/probe_base_imagenet.yaml"], "mine", "is for 32 devices"),
+        (["probe", "--config", "configs/linprobe/vitb16_in1k.yaml"], "mine", "is for 32 devices"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(desk: Desk, args: list[str], name: str, complaint: str) -> None:

@@ -8,6 +8,7 @@ from conftest import ROOT
 FLOORS = [
     ["errors"],
     ["options", "runtime"],
+    ["commands"],
     ["models", "data"],
     ["training", "weights"],
     ["evaluation", "pretrain"],

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mae.commands import doctor_parser
 from mae.data.datasets import default_workers
 from mae.data.decode import IMAGE_SUFFIXES, printable
 from mae.data.prepare.channel_stats import as_option, as_text
@@ -25,7 +26,7 @@ from mae.data.prepare.survey import (
 )
 from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
-from mae.options import ToolParser, check_ranges, out_file
+from mae.options import check_ranges, out_file
 from mae.runtime.storage import Place
 
 # The most names that are printed: of unreadable images, of other examples, of copies of one image.
@@ -56,15 +57,7 @@ class Finding:
 
 
 def doctor_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae doctor", description="What is in a data folder and what is wrong with it.")
-    parser.add_argument("dir", type=str, metavar="DIR", help="As --data.root: a folder, a .tar file or packed shards.")
-    parser.add_argument("--train_dir", type=str | None, default=None, help="As --data.train_dir.")
-    parser.add_argument("--val_dir", type=str | None, default=None, help="As --data.val_dir.")
-    parser.add_argument("--in_chans", type=int, default=3, help="Channels that images are converted to.")
-    parser.add_argument("--num_workers", type=int | None, default=None, help="Loader processes; a spare core each.")
-    parser.add_argument("--json", type=str | None, default=None, help="Write all figures to this file.")
-    parser.add_argument("--list", type=str | None, default=None, help="Write every problem to this CSV: path, problem.")
-    config = parser.parse_args(list(args))
+    config = doctor_parser().parse_args(list(args))
     workers = default_workers() if config.num_workers is None else config.num_workers
     check_ranges("", "[1, inf)", in_chans=config.in_chans)
     check_ranges("", "[0, inf)", num_workers=workers)

@@ -7,7 +7,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import scipy.io
 
 from mae.data.tar_shards import RecordSource, record_source, scan_tar
 from mae.errors import UserError
@@ -78,6 +77,8 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     Raises:
         UserError: It is damaged, or contradicts itself.
     """
+    import scipy.io  # slow to import, and only these archives need it
+
     try:
         whole = gzip.decompress(path.read_bytes())  # to the end, where its checksum is
         with tarfile.open(fileobj=BytesIO(whole)) as tar:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from mae.commands import pack_parser
 from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
@@ -26,7 +27,7 @@ from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel
 from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
 from mae.errors import UserError
-from mae.options import ToolParser, check_ranges
+from mae.options import check_ranges
 from mae.runtime.storage import Place
 
 ORIGINAL = "original bytes"
@@ -35,33 +36,7 @@ JPEG_SIDE = 65500  # libjpeg's limit
 
 
 def pack_command(args: Sequence[str]) -> None:
-    parser = ToolParser(prog="mae pack", description="Images into tar shards (WebDataset) with an index.")
-    parser.add_argument("--config", action="config")
-    parser.add_argument(
-        "src", type=str | None, nargs="?", metavar="SRC", help="A folder of images, with or without the splits train/ "
-        "and val/; a .tar file of images; or a folder that holds the ILSVRC 2012 archives as downloaded.",
-    )  # fmt: skip
-    parser.add_argument("dst", type=str | None, nargs="?", metavar="DST", help="DST/train and DST/val are written.")
-    parser.add_argument(
-        "--verify", type=str | None, default=None, metavar="DST", help="Pack nothing, find every damaged record of DST."
-    )
-    parser.add_argument("--train_dir", type=str | None, default=None, help="As --data.train_dir.")
-    parser.add_argument("--val_dir", type=str | None, default=None, help="As --data.val_dir.")
-    parser.add_argument("--shard_mb", type=float, default=256, help="Size that a shard does not exceed, in MiB.")
-    parser.add_argument(
-        "--short_side", type=int | None, default=None,
-        help="Encode images anew whose shorter side is larger, at this many pixels (default: bytes as they are).",
-    )  # fmt: skip
-    parser.add_argument(
-        "--quality", type=int | None, default=None, help="Of JPEGs encoded anew, 1 to 100 (default 95)."
-    )
-    parser.add_argument("--in_chans", type=int, default=3, help="Channels, of the statistics and of what is encoded.")
-    parser.add_argument("--max_bad_images", type=int, default=0, help="Unreadable images to pack as they are.")
-    parser.add_argument("--overwrite", type=bool, default=False, help="Replace the shards that DST holds.")
-    parser.add_argument(
-        "--num_workers", type=int | None, default=None, help="Loader processes (default: one a spare core, 8 at most)."
-    )
-    config = parser.parse_args(list(args))
+    config = pack_parser().parse_args(list(args))
     if config.verify is not None:
         if config.src is not None:
             raise UserError(f"--verify {config.verify} packs nothing: leave out {config.src}")

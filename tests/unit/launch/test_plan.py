@@ -18,8 +18,8 @@ from mae.models.vit import build, train_last
 from mae.runtime.memory import GIB
 
 CONFIGS = ROOT / "configs"
-PRETRAIN = str(CONFIGS / "pretrain_base_imagenet.yaml")
-FINETUNE = str(CONFIGS / "finetune_base_imagenet.yaml")
+PRETRAIN = str(CONFIGS / "pretrain/vitb16_in1k.yaml")
+FINETUNE = str(CONFIGS / "finetune/vitb16_in1k.yaml")
 ENCODER = {"image_size": 48, "patch_size": 4, "in_chans": 3, "embed_dim": 64, "depth": 3, "num_heads": 4}
 DECODER = {"decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
 TOLERANCE = 0.1  # of the claim
@@ -153,12 +153,12 @@ def test_the_fewest_accumulated_batches_that_fit(tmp_path: Path, capsys: pytest.
     assert "0.0024" in said
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*_imagenet*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*_in1k*.yaml")), ids=lambda path: path.stem)
 def test_every_published_recipe_is_planned(path: Path, tmp_path: Path) -> None:
     figures = planned(
         *(tmp_path, "--config", path, "--images_per_step", 1024, "--device_memory_gib", 80, "--devices", 8)
     )
-    assert figures["stage"] == {"scratch": "finetune"}.get(path.stem.split("_")[0], path.stem.split("_")[0])
+    assert figures["stage"] == {"linprobe": "probe"}.get(path.parent.name, path.parent.name)
     assert figures["batch_size_per_device"] * figures["accumulate_grad_batches"] == 128
     assert figures["batch_size_per_device"] % 2 == 0
 
@@ -197,12 +197,12 @@ def test_a_config_that_tells_no_stage(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="rot"):
         plan.plan_command(["--config", str(path), *more])
     with pytest.raises(UserError, match="encoder's size"):
-        plan.plan_command(["--config", str(CONFIGS / "finetune_micro_cifar10.yaml"), *more])
+        plan.plan_command(["--config", str(CONFIGS / "finetune/micro_cifar10.yaml"), *more])
     with pytest.raises(UserError, match="cannot be read"):
         plan.plan_command(["--config", str(tmp_path / "none.yaml"), *more])
 
 
-CIFAR = str(CONFIGS / "pretrain_micro_cifar10.yaml")
+CIFAR = str(CONFIGS / "pretrain/micro_cifar10.yaml")
 SMALL = ["--model.size=tiny", "--data.image_size=112"]
 
 
