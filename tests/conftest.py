@@ -1,4 +1,4 @@
-"""Shared pieces: small folders of real image files, and the real command in a subprocess."""
+"""Shared pieces: small folders of real image files, runs that many tests look at, and the command in a process."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -45,7 +46,12 @@ def reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def mae(*args: object, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The real command, in a process of its own."""
+    """The command in a process of its own, which need not import torch and Lightning anew: see forked.py."""
+    return run_forked(args, timeout, **environ)
+
+
+def fresh_mae(*args: object, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mae.cli` in a fresh interpreter, for tests of how it starts."""
     return subprocess.run(
         [sys.executable, "-m", "mae.cli", *map(str, args)],
         capture_output=True,
@@ -76,3 +82,15 @@ def image_folder(tmp_path: Path) -> Path:
         for seed, name in enumerate(("cat", "dog")):
             save_images(root / split / name, count, seed=seed)
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

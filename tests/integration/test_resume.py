@@ -11,7 +11,6 @@ import pytest
 import yaml
 from conftest import DIGITS, TINY
 from conftest import mae as command
-from disks import small_disk  # noqa: F401
 from run_folders import require_same, rows
 
 import mae.runtime.checkpoint_files
@@ -339,7 +338,7 @@ def test_asked_to_stop_on_a_full_disk_it_says_so(tmp_path: Path, monkeypatch: py
         cli.fit()
 
 
-def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path) -> None:  # noqa: F811
+def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path) -> None:
     done = command("pretrain", *RUN, f"--run_dir={small_disk}", "--ckpt_path=last")
     assert done.returncode in (1, 2), done.stdout + done.stderr
     assert "No space left on device" in done.stdout + done.stderr

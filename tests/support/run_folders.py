@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from disks import small_disk  # noqa: F401
 from safetensors.torch import load_file
 
 

@@ -102,7 +102,7 @@ class Seen(Callback):
         Seen.matmul, Seen.trainer = torch.get_float32_matmul_precision(), str(trainer.precision)
 
 
-WATCHED = "--trainer.callbacks+=test_devices.Seen"
+WATCHED = "--trainer.callbacks+=test_precision.Seen"
 
 
 @pytest.mark.parametrize("bfloat16", [True], indirect=True)
