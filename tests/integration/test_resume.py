@@ -96,12 +96,24 @@ def test_killed_at_a_delicate_moment(tmp_path: Path, whole: Path, step: int, hoo
     require_same(tmp_path, whole)
 
 
+STEPS = (5, 9, 27)  # within an epoch; in the last step of an epoch; of the run
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)], ids=lambda n: str(n)
+    ("number", "code", "steps"),
+    [
+        (signal.SIGTERM, 143, STEPS),
+        (signal.SIGUSR1, 143, STEPS[:1]),
+        (signal.SIGINT, 130, STEPS[:1]),
+        pytest.param(signal.SIGUSR1, 143, STEPS[1:], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, STEPS[1:], marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_at_the_end_of_the_step(tmp_path: Path, whole: Path, number: int, code: int) -> None:
+def test_a_signal_saves_at_the_end_of_the_step(
+    tmp_path: Path, whole: Path, number: int, code: int, steps: tuple[int, ...]
+) -> None:
     before = signal.getsignal(number)
-    for step in (5, 9, 27):  # within an epoch; in the last step of an epoch; of the run
+    for step in steps:
         cli = prepared(tmp_path)
         at_step(cli, step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Stopped, match=f"stopped at step {step + 1}, saved; --ckpt_path last goes on") as stopped:

@@ -395,7 +395,7 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(
 @pytest.mark.parametrize(
     ("size", "patch", "more"),
     [
-        ("tiny", 16, {}),
+        ("tiny", 16, {"depth": 2, "decoder_depth": 1}),
         pytest.param("base", 16, {}, marks=pytest.mark.slow),
         pytest.param("huge", 14, {"depth": 2, "decoder_depth": 1}, marks=pytest.mark.slow),  # whole, it takes 10 GB
     ],
