@@ -15,11 +15,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy
 
 from mae.errors import UserError
-from mae.launch import out_of_memory
+from mae.launch import out_of_memory, stage_cli
 from mae.launch.stage_cli import set_ddp_options
 from mae.launch.stages import PretrainCLI
 from mae.runtime import memory
-from mae.runtime import processes as processes_module
 from mae.runtime.checkpoint_files import damage, saved, step_file
 from mae.runtime.memory import is_out_of_memory
 from mae.training import precision
@@ -114,7 +113,7 @@ def test_a_run_on_cpus_is_in_float32_wherever_it_is(
     cli.lock.release()
     assert cli.trainer.precision == "32-true"
     assert capsys.readouterr().out.count("bf16-mixed would be faster") == 1
-    monkeypatch.setattr(processes_module, "is_first_rank", lambda: False)
+    monkeypatch.setattr(stage_cli, "is_first_rank", lambda: False)
     PretrainCLI([*SHORT, f"--run_dir={tmp_path / 'other'}"])
     assert "faster" not in capsys.readouterr().out
 
