@@ -91,6 +91,8 @@ class WaitingRank:
 def fork_ranks(args: Sequence[str]) -> None:
     """Fork the ranks that the settings ask for; returns in them, too, once the first rank has started them."""
     devices = re.findall(r"--(?:trainer\.)?devices[= ](\d+)", " ".join(args))
+    from lightning_utilities.core.rank_zero import rank_zero_only
+
     ranks: list[WaitingRank] = []
     for _ in range(1, int(devices[-1]) if devices else 1):
         rank = WaitingRank()
@@ -98,6 +100,7 @@ def fork_ranks(args: Sequence[str]) -> None:
             sys.argv[1:], environ = pickle.loads(rank.message)
             os.environ.clear()
             os.environ.update(environ)
+            rank_zero_only.rank = int(environ["LOCAL_RANK"])  # as Lightning finds it when it is imported
             return
         ranks.append(rank)
 
