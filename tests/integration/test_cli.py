@@ -269,13 +269,13 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
         "pretrain",
         *DIGITS,
         *TINY,
-        f"--run_dir={tmp_path}",
+        f"--run_dir={tmp_path / 'run'}",
         "--trainer.max_steps=1000000",
         "--trainer.log_every_n_steps=1",
     ]
     process = ForkedCommand(args, tmp_path)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "metrics.csv").exists():
+    while not (tmp_path / "run" / "metrics.csv").exists():
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
