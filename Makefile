@@ -1,7 +1,13 @@
 # Needs Python 3.11 or newer and make; `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-floor soak check format clean
-FAST := -m "not slow and not gpu"
+.PHONY: help demo test test-slow test-bench test-floor soak check format clean
+
+# Tests run in as many processes as there are cores, each of which takes 1 to 2 GB: make test WORKERS=1 for a debugger.
+# Of the slow ones a file stays together; those that measure time run alone.
+WORKERS ?= auto
+PARALLEL = -n $(WORKERS) --maxprocesses 8
+FAST = $(PARALLEL) --dist worksteal -m "not slow and not gpu and not bench"
+SLOW = $(PARALLEL) --dist loadfile -m "slow and not bench"
 
 # The first candidate that is at least Python 3.11 and can make environments; else the first that is at least 3.11.
 find = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
@@ -35,7 +41,10 @@ test: .venv/stamp ## the fast tests: make test ARGS="-k NAME -x"
 	.venv/bin/python -m pytest $(FAST) $(ARGS)
 
 test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, notebooks
-	.venv/bin/python -m pytest -m slow $(ARGS)
+	.venv/bin/python -m pytest $(SLOW) $(ARGS)
+
+test-bench: .venv/stamp ## the tests of mae bench, one after the other
+	.venv/bin/python -m pytest -m "bench and not gpu" $(ARGS)
 
 soak: .venv/stamp ## kill a small run 25 times, signal a Slurm job 20 times: the same bits
 	.venv/bin/python tests/soak/kill_soak.py --kills 25 $(ARGS)

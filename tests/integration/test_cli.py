@@ -6,22 +6,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DIGITS, TINY, save_images
+from conftest import DIGITS, TINY, fresh_mae, save_images
 from conftest import mae as command
+from forked import ForkedCommand
 from PIL import Image
 
 import mae
 from mae.cli import COMMANDS, TRAINING, main
 from mae.errors import UserError
-from mae.launch.stages import PretrainCLI
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def finished(pretrained: Path) -> Path:
     """The folder of a short run on the digits."""
-    run_dir = tmp_path_factory.mktemp("run")
-    PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.max_steps=3"]).fit()
-    return run_dir
+    return pretrained
 
 
 def fails(args: list[object], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
@@ -41,7 +39,7 @@ def train(tmp_path: Path, root: Path, *settings: str) -> list[object]:
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = command("pretrain", *TINY, "--data.root", tmp_path / "nowhere", "--run_dir", tmp_path / "run")
+    done = fresh_mae("pretrain", *TINY, "--data.root", tmp_path / "nowhere", "--run_dir", tmp_path / "run")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("mae: error: ")
@@ -267,35 +265,27 @@ def test_reconstruct_settings_have_an_effect(
 
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     import signal
-    import subprocess
-    import sys
 
     args = [
         "pretrain",
         *DIGITS,
         *TINY,
-        f"--run_dir={tmp_path}",
+        f"--run_dir={tmp_path / 'run'}",
         "--trainer.max_steps=1000000",
         "--trainer.log_every_n_steps=1",
     ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mae.cli", *args],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        # A test run in the background of a script ignores Ctrl-C, and what it starts would, too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = ForkedCommand(args, tmp_path)
     deadline = time.monotonic() + 240
-    while not (tmp_path / "metrics.csv").exists():
+    while not (tmp_path / "run" / "metrics.csv").exists():
         assert time.monotonic() < deadline
-        assert process.poll() is None, process.stderr
+        assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     try:
         assert process.wait(120) == 130
     finally:
         process.kill()
-    said, complaints = (stream.decode() for stream in process.communicate())
+    said, complaints = process.communicate()
     assert "there is no checkpoint yet" in said or "--ckpt_path last goes on from" in said
     assert "Traceback" not in complaints
 

@@ -11,8 +11,6 @@ import re
 import resource
 import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,6 +21,7 @@ import pytest
 import torch
 from conftest import TINY, save_images
 from conftest import mae as command
+from forked import ForkedCommand
 from image_files import become_nobody, encoded, in_child, on_white, png16, png_chunk, public_folder, smooth
 from PIL import Image, ImageOps
 
@@ -397,7 +396,7 @@ def loaders(pid: int) -> list[int]:
     return [child for child in children if text(child, "comm") == b"pt_data_worker\n"]
 
 
-def wait_for(process: subprocess.Popen[str], reached: Callable[[], object]) -> None:
+def wait_for(process: ForkedCommand, reached: Callable[[], object]) -> None:
     deadline = time.monotonic() + 200
     while not reached():
         assert process.poll() is None, process.communicate()
@@ -405,14 +404,7 @@ def wait_for(process: subprocess.Popen[str], reached: Callable[[], object]) -> N
         time.sleep(0.01)
 
 
-def start(*args: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "mae.cli", *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
-def killed(process: subprocess.Popen[str], loader: int) -> str:
+def killed(process: ForkedCommand, loader: int) -> str:
     """Kill it; the line that the command must end with, soon."""
     os.kill(loader, signal.SIGKILL)
     if process.poll() is None:
@@ -483,7 +475,8 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_killed_loader_ends_the_run_with_one_line(many: Path, tmp_path: Path, moment: str) -> None:
     more = ["--data.num_workers=2", "--data.batch_size_per_device=4", "--trainer.log_every_n_steps=1"]
-    process = start(*settings(many, tmp_path / "run", *more, "--trainer.max_steps=1000000", "--panels.images=1"))
+    args = settings(many, tmp_path / "run", *more, "--trainer.max_steps=1000000", "--panels.images=1")
+    process = ForkedCommand(args, tmp_path)
     try:
         wait_for(process, lambda: len(loaders(process.pid)) >= 2)
         if moment == "any":
@@ -503,8 +496,9 @@ def test_a_killed_loader_ends_the_run_with_one_line(many: Path, tmp_path: Path, 
 
 
 @pytest.mark.slow
-def test_a_killed_loader_ends_other_commands_with_one_line(many: Path) -> None:
-    process = start("stats", f"--data.root={many}", "--data.num_workers=2", "--data.batch_size_per_device=1")
+def test_a_killed_loader_ends_other_commands_with_one_line(many: Path, tmp_path: Path) -> None:
+    args = ["stats", f"--data.root={many}", "--data.num_workers=2", "--data.batch_size_per_device=1"]
+    process = ForkedCommand(args, tmp_path)
     try:
         wait_for(process, lambda: len(loaders(process.pid)) >= 2)
         assert "the last file it read: " in killed(process, loaders(process.pid)[0])

@@ -3,7 +3,7 @@
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,20 @@ import pytest
 import yaml
 from conftest import DIGITS, TINY
 from conftest import mae as command
-from disks import small_disk  # noqa: F401
-from run_folders import require_same, rows
+from run_folders import few_digits, require_same, rows
 
-import mae.runtime.checkpoint_files
+from mae.cli import main
 from mae.errors import Stopped, TrainingFailed, UserError
 from mae.launch.stages import PretrainCLI
+from mae.runtime import checkpoint_files
 from mae.runtime.checkpoint_files import saved, step_file
+from mae.training import checkpoint_io
 
 # 10 steps an epoch, 28 in all, of 2 micro-batches; held-out images at the end of each epoch.
 RUN = [
     *DIGITS,
     *TINY,
-    *("--data.batch_size_per_device=200", "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=28"),
+    *("--data.batch_size_per_device=20", "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=28"),
     *(
         "--trainer.log_every_n_steps=1",
         "--checkpoint.every_n_steps=7",
@@ -69,6 +70,12 @@ def die() -> None:
     raise Killed
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_images() -> Iterator[None]:
+    with few_digits():
+        yield
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing has disturbed."""
@@ -97,12 +104,24 @@ def test_killed_at_a_delicate_moment(tmp_path: Path, whole: Path, step: int, hoo
     require_same(tmp_path, whole)
 
 
+STEPS = (5, 9, 27)  # within an epoch; in the last step of an epoch; of the run
+
+
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)], ids=lambda n: str(n)
+    ("number", "code", "steps"),
+    [
+        (signal.SIGTERM, 143, STEPS),
+        (signal.SIGUSR1, 143, STEPS[:1]),
+        (signal.SIGINT, 130, STEPS[:1]),
+        pytest.param(signal.SIGUSR1, 143, STEPS[1:], marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, STEPS[1:], marks=pytest.mark.slow),
+    ],
 )
-def test_a_signal_saves_at_the_end_of_the_step(tmp_path: Path, whole: Path, number: int, code: int) -> None:
+def test_a_signal_saves_at_the_end_of_the_step(
+    tmp_path: Path, whole: Path, number: int, code: int, steps: tuple[int, ...]
+) -> None:
     before = signal.getsignal(number)
-    for step in (5, 9, 27):  # within an epoch; in the last step of an epoch; of the run
+    for step in steps:
         cli = prepared(tmp_path)
         at_step(cli, step, lambda: os.kill(os.getpid(), number))
         with pytest.raises(Stopped, match=f"stopped at step {step + 1}, saved; --ckpt_path last goes on") as stopped:
@@ -292,14 +311,17 @@ def test_changed_settings_of_the_optimiser_are_those_it_uses(tmp_path: Path) -> 
 
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     settings = ["--checkpoint.every_n_steps=null", "--checkpoint.every_n_epochs=99", "--checkpoint.keep=99"]
-    run(tmp_path / "often", *settings, "--checkpoint.every_n_minutes=0.0001")
+    cli = prepared(tmp_path / "often", *settings, "--checkpoint.every_n_minutes=0.00001")
+    usual = cli.model.on_train_batch_start
+    cli.model.on_train_batch_start = lambda *args: (written(cli), usual(*args))[1]  # type: ignore[method-assign]
+    cli.fit()
     assert len(saved(tmp_path / "often")) > 5
     run(tmp_path / "never", *settings, "--checkpoint.every_n_minutes=null")
     assert saved(tmp_path / "never") == [step_file(tmp_path / "never", 28)]  # the last step, always
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    write = mae.runtime.checkpoint_files.write
+    write = checkpoint_io.write
     left = [times]
 
     def fails(*args: Any) -> None:
@@ -308,7 +330,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
             raise OSError(28, "No space left on device")
         write(*args)
 
-    monkeypatch.setattr(mae.runtime.checkpoint_files, "write", fails)
+    monkeypatch.setattr(checkpoint_io, "write", fails)
 
 
 def test_a_checkpoint_that_fails_is_tried_again(
@@ -324,7 +346,8 @@ def test_a_checkpoint_that_fails_is_tried_again(
 
 def test_a_run_that_cannot_save_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, 99)
-    monkeypatch.setattr(mae.runtime.checkpoint_files, "RETRY_SECONDS", 0.0)
+    for module in (checkpoint_io, checkpoint_files):
+        monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
     with pytest.raises(TrainingFailed, match=r"3 checkpoints in a row could not be written: .*No space left"):
         run(tmp_path)
 
@@ -339,11 +362,11 @@ def test_asked_to_stop_on_a_full_disk_it_says_so(tmp_path: Path, monkeypatch: py
         cli.fit()
 
 
-def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path) -> None:  # noqa: F811
-    done = command("pretrain", *RUN, f"--run_dir={small_disk}", "--ckpt_path=last")
-    assert done.returncode in (1, 2), done.stdout + done.stderr
-    assert "No space left on device" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", *RUN, f"--run_dir={small_disk}", "--ckpt_path=last"]) in (1, 2)
+    out, err = capsys.readouterr()
+    assert "No space left on device" in out + err
+    assert "Traceback" not in err
     subprocess.run(["mount", "-o", "remount,size=50m", small_disk], check=True)
     run(small_disk)
     require_same(small_disk, whole)

@@ -1,12 +1,25 @@
-"""What two run folders have in common."""
+"""Runs on few images, and what two run folders have in common."""
 
+import contextlib
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from disks import small_disk  # noqa: F401
 from safetensors.torch import load_file
+
+from mae.data.sources import ArraySource, load_digits
+
+
+@contextlib.contextmanager
+def few_digits() -> Iterator[None]:
+    """Runs in this process have a tenth of the digits: 400 for training, 100 held out."""
+    few = [ArraySource(s.images[::10], list(s.labels or [])[::10], s.classes) for s in load_digits()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mae.data.datamodule.load_digits", lambda: few)
+        yield
 
 
 def rows(run_dir: Path) -> list[dict[str, str]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DIGITS, TINY, save_images
+from conftest import DIGITS, ON_DIGITS, TINY, save_images
 from PIL import Image
 from torch import Tensor
 
@@ -18,27 +18,6 @@ from mae.evaluation.features import POOLS, multi_layer_features
 from mae.launch.stages import PretrainCLI
 from mae.weights.classifier import load_classifier
 from mae.weights.load import load_encoder, read_weights
-
-ON_DIGITS = [
-    *("--data.dataset=digits", "--data.num_workers=0", "--trainer.accelerator=cpu", "--wandb.mode=disabled"),
-]
-
-
-@pytest.fixture(scope="module")
-def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("pretrained")
-    PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.max_steps=3"]).fit()
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def finetuned(pretrained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finetuned")
-    settings = ["--data.auto_augment=null", "--data.crop_scale=null", "--data.hflip=0", "--model.base_lr=0.02"]
-    settings += ["--trainer.max_steps=120", "--model.warmup_epochs=0.1", "--model.layer_decay=0.9", "--model.mixup=0"]
-    settings += ["--model.cutmix=0", "--data.erase_prob=0", "--model.drop_path=0", f"--model.encoder={pretrained}"]
-    assert main(["finetune", *ON_DIGITS, *settings, f"--run_dir={run_dir}"]) == 0
-    return run_dir
 
 
 @pytest.fixture(scope="module")
@@ -120,17 +99,20 @@ def test_cached_probe_chooses_on_training_images(
     assert float(str(plain["acc1"])) > 50
     assert plain["images"] == 1000
     assert "<- chosen" in str(plain["table"])
+    small = "--data.labels_per_class=50"
+    of_few = run("few", small)
+    assert of_few["table"] != plain["table"]
     for setting in (
         *(
             "--cached.crops=2",
             "--cached.pools=[mean]",
             "--cached.pools=[both]",
             "--cached.epochs=1",
-            "--cached.batch_size=2000",
+            "--cached.batch_size=100",
         ),
-        *("--cached.rates=[1e-3]", "--cached.holdout=0.5", "--seed_everything=1", "--data.labels_per_class=9"),
+        *("--cached.rates=[1e-3]", "--cached.holdout=0.5", "--seed_everything=1"),
     ):
-        assert run(setting.strip("-"), setting)["table"] != plain["table"], setting
+        assert run(setting.strip("-"), small, setting)["table"] != of_few["table"], setting
     for wrong in (
         "--cached.layers=[-7]",
         "--cached.rates=[]",

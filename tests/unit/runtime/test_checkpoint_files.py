@@ -3,20 +3,20 @@
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from forked import CONTEXT, start_server
 
 import mae.runtime.checkpoint_files
 import mae.runtime.signals
 from mae.errors import UserError
 from mae.runtime.checkpoint_files import clear_unfinished, damage, newest, saved, step_file
+from mae.training import checkpoint_io
 from mae.training.checkpoint_io import CheckpointFiles, HostCopy
 from mae.weights import load
 
@@ -98,37 +98,29 @@ def test_a_copy_of_a_run_whose_links_became_files_can_be_used(tmp_path: Path) ->
     assert newest(tmp_path)[0] == step_file(tmp_path, 20)
 
 
-WRITER = """
-import sys, torch
-from pathlib import Path
-from mae.training.checkpoint_io import CheckpointFiles
-from mae.runtime.checkpoint_files import step_file
-files = CheckpointFiles(3)
-for step in range(1, 10_000):
-    state = {"w": torch.full((2_000_000,), float(step)), "global_step": step}
-    files.save_checkpoint(state, step_file(sys.argv[1], step))
-    if step == 1:
-        files.wait()
-        print("writing", flush=True)
-"""
+def write_without_end(run_dir: Path, writing: Connection) -> None:
+    files = CheckpointFiles(3)
+    for step in range(1, 10_000):
+        files.save_checkpoint(
+            {"w": torch.full((2_000_000,), float(step)), "global_step": step}, step_file(run_dir, step)
+        )
+        if step == 1:
+            files.wait()
+            writing.send("writing")
 
 
 def test_killed_while_writing_what_is_there_is_whole(tmp_path: Path) -> None:
     """At three moments; what was being written is found and removed."""
     for pause in range(3):
         run_dir = tmp_path / str(pause)
-        writer = subprocess.Popen(
-            [sys.executable, "-c", WRITER, run_dir],
-            stdout=subprocess.PIPE,
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-        assert writer.stdout is not None
-        assert writer.stdout.readline() == b"writing\n"
+        start_server()
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        writer = CONTEXT.Process(target=write_without_end, args=(run_dir, sender))
+        writer.start()
+        assert receiver.recv() == "writing"
         time.sleep(0.01 * pause)
         writer.kill()
-        writer.wait()
-        writer.stdout.close()
+        writer.join()
         path, complaints = newest(run_dir)
         assert path is not None
         assert complaints == []
@@ -139,13 +131,13 @@ def test_killed_while_writing_what_is_there_is_whole(tmp_path: Path) -> None:
 
 
 def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = mae.runtime.checkpoint_files.write
+    write = checkpoint_io.write
 
     def slow(*args: Any) -> None:
         time.sleep(0.2)
         write(*args)
 
-    monkeypatch.setattr(mae.runtime.checkpoint_files, "write", slow)
+    monkeypatch.setattr(checkpoint_io, "write", slow)
     files, weight = CheckpointFiles(3), torch.zeros(10, 10)
     for step in (1, 2):
         files.save_checkpoint({"w": weight, "strided": weight.t()[::2], "global_step": step}, step_file(tmp_path, step))

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import DIGITS, TINY
 from foreign import (
     BAD,
     HEADS,
@@ -31,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import mae
 from mae.errors import UserError
-from mae.launch.stages import FinetuneCLI, LinearProbeCLI, PretrainCLI
+from mae.launch.stages import FinetuneCLI, LinearProbeCLI
 from mae.models.mae import MaskedAutoencoder, sincos_positions
 from mae.weights.classifier import build_classifier, load_classifier
 from mae.weights.detect import detect_weights, usable_weights
@@ -190,17 +189,12 @@ def test_a_square_is_assumed_of_learned_positions(tmp_path: Path) -> None:
 # ---- this project's own ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a short pre-training."""
-    run_dir = tmp_path_factory.mktemp("run")
-    PretrainCLI([*DIGITS, *TINY, f"--run_dir={run_dir}", "--trainer.max_steps=2"]).fit()
-    return run_dir
-
-
-def test_our_run_is_the_same_in_all_its_files(run: Path) -> None:
-    folder, export = usable_weights(run), usable_weights(run / "model.safetensors")
-    checkpoint, encoder = usable_weights(run / "checkpoints" / "last.ckpt"), usable_weights(run / "encoder.safetensors")
+def test_our_run_is_the_same_in_all_its_files(pretrained: Path) -> None:
+    folder, export = usable_weights(pretrained), usable_weights(pretrained / "model.safetensors")
+    checkpoint, encoder = (
+        usable_weights(pretrained / "checkpoints" / "last.ckpt"),
+        usable_weights(pretrained / "encoder.safetensors"),
+    )
     assert [w.holds for w in (folder, export, checkpoint, encoder)] == ["autoencoder"] * 3 + ["encoder"]
     assert [w.format for w in (folder, export, checkpoint, encoder)] == ["mae"] * 4
     assert same(folder.state, export.state)
@@ -218,17 +212,17 @@ def test_our_run_is_the_same_in_all_its_files(run: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [LinearProbeCLI, FinetuneCLI])
-def test_our_classifiers(stage: Any, run: Path, tmp_path: Path) -> None:
+def test_our_classifiers(stage: Any, pretrained: Path, tmp_path: Path) -> None:
     settings = ["--data.dataset=digits", "--data.num_workers=0", "--trainer.accelerator=cpu", "--wandb.mode=disabled"]
     settings += ["--model.warmup_epochs=0.01", "--data.crop_scale=null", "--trainer.max_steps=3"]
     settings += ["--data.auto_augment=null", "--model.drop_path=0"] if stage is FinetuneCLI else []
-    stage([*settings, f"--model.encoder={run}", f"--run_dir={tmp_path / 'run'}"]).fit()
+    stage([*settings, f"--model.encoder={pretrained}", f"--run_dir={tmp_path / 'run'}"]).fit()
     weights = usable_weights(tmp_path / "run")
     assert (weights.format, weights.holds, weights.notes) == ("mae", "classifier", ())
     assert same(weights.state, usable_weights(tmp_path / "run" / "checkpoints" / "last.ckpt").state)
     assert weights.require_classifier()["classes"] == [str(i) for i in range(10)]
     if stage is LinearProbeCLI:  # which trains the head alone
-        own = usable_weights(run).timm_state
+        own = usable_weights(pretrained).timm_state
         assert all(torch.equal(value, own[key]) for key, value in weights.timm_state.items() if "head" not in key)
 
 

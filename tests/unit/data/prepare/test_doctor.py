@@ -1,12 +1,13 @@
 """mae doctor: figures and findings of folders with every kind of problem, of tar files and of shards."""
 
+import contextlib
 import csv
+import io
 import json
 import os
+import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_images
+from forked import in_process
 from PIL import Image
 
 from mae.cli import main
@@ -378,26 +380,18 @@ def test_a_dead_loader_process_names_its_image(
     assert "the last file it read: 70.ppm" in line
 
 
-MEMORY = """
-import resource, sys
-from mae.data.prepare import doctor
-from test_doctor import Pixels
-for count in (2_000, 20_000):
-    doctor.open_images = lambda place, in_chans: Pixels(count)
-    doctor.doctor_command([".", "--num_workers=0"])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, file=sys.stderr)
-"""
+def peak_memory(folder: Path) -> tuple[list[int], str]:
+    """Bytes after 2,000 images and after 20,000, and what was printed; of this process, which should be a new one."""
+    peaks = []
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        for count in (2_000, 20_000):
+            doctor.open_images = lambda place, in_chans, count=count: Pixels(count)  # type: ignore[assignment, misc]
+            doctor.doctor_command([str(folder), "--num_workers=0"])
+            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return peaks, out.getvalue()
 
 
 def test_memory_grows_by_less_than_100_bytes_an_image(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", MEMORY],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    small, large = map(int, done.stderr.split())
-    assert "train: 20,000 images" in done.stdout
+    (small, large), printed = in_process(peak_memory, tmp_path)
+    assert "train: 20,000 images" in printed
     assert large - small < 100 * 18_000 + 2_000_000
