@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from disks import small_disk  # noqa: F401
 from forked import CONTEXT, start_server
 
 import mae.runtime.checkpoint_files
@@ -157,7 +156,7 @@ def test_memory_of_the_copy_is_used_again() -> None:
     assert host.take({"w": torch.ones(11)})["w"].shape == (11,)
 
 
-def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path) -> None:  # noqa: F811
+def test_a_full_disk_leaves_the_checkpoint_before(small_disk: Path) -> None:
     files = CheckpointFiles(3)
     files.save_checkpoint(state(1), step_file(small_disk, 1))
     files.wait()
