@@ -39,11 +39,12 @@ def train(tmp_path: Path, root: Path, *settings: str) -> list[object]:
 
 
 def test_a_mistake_in_a_real_process_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    done = fresh_mae("pretrain", *TINY, "--data.root", tmp_path / "nowhere", "--run_dir", tmp_path / "run")
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("mae: error: ")
-    assert "nowhere" in done.stderr
+    settings = [*TINY, "--data.root", tmp_path / "nowhere", "--run_dir", tmp_path / "run"]
+    for done, wrong in ((command("pretrain", *settings), "nowhere"), (fresh_mae("pretrian"), "pretrian")):
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("mae: error: ")
+        assert wrong in done.stderr
 
 
 def test_wrong_folders(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
