@@ -36,7 +36,7 @@ class Finetune(Classify):
         lora_rank: Train low-rank updates of attention weights of this rank (LoRA, needs the package peft), norm and
             head, instead of the encoder's own weights.
         lora_alpha: The updates are scaled by lora_alpha / lora_rank.
-        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
+        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the global batch.
         layer_decay: Each layer's learning rate over that of the layer above it; 1: the same rate for all.
         weight_decay: Of AdamW, on everything but biases, norms, class token and positions.
         betas: Of AdamW.

@@ -23,7 +23,7 @@ class LinearProbe(Classify):
     Args:
         encoder: What to probe: a run folder or file, official, timm's, Hugging Face's; `scratch`: random weights.
         pool: Feature: the class token after the encoder's final norm (as published), or the mean of patch tokens.
-        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
+        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the global batch.
         momentum: Of LARS.
         trust_coefficient: Of LARS.
         warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.

@@ -35,7 +35,7 @@ class Pretrain(Stage):
         embed_dim: Encoder width, where it differs from that of `size`.
         depth: Encoder blocks, where they differ from those of `size`.
         num_heads: Encoder attention heads, where they differ from those of `size`.
-        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the effective batch.
+        base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the global batch.
         weight_decay: Of AdamW, for everything but biases and norms.
         betas: Of AdamW.
         warmup_epochs: Linear warm-up from 0, in epochs; may be fractional.

@@ -123,7 +123,7 @@ def settings_that_need_less(batch: int, accumulate: int, fits: int, checkpointin
         fewer = max(n for n in range(1, most + 1) if images % n == 0)
         return (
             f"--data.batch_size_per_device {fewer} --trainer.accumulate_grad_batches {images // fewer} needs less, "
-            "with the same effective batch"
+            "with the same global batch"
         )
     if checkpointing is False:
         least = "" if batch == 1 else f" --data.batch_size_per_device 1 --trainer.accumulate_grad_batches {images}"

@@ -99,7 +99,7 @@ class Weights(NamedTuple):
     def require_classifier(self) -> dict[str, Any]:
         if self.classifier is None:
             raise UserError(
-                f"{self.source} has no classifier head; `mae probe` and `mae finetune` write models that have one"
+                f"{self.source} has no classifier head; `mae linprobe` and `mae finetune` write models that have one"
             )
         return self.classifier
 
