@@ -2,27 +2,23 @@
 
 A fresh interpreter takes some ten seconds of CPU time for its imports. A server process, one for each process of
 pytest, imports them once and forks: the child gets its own arguments, environment, folder, output files and signal
-handlers, so that exit codes, signals and what is printed are those of the real command. So are the other ranks of a
-run, which Lightning starts: they wait as children of the first one, forked before it begins.
+handlers, so that exit codes, signals and what is printed are those of the real command. Processes that a run itself
+starts, such as the second rank of two, are fresh interpreters as ever.
 """
 
 import atexit
 import functools
 import multiprocessing
 import os
-import pickle
-import re
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import forkserver
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -43,78 +39,6 @@ def start_server() -> None:
         forkserver.ensure_running()
 
 
-class WaitingRank:
-    """A child that waits to become another rank; to Lightning, the `subprocess.Popen` of that rank."""
-
-    def __init__(self) -> None:
-        self.returncode: int | None = None
-        self.message: bytes | None = None
-        reader, self.writer = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self.writer)
-            with open(reader, "rb") as stream:
-                self.message = stream.read()  # until the first rank starts this one, or ends
-            if not self.message:
-                os._exit(0)
-        else:
-            os.close(reader)
-
-    def start(self, args: Sequence[str], environ: Mapping[str, str]) -> "WaitingRank":
-        with open(self.writer, "wb") as stream:
-            pickle.dump((list(args), dict(environ)), stream)
-        return self
-
-    def poll(self) -> int | None:
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self, timeout: float | None = None) -> int:
-        deadline = time.monotonic() + (timeout or 1e9)
-        while self.poll() is None:
-            if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("rank", timeout or 0)
-            time.sleep(0.01)
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-
-def fork_ranks(args: Sequence[str]) -> None:
-    """Fork the ranks that the settings ask for; returns in them, too, once the first rank has started them."""
-    devices = re.findall(r"--(?:trainer\.)?devices[= ](\d+)", " ".join(args))
-    from lightning_utilities.core.rank_zero import rank_zero_only
-
-    ranks: list[WaitingRank] = []
-    for _ in range(1, int(devices[-1]) if devices else 1):
-        rank = WaitingRank()
-        if rank.message is not None:  # this process is that rank
-            sys.argv[1:], environ = pickle.loads(rank.message)
-            os.environ.clear()
-            os.environ.update(environ)
-            rank_zero_only.rank = int(environ["LOCAL_RANK"])  # as Lightning finds it when it is imported
-            return
-        ranks.append(rank)
-
-    def start(command: Sequence[str], env: Mapping[str, str], cwd: None = None) -> WaitingRank:
-        return ranks.pop(0).start(command[3:], env)  # after `python -m mae.cli`
-
-    if ranks:
-        from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
-        from lightning.pytorch.strategies.launchers import subprocess_script as trainer_launcher
-
-        for module in (fabric_launcher, trainer_launcher):
-            module.subprocess = SimpleNamespace(Popen=start)  # type: ignore[attr-defined]
-
-
 def run_command(args: Sequence[str], environ: Mapping[str, str], folder: str, outputs: Sequence[str]) -> None:
     """In the child: become `python -m mae.cli ARGS`, and end as it would."""
     for descriptor, path in zip((1, 2), outputs, strict=True):
@@ -133,7 +57,6 @@ def run_command(args: Sequence[str], environ: Mapping[str, str], folder: str, ou
     assert spec.origin is not None
     sys.modules["__main__"].__spec__ = spec  # the way by which a run starts its other ranks
     sys.argv = [spec.origin, *args]
-    fork_ranks(args)
 
     from mae.cli import main
 
