@@ -207,24 +207,21 @@ def possible_uses(src: str, opened: Opened, weights: Weights, options: list[str]
     encoder = yes
     if about := weights.classifier:
         encoder += f", with allow_finetuned true: its encoder has seen the labels of {len(about['classes'])} classes"
+    start = "--model.encoder" if weights.classifier else "--model.init"
+    if opened.optimizer and "recipe" in (opened.description or {}):
+        resume = "yes"
+    elif opened.optimizer:
+        resume = f"no, other software's training cannot be resumed: {start} starts from its weights"
+    elif Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
+        resume = f"no, it holds only weights: {last} has the state of the training"
+    else:
+        resume = f"no, it has no training state: {start} starts from its weights"
     return {
         "probe, finetune, knn, embed": encoder,
         "reconstruct": yes if weights.has_decoder else "no, it has no decoder",
         "evaluate, predict": yes if weights.classifier else "no, it has no classifier head",
-        "resume": resumability(src, opened, weights),
+        "resume": resume,
     }
-
-
-def resumability(src: str, opened: Opened, weights: Weights) -> str:
-    """Whether a training can be resumed from the file, and what to do where it cannot."""
-    start = "--model.encoder" if weights.classifier else "--model.init"
-    if opened.optimizer and "recipe" in (opened.description or {}):
-        return "yes"
-    if opened.optimizer:
-        return f"no, other software's training cannot be resumed: {start} starts from its weights"
-    if Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
-        return f"no, it holds only weights: {last} has the state of the training"
-    return f"no, it has no training state: {start} starts from its weights"
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
