@@ -4,6 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mae.data.datamodule import ImageData
@@ -54,10 +55,8 @@ class Classify(Stage):
         self.scores = nn.ModuleDict({"model": Scores(len(classes))})
         self.report: Report | None = None  # of the last validation
         self.report_step = -1
-
-    def averaged(self) -> nn.Module | None:
-        """The moving average of the network, where there is one: it is evaluated beside the network."""
-        return None
+        self.ema: ModelEmaV3 | None = None  # a moving average of the network, which is evaluated beside it
+        self.lora_scale = 1.0
 
     def on_validation_epoch_start(self) -> None:
         self.val_error = ""
@@ -67,8 +66,8 @@ class Classify(Stage):
             self.val_error = str(batch.errors[0])
             return
         self.scores["model"].update(self.model(batch.images), batch.labels)  # type: ignore[operator]
-        if (average := self.averaged()) is not None:
-            self.scores["average"].update(average(batch.images), batch.labels)  # type: ignore[operator]
+        if self.ema is not None:
+            self.scores["average"].update(self.ema.module(batch.images), batch.labels)  # type: ignore[operator]
 
     def on_validation_epoch_end(self) -> None:
         if errors := gather(self.val_error):
@@ -111,11 +110,6 @@ class Classify(Stage):
         }
         return split | super().settings(trainer, data)
 
-    @property
-    def lora_scale(self) -> float:
-        return 1.0
-
     def trained_state(self) -> dict[str, Tensor]:
         """The weights that are kept at the end, on the first process; all processes call it together."""
-        average = self.averaged()
-        return full_state(self.model if average is None else average)
+        return full_state(self.model if self.ema is None else self.ema.module)

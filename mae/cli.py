@@ -70,7 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         name = ALIASES.get(args[0], args[0])
         if name not in COMMANDS:
-            raise UserError(unknown_command(name))
+            hint = did_you_mean(name, [*COMMANDS, *ALIASES])
+            commands = f"{hint + ' The' if hint else '; the'} commands are {', '.join(COMMANDS)}"
+            raise UserError(f"{name!r} is not a command{commands}")
         run_command(name, args[1:])
         if name != args[0] and is_first_rank():
             print(f"mae: note: `mae {args[0]}` is an old name of `mae {name}`", file=sys.stderr)
@@ -83,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if message := worker_death(error):
+        datasets = sys.modules.get("mae.data.datasets")  # only a program that has loaded data can lose a loader process
+        if datasets and (message := datasets.worker_death_message(error)):
             return report_error(LoaderDied(message), 1)
         raise
     return 0
@@ -128,21 +131,9 @@ def command_function(name: str) -> Callable[[Sequence[str]], None]:
     return command
 
 
-def unknown_command(name: str) -> str:
-    hint = did_you_mean(name, [*COMMANDS, *ALIASES])
-    return f"{name!r} is not a command{hint + ' The' if hint else '; the'} commands are {', '.join(COMMANDS)}"
-
-
 def usage() -> str:
     lines = [f"  {name:<12} {text}" for name, (text, _) in COMMANDS.items()]
     return "\n".join(["usage: mae COMMAND [options]; mae COMMAND --help lists them", "", *lines])
-
-
-def worker_death(error: Exception) -> str | None:
-    """What to say where a loader process has died; only a program that has loaded data can have one."""
-    datasets = sys.modules.get("mae.data.datasets")
-    message: str | None = datasets.worker_death_message(error) if datasets else None
-    return message
 
 
 def report_error(error: Exception, code: int) -> int:

@@ -5,7 +5,7 @@ mistyped option are answered at once. Some choices repeat types of heavy modules
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from mae.options import SRC_HELP, ToolParser
 
@@ -85,35 +85,16 @@ def embed_parser() -> ToolParser:
 
 def add_override_options(parser: ToolParser) -> None:
     """Options for what a file of weights does not say about its architecture."""
-    parser.add_argument(
-        "--num_heads", type=int | None, default=None, help="Attention heads of the encoder, if SRC does not tell."
-    )
-    parser.add_argument(
-        "--decoder_num_heads",
-        type=int | None,
-        default=None,
-        help="Attention heads of the decoder, if SRC does not tell.",
-    )
-    parser.add_argument(
-        "--norm_pix_loss",
-        type=bool | None,
-        default=None,
-        help="Whether the decoder predicts normalised patches or plain pixels, if SRC does not tell.",
-    )
-    parser.add_argument(
-        "--grid",
-        type=int,
-        nargs=2,
-        default=None,
-        metavar=("ROWS", "COLUMNS"),
-        help="Rows and columns of patches, if SRC does not tell.",
-    )
-    parser.add_argument(
-        "--pool",
-        type=Literal["mean", "class"] | None,
-        default=None,
-        help="Tokens that a classifier judges by, if SRC does not tell.",
-    )
+    unrecorded: dict[str, tuple[Any, str]] = {
+        "num_heads": (int, "Attention heads of the encoder"),
+        "decoder_num_heads": (int, "Attention heads of the decoder"),
+        "norm_pix_loss": (bool, "Whether the decoder predicts normalised patches or plain pixels"),
+        "pool": (Literal["mean", "class"], "Tokens that a classifier judges by"),
+    }
+    for name, (kind, meaning) in unrecorded.items():
+        parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"{meaning}, if SRC does not tell.")
+    grid_help = "Rows and columns of patches, if SRC does not tell."
+    parser.add_argument("--grid", type=int, nargs=2, default=None, metavar=("ROWS", "COLUMNS"), help=grid_help)
 
 
 def inspect_parser() -> ToolParser:
@@ -131,27 +112,15 @@ def convert_parser() -> ToolParser:
     )
     parser.add_argument("src", type=str, metavar="SRC", help="A run folder or file, of any known format.")
     parser.add_argument("dst", type=str, metavar="DST", help="A file, by its suffix; without one a folder.")
-    parser.add_argument(
-        "--format",
-        type=Literal["mae", "official", "timm", "hf", "onnx", "export"],
-        required=True,
-        help="The format of DST.",
-    )
+    formats = Literal["mae", "official", "timm", "hf", "onnx", "export"]
+    parser.add_argument("--format", type=formats, required=True, help="The format of DST.")
     parser.add_argument("--force", type=bool, default=False, nargs="?", const=True, help="Overwrite what is there.")
     add_override_options(parser)
-    parser.add_argument(
-        "--image_size",
-        type=int | tuple[int, int] | None,
-        default=None,
-        help="For images of this size, positions resampled.",
-    )
+    size = int | tuple[int, int] | None
+    parser.add_argument("--image_size", type=size, default=None, help="For images of this size, positions resampled.")
     parser.add_argument("--in_chans", type=int | None, default=None, help="For so many channels, by timm's rule.")
-    parser.add_argument(
-        "--output",
-        type=Literal["tokens", "reconstruction", "logits"] | None,
-        default=None,
-        help="onnx, export: what it computes.",
-    )
+    outputs = Literal["tokens", "reconstruction", "logits"]
+    parser.add_argument("--output", type=outputs | None, default=None, help="onnx, export: what it computes.")
     parser.add_argument("--free_size", type=bool, default=False, help="onnx, export of tokens: images of any size.")
     parser.add_argument("--mask_ratio", type=float | None, default=None, help="onnx, export of a reconstruction.")
     parser.add_argument("--quantize", type=bool, default=False, help="onnx: int8 weights, checked for what it costs.")
@@ -216,13 +185,8 @@ def report_parser() -> ToolParser:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Each stage runs once for each.")
     parser.add_argument("--out", type=str, required=True, help="Folder of the runs, report.md and report.html.")
     parser.add_argument("--root", type=str | None, default=None, help="Folder of the data: data.root of every stage.")
-    parser.add_argument(
-        "--stages",
-        type=str,
-        nargs="+",
-        choices=["pretrain", "knn", "probe", "finetune"],
-        help="Run only these (default: all).",
-    )
+    stages = ["pretrain", "knn", "probe", "finetune"]
+    parser.add_argument("--stages", type=str, nargs="+", choices=stages, help="Run only these (default: all).")
     return parser
 
 

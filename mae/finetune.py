@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from mae.classify import Classify
@@ -120,8 +120,8 @@ class Finetune(Classify):
             train_last(self.model, blocks)
         if lora_rank is not None:
             add_lora(self.model, lora_rank, lora_alpha)
+            self.lora_scale = lora_alpha / lora_rank
         self.mixing = self.make_mixing(len(classes))
-        self.ema: ModelEmaV3 | None = None
         if ema_decay is not None:
             self.ema = ModelEmaV3(self.model, decay=ema_decay).requires_grad_(False)  # DDP waits for what requires them
             self.scores["average"] = Scores(len(classes))
@@ -161,7 +161,6 @@ class Finetune(Classify):
             cutmix_alpha=self.cutmix,
             prob=self.mix_prob,
             switch_prob=self.switch_prob,
-            mode="batch",
             label_smoothing=self.label_smoothing,
             num_classes=classes,
         )
@@ -172,13 +171,6 @@ class Finetune(Classify):
                 "--trainer.strategy fsdp2 has no moving average of the weights: --model.ema_decay null, or ddp"
             )
         super().configure_model()
-
-    def averaged(self) -> nn.Module | None:
-        return None if self.ema is None else self.ema.module
-
-    @property
-    def lora_scale(self) -> float:
-        return 1.0 if self.lora_rank is None else self.lora_alpha / self.lora_rank
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         # A function of (seed, step, micro-batch, rank): a resumed run draws the same, and ranks, which share a seed

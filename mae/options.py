@@ -3,7 +3,6 @@
 Nothing heavy is imported here: `--help` and a mistyped option are answered before torch is loaded.
 """
 
-import functools
 import math
 import os
 import re
@@ -22,9 +21,6 @@ CONFIG_FOLDERS = ("pretrain", "linprobe", "finetune", "report")  # one for each 
 
 CONFIG_OPTIONS = ("--config", "-c")
 
-# For each command, old names of options and the new ones. An old name works for one release.
-RENAMED_OPTIONS: dict[str, dict[str, str]] = {}
-
 SRC_HELP = "Weights: a run folder or file, or the official code's, timm's, Hugging Face's."
 
 
@@ -33,9 +29,7 @@ class ToolParser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        command = self.prog.removeprefix("mae ")
-        words = with_new_names(words, RENAMED_OPTIONS.get(command, {}))
-        return super().parse_args(with_config_paths(words, command), *more, **settings)
+        return super().parse_args(with_config_paths(words, self.prog.removeprefix("mae ")), *more, **settings)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.readable(message))
@@ -50,24 +44,6 @@ class ToolParser(ArgumentParser):
         if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
         return message
-
-
-def with_new_names(words: Sequence[str], renamed: dict[str, str]) -> list[str]:
-    """Command-line words with old names of options replaced."""
-    result = []
-    for word in words:
-        option, equals, value = word.partition("=")
-        if new := renamed.get(option):
-            warn_of_rename(option, new)
-            word = f"{new}{equals}{value}"
-        result.append(word)
-    return result
-
-
-@functools.cache
-def warn_of_rename(old: str, new: str) -> None:
-    """Once in a process: arguments may be parsed several times."""
-    print(f"mae: warning: {old} is now {new}; the next release drops the old name", file=sys.stderr)
 
 
 # ---- packaged configs ----------------------------------------------------------------------------------------------
@@ -146,15 +122,6 @@ def out_file(path: str, option: str = "--out") -> Path:
     if not os.access(out if out.exists() else out.parent, os.W_OK):
         raise UserError(f"{option} {out} cannot be written: no permission")
     return out
-
-
-def out_folder(path: str) -> Path:
-    """A folder that can be written to."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path} cannot be made: {error.strerror}") from None
-    return Path(path)
 
 
 def check_ranges(group: str, interval: str, **values: Any) -> None:

@@ -11,7 +11,7 @@ from mae.data.datasets import Batch
 from mae.data.sampling import sample_noise
 from mae.errors import UserError
 from mae.models.compilation import Choice
-from mae.models.mae import SIZES, MaskedAutoencoder, Pair
+from mae.models.mae import SIZES, MaskedAutoencoder, Pair, random_masking
 from mae.options import check_ranges
 from mae.runtime.processes import all_reduce, gather
 from mae.training.module import Stage
@@ -103,13 +103,10 @@ class Pretrain(Stage):
             raise UserError(
                 f"{error} (--data.image_size, --model.patch_size, --model.*embed_dim, *num_heads)"
             ) from None
-        num_patches = self.model.num_patches
-        visible = int(num_patches * (1 - mask_ratio))
-        if not 0 < visible < num_patches:
-            raise UserError(
-                f"--model.mask_ratio {mask_ratio} leaves {visible} of {num_patches} patches visible; "
-                "some must be visible and some hidden"
-            )
+        try:
+            random_masking(torch.zeros(1, self.model.num_patches), mask_ratio)
+        except ValueError as error:
+            raise UserError(f"--model.{error}; some must be visible and some hidden") from None
         self.mask_ratio, self.betas = mask_ratio, betas
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:

@@ -18,7 +18,7 @@ from mae.data.tar_shards import holds_images, open_images
 from mae.errors import UserError
 from mae.evaluation import plots
 from mae.evaluation.metrics import Scores, score_line
-from mae.options import ToolParser, out_file, out_folder
+from mae.options import ToolParser, out_file
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
@@ -64,8 +64,11 @@ def evaluate_command(args: Sequence[str]) -> None:
     data = classifier_data(classifier, config.model, config.data.as_dict())
     data.val_source = labelled_images(data, classifier, config.model)
     data.train_source = data.val_source  # nothing is trained; the data module need not look for more
-    if config.out:
-        out_folder(config.out)
+    try:
+        if config.out:
+            Path(config.out).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {config.out} cannot be made: {error.strerror}") from None
     try:
         trainer = Trainer(
             devices=config.devices,

@@ -35,20 +35,11 @@ def mean_of_patches(tokens: Tensor) -> Tensor:
     return tokens[:, 1:].mean(dim=1)
 
 
-def class_token(tokens: Tensor) -> Tensor:
-    """(B, 1 + N, D) -> (B, D)."""
-    return tokens[:, 0]
-
-
-def mean_and_class(tokens: Tensor) -> Tensor:
-    """(B, 1 + N, D) -> (B, 2 * D)."""
-    return torch.cat([mean_of_patches(tokens), class_token(tokens)], dim=1)
-
-
+# Tokens (B, 1 + N, D) -> (B, D), or (B, 2 * D) for both.
 POOLS: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": mean_of_patches,
-    "class": class_token,
-    "both": mean_and_class,
+    "class": lambda tokens: tokens[:, 0],
+    "both": lambda tokens: torch.cat([mean_of_patches(tokens), tokens[:, 0]], dim=1),
 }
 
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jsonargparse import Namespace
 
 from mae.data.datamodule import TRAINING_ONLY
 from mae.data.labelled import LabelledData
@@ -35,22 +34,17 @@ def knn_command(args: Sequence[str]) -> None:
         raise UserError(f"--k {config.k}, --temperature {config.temperature}: must be at least 1 and above 0")
     if config.out:
         out_file(config.out)
-    encoded = encode_splits(config.encoder, config)
+    weights = read_weights(config.encoder)
+    weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
+    trained = trained_data_settings(weights.description)
+    settings = fill_data_settings(config.data.as_dict(), trained, config.encoder, fixed=("image_size", "in_chans"))
+    data = LabelledData(**settings)
+    data.require_labels()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoder, pool = weights.encoder().to(device), features.POOLS[config.pool]
+    encoded = features.extract_splits(lambda images: pool(encoder.forward_features(images)), data, device)
     accuracy = features.knn_accuracy(features.rescale(encoded, config.scaling), config.k, config.temperature)
     images = f"{len(encoded.train)} training images, {len(encoded.test)} test images"
     if config.out:
         Path(config.out).write_text(json.dumps({"acc1": accuracy, "images": len(encoded.test)}) + "\n")
     print(f"k-NN top-1 {accuracy:.2f} % (k {config.k}, T {config.temperature}, scaling {config.scaling}; {images})")
-
-
-def encode_splits(src: str, config: Namespace) -> features.Features:
-    """Features of the training and held-out images; size, channels, mean and std are the encoder's unless set."""
-    weights = read_weights(src)
-    weights.require_pretrained(config.allow_finetuned, "--allow_finetuned true")
-    trained = trained_data_settings(weights.description)
-    settings = fill_data_settings(config.data.as_dict(), trained, src, fixed=("image_size", "in_chans"))
-    data = LabelledData(**settings)
-    data.require_labels()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoder, pool = weights.encoder().to(device), features.POOLS[config.pool]
-    return features.extract_splits(lambda images: pool(encoder.forward_features(images)), data, device)

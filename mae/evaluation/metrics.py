@@ -40,9 +40,6 @@ class Report(NamedTuple):
             rows.append((self.classes[i], accuracy, self.classes[taken_for] if wrong[i, taken_for] else ""))
         return rows
 
-    def figures(self) -> dict[str, Any]:
-        return {"acc1": self.acc1, "acc5": self.acc5, "loss": self.loss, "images": self.images}
-
     def write(self, folder: Path, **more: Any) -> list[Path]:
         """Write results.json, with `more` in it, per_class.csv and confusion.csv; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -50,14 +47,14 @@ class Report(NamedTuple):
         with paths[1].open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "images", "acc1"])
-            for row in zip(self.classes, self.confusion.sum(dim=1).tolist(), self.per_class, strict=True):
-                writer.writerow(row)
+            writer.writerows(zip(self.classes, self.confusion.sum(dim=1).tolist(), self.per_class, strict=True))
         with paths[2].open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["true \\ predicted", *self.classes])
             writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))
         # Last: where this file exists, the others are complete.
-        atomic_write_text(paths[0], json.dumps({**self.figures(), **more}, indent=1) + "\n")
+        figures = {"acc1": self.acc1, "acc5": self.acc5, "loss": self.loss, "images": self.images, **more}
+        atomic_write_text(paths[0], json.dumps(figures, indent=1) + "\n")
         return paths
 
 

@@ -3,6 +3,7 @@
 import csv
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -70,7 +71,9 @@ def panel(columns: Columns, path: Path) -> None:
     factor = max(1, 112 // max(height, width))
     strips = []
     for title, images in columns.items():
-        rgb = displayable(images).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        # The first three channels; with fewer than three, the first as grey.
+        rgb = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
+        rgb = rgb.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
         bordered = F.pad(rgb, (BORDER, BORDER, BORDER, BORDER), value=1.0)  # (B, 3, h, w) on white
         pixels = (bordered * 255).round().byte().permute(0, 2, 3, 1).flatten(0, 1).numpy()
         font = ImageFont.load_default(size=13)
@@ -78,13 +81,8 @@ def panel(columns: Columns, path: Path) -> None:
         strip = Image.new("RGB", (pixels.shape[1], pixels.shape[0] + 34), "white")
         ImageDraw.Draw(strip).multiline_text((2, 2), text, fill="black", font=font, spacing=1)
         strip.paste(Image.fromarray(pixels), (0, 34))
-        strips.append(strip)
-    sheet = Image.new("RGB", (sum(s.width for s in strips), strips[0].height), "white")
-    left = 0
-    for strip in strips:
-        sheet.paste(strip, (left, 0))
-        left += strip.width
-    sheet.save(path, format="PNG")
+        strips.append(np.asarray(strip))
+    Image.fromarray(np.hstack(strips)).save(path, format="PNG")
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
@@ -96,11 +94,6 @@ def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width
         else:
             lines.append(word)
     return "\n".join(lines)
-
-
-def displayable(images: Tensor) -> Tensor:
-    """(B, C, H, W) -> (B, 3, H, W): the first three channels; with fewer than three, the first as grey."""
-    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def loss_curve(metrics: Path, path: Path) -> None:

@@ -4,11 +4,9 @@ import contextlib
 import os
 import resource
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from torch import nn
 
 from mae.data.datamodule import ImageData
 from mae.errors import UserError
@@ -90,17 +88,25 @@ def message(trainer: Trainer, stage: Stage, data: ImageData, available: int, che
         available: Bytes, by `available_memory`.
         checkpointing: `--model.activation_checkpointing`; None: this stage has no such setting.
     """
+    from mae.models import memory_estimate  # loaded only where something has gone wrong
+
     device = trainer.strategy.root_device
-    fits = largest_batch(
-        stage.model,
-        (data.in_chans, *data.image_size),
-        getattr(stage, "mask_ratio", None),
-        available,
-        trainer.precision,
-        device.type,
-        devices=trainer.world_size,
-        averaged=getattr(stage, "ema", None) is not None,
-    )
+    compiled = any(getattr(module, "_compiled_call_impl", None) for module in stage.model.modules())
+    try:
+        fits = memory_estimate.largest_batch(
+            stage.model,
+            (data.in_chans, *data.image_size),
+            getattr(stage, "mask_ratio", None),
+            available,
+            trainer.precision,
+            compiled,
+            device.type,
+            accumulated=True,
+            devices=trainer.world_size,
+            averaged=getattr(stage, "ema", None) is not None,
+        )
+    except (MemoryError, RuntimeError, UserError):  # no memory to think, or a precision that is not known there
+        fits = MANY
     return (
         f"out of memory with {data.batch_size} images a device ({device}, {available / memory.GIB:.1f} GiB): "
         + settings_that_need_less(data.batch_size, trainer.accumulate_grad_batches, fits, checkpointing)
@@ -129,30 +135,3 @@ def settings_that_need_less(batch: int, accumulate: int, fits: int, checkpointin
         least = "" if batch == 1 else f" --data.batch_size_per_device 1 --trainer.accumulate_grad_batches {images}"
         return f"not even one image would fit, by estimate: --model.activation_checkpointing true{least} needs less"
     return "not even one image would fit, by estimate: take a smaller --model.size, or --trainer.strategy fsdp2"
-
-
-def largest_batch(
-    network: nn.Module,
-    image_shape: tuple[int, int, int],
-    mask_ratio: float | None,
-    available: int,
-    precision: str,
-    device: str,
-    **more: Any,
-) -> int:
-    """Images a device that would fit, by estimate, with gradients accumulated.
-
-    Args:
-        available: Bytes, by `available_memory`.
-        device: Type.
-        more: As `mae.models.memory_estimate.predicted_peak` takes it.
-    """
-    from mae.models import memory_estimate  # loaded only where something has gone wrong
-
-    compiled = any(getattr(module, "_compiled_call_impl", None) for module in network.modules())
-    try:
-        return memory_estimate.largest_batch(
-            network, image_shape, mask_ratio, available, precision, compiled, device, accumulated=True, **more
-        )
-    except (MemoryError, RuntimeError, UserError):  # no memory to think, or a precision that is not known there
-        return MANY

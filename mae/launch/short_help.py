@@ -47,11 +47,7 @@ HELP_TEXTS = {
         "MAE pre-training (arXiv:2111.06377).",
         {
             "Run": RUN,
-            "Data": [
-                ROOT,
-                BATCH,
-                WORKERS,
-            ],
+            "Data": [ROOT, BATCH, WORKERS],
             "Model": [
                 Setting("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
                 Setting("--model.patch_size", "16", "pixels, one number or [height, width]"),
@@ -74,16 +70,8 @@ HELP_TEXTS = {
     "linprobe": StageHelp(
         "Linear probe of frozen features (arXiv:2111.06377, Sec. A.1).",
         {
-            "Run": [
-                *RUN,
-                Setting("--mode", "recipe", "recipe (the paper's), cached (fast, on features), both"),
-            ],
-            "Data": [
-                ROOT,
-                LABELS,
-                BATCH,
-                WORKERS,
-            ],
+            "Run": [*RUN, Setting("--mode", "recipe", "recipe (the paper's), cached (fast, on features), both")],
+            "Data": [ROOT, LABELS, BATCH, WORKERS],
             "Model": [
                 Setting("--model.encoder", None, f"required: {ENCODER}"),
                 Setting("--model.pool", "class", "what the probe sees: class token or mean of patches"),
@@ -104,11 +92,7 @@ HELP_TEXTS = {
         "Fine-tuning, whole, partial or from random weights (arXiv:2111.06377, Sec. A.1, A.2).",
         {
             "Run": RUN,
-            "Data": [
-                ROOT,
-                LABELS,
-                BATCH,
-            ],
+            "Data": [ROOT, LABELS, BATCH],
             "Model": [
                 Setting("--model.encoder", None, f"required: {ENCODER}, or `scratch`: random"),
                 Setting("--model.blocks", None, "train only the last blocks; 0.5: the last MLP"),

@@ -31,7 +31,7 @@ from mae.launch.stage_parser import StageParser
 from mae.options import check_ranges, run_name
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
-from mae.runtime.files import sync
+from mae.runtime.files import atomic_write
 from mae.runtime.memory import is_out_of_memory
 from mae.runtime.processes import end_loaders
 from mae.runtime.run_lock import RunLock
@@ -69,34 +69,31 @@ class StageCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]):
         try:
-            self.parse_and_build(args)
+            super().__init__(
+                self.stage,
+                self.data,
+                save_config_callback=None,
+                trainer_defaults={
+                    "max_epochs": self.epochs,
+                    "log_every_n_steps": 50,
+                    "use_distributed_sampler": False,  # ours divides the steps itself
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                },
+                seed_everything_default=0,
+                parser_kwargs={"prog": f"mae {self.command}", "description": self.description},
+                parser_class=StageParser,
+                args=list(args),
+                run=False,
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
         except BaseException as error:
             if hasattr(self, "lock"):
                 self.lock.release()
             if is_out_of_memory(error):
                 raise UserError("out of memory before training: the network and the data do not fit") from None
             raise
-
-    def parse_and_build(self, args: Sequence[str]) -> None:
-        super().__init__(
-            self.stage,
-            self.data,
-            save_config_callback=None,
-            trainer_defaults={
-                "max_epochs": self.epochs,
-                "log_every_n_steps": 50,
-                "use_distributed_sampler": False,  # ours divides the steps itself
-                "num_sanity_val_steps": 0,
-                "enable_model_summary": False,
-            },
-            seed_everything_default=0,
-            parser_kwargs={"prog": f"mae {self.command}", "description": self.description},
-            parser_class=StageParser,
-            args=list(args),
-            run=False,
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
 
     def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -287,10 +284,8 @@ class StageCLI(LightningCLI):
 
     def write_config(self) -> None:
         """Write config.yaml, whole or not at all."""
-        unfinished = self.run_dir / "config.yaml.partial"
-        self.parser.save(self.config, str(unfinished), overwrite=True, multifile=False)
-        sync(unfinished)
-        unfinished.replace(self.run_dir / "config.yaml")
+        with atomic_write(self.run_dir / "config.yaml") as partial:
+            self.parser.save(self.config, str(partial), overwrite=True, multifile=False)
 
 
 def check_trainer_settings(trainer: Namespace) -> None:

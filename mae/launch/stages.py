@@ -21,7 +21,6 @@ from mae.evaluation.metrics import Report, score_line
 from mae.finetune import Finetune
 from mae.launch.stage_cli import StageCLI
 from mae.linprobe import LinearProbe
-from mae.models.mae import MaskedAutoencoder
 from mae.pretrain import Pretrain
 from mae.runtime.environment import is_first_rank
 from mae.training.fsdp import full_state
@@ -44,19 +43,14 @@ class PretrainCLI(StageCLI):
         parser.add_lightning_class_args(Panels, "panels")
         parser.add_lightning_class_args(Online, "online")
 
-    @property
-    def network(self) -> MaskedAutoencoder:
-        network: MaskedAutoencoder = self.model.model
-        return network
-
     def start(self) -> None:
         if self.config.model.init:
-            message = warm_start(self.network, self.config.model.init)
+            message = warm_start(self.model.model, self.config.model.init)
             if is_first_rank():
                 print(message, flush=True)
 
     def finish(self) -> None:
-        state = full_state(self.network)
+        state = full_state(self.model.model)
         if self.trainer.is_global_zero:
             for path in export_autoencoder(state, self.model.description(), self.run_dir):
                 print(f"wrote {path}", flush=True)

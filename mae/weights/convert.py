@@ -3,11 +3,11 @@
 import contextlib
 import re
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jsonargparse import Namespace
@@ -34,19 +34,6 @@ from mae.weights.read_file import MODEL_FILES
 from mae.weights.state_dict_keys import ENCODER, from_ours
 from mae.weights.weights import Weights, fold_batchnorm
 
-TargetFormat = Literal["mae", "official", "timm", "hf", "onnx", "export"]
-
-Output = Literal["tokens", "reconstruction", "logits"]
-
-FORMAT_SUFFIXES: dict[TargetFormat, tuple[str, ...]] = {  # "": a folder
-    "mae": (".safetensors", ""),
-    "official": (".pth",),
-    "timm": (".safetensors", ".pth", ""),
-    "hf": ("",),
-    "onnx": (".onnx",),
-    "export": (".pt2",),
-}
-
 FOLDED = "the head's BatchNorm, which is folded into its linear layer: the logits are the same"
 
 
@@ -68,7 +55,7 @@ def convert_command(args: Sequence[str]) -> None:
             raise UserError(f"--{option} {config[option]}: there is no decoder in what is written")
     print_notes(weights)
     with staging_folder(dst, config.force) as folder:
-        conversion = FORMAT_WRITERS[config.format](weights, folder / dst.name, config)
+        conversion = FORMATS[config.format][1](weights, folder / dst.name, config)
         write_card(conversion, config.format)
         names = sorted(path.name for path in conversion.path.iterdir()) if conversion.path.is_dir() else []
     for check in conversion.checks:
@@ -87,7 +74,7 @@ def checked_destination(config: Namespace) -> Path:
         UserError: The path does not suit the format, or an option would have no effect.
     """
     dst = Path(config.dst).expanduser().absolute()
-    suffixes = FORMAT_SUFFIXES[config.format]
+    suffixes, _ = FORMATS[config.format]
     if file_suffix(dst) not in suffixes or not dst.name:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
         raise UserError(f"{dst}: --format {config.format} wants {wanted}")
@@ -128,7 +115,8 @@ def staging_folder(dst: Path, force: bool) -> Iterator[Path]:
         UserError: There is something at DST already, or it cannot be written.
     """
     require_free(dst, force)
-    before = signal.signal(signal.SIGTERM, exit_on_signal)
+    # Exit so that the temporary folder is removed when a batch system ends the process.
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         with tempfile.TemporaryDirectory(prefix=f".{dst.name}.", dir=dst.parent) as temporary:
             folder = Path(temporary)
@@ -143,11 +131,6 @@ def staging_folder(dst: Path, force: bool) -> Iterator[Path]:
         raise UserError(f"{dst} cannot be written: is the disk full?") from None
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def exit_on_signal(number: int, frame: FrameType | None) -> None:
-    """Exit so that the temporary folder is removed when a batch system ends the process."""
-    raise SystemExit(128 + number)
 
 
 def move_into_place(folder: Path, dst: Path, force: bool) -> None:
@@ -226,7 +209,18 @@ def write_timm(weights: Weights, path: Path, config: Namespace) -> Conversion:
 
 
 def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
-    refuse_for_hf(weights)
+    for key in ("image_size", "patch_size"):
+        height, width = weights.config[key]
+        if height != width:
+            raise UserError(
+                f"--format hf: {key} {height}x{width} of {weights.source}: transformers' ViTMAE takes only squares; "
+                "--format timm or mae holds it"
+            )
+    if weights.classifier and weights.classifier["pool"] == "mean":
+        raise UserError(
+            f"--format hf: {weights.source} classifies by the mean of tokens, but transformers' ViT only by the "
+            "class token; --format timm holds it"
+        )
     folded = without_batchnorm(weights)
     state = from_ours(folded.state, "hf")
     if folded.holds == "encoder":  # written as a ViTModel, whose names have no prefix
@@ -246,22 +240,6 @@ def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
     if weights.classifier:
         lost.append("the central crop: transformers' processor resizes the whole image to a square")
     return Conversion(path, folded, lost, checks)
-
-
-def refuse_for_hf(weights: Weights) -> None:
-    """Raise a UserError for weights that transformers' ViT and ViTMAE cannot hold."""
-    for key in ("image_size", "patch_size"):
-        height, width = weights.config[key]
-        if height != width:
-            raise UserError(
-                f"--format hf: {key} {height}x{width} of {weights.source}: transformers' ViTMAE takes only squares; "
-                "--format timm or mae holds it"
-            )
-    if weights.classifier and weights.classifier["pool"] == "mean":
-        raise UserError(
-            f"--format hf: {weights.source} classifies by the mean of tokens, but transformers' ViT only by the "
-            "class token; --format timm holds it"
-        )
 
 
 @torch.no_grad()
@@ -305,13 +283,14 @@ def write_graph(weights: Weights, path: Path, config: Namespace) -> Conversion:
     return Conversion(path, kept, lost, checks)
 
 
-FORMAT_WRITERS: dict[str, Callable[[Weights, Path, Namespace], Conversion]] = {
-    "mae": write_mae,
-    "official": write_official,
-    "timm": write_timm,
-    "hf": write_hf,
-    "onnx": write_graph,
-    "export": write_graph,
+# Name: (suffixes that DST may have, "" for a folder; what writes it).
+FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Weights, Path, Namespace], Conversion]]] = {
+    "mae": ((".safetensors", ""), write_mae),
+    "official": ((".pth",), write_official),
+    "timm": ((".safetensors", ".pth", ""), write_timm),
+    "hf": (("",), write_hf),
+    "onnx": ((".onnx",), write_graph),
+    "export": ((".pt2",), write_graph),
 }
 
 

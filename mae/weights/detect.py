@@ -34,8 +34,8 @@ def overrides_from(config: Namespace) -> ArchOverrides:
     return ArchOverrides(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
 
 
-def detect_weights(src: str | Path, overrides: ArchOverrides = NO_OVERRIDES) -> Weights:
-    """The weights that SRC holds; their `problems` say why they cannot be used, if so.
+def usable_weights(src: str | Path, overrides: ArchOverrides = NO_OVERRIDES) -> Weights:
+    """The weights that SRC holds.
 
     Args:
         src: A run folder, .ckpt or .safetensors file of this project; an official .pth, a checkpoint of the official
@@ -43,18 +43,9 @@ def detect_weights(src: str | Path, overrides: ArchOverrides = NO_OVERRIDES) -> 
         overrides: What the file does not record; values that it does record may only be repeated.
 
     Raises:
-        UserError: It cannot be read, is none of these, or something must be stated.
+        UserError: It cannot be read, is none of these, something must be stated, or the weights cannot be used.
     """
-    return detect_opened(open_weights(src), overrides)
-
-
-def usable_weights(src: str | Path, overrides: ArchOverrides = NO_OVERRIDES) -> Weights:
-    """As `detect_weights`, for callers who want to use the weights.
-
-    Raises:
-        UserError: Also where they cannot be used.
-    """
-    return require_usable(detect_weights(src, overrides))
+    return require_usable(detect_opened(open_weights(src), overrides))
 
 
 def require_usable(weights: Weights) -> Weights:
@@ -71,7 +62,7 @@ def require_usable(weights: Weights) -> Weights:
 
 
 def detect_opened(opened: Opened, overrides: ArchOverrides) -> Weights:
-    """`detect_weights` for a file that has been opened already."""
+    """The weights in an opened file; their `problems` say why they cannot be used, if so."""
     state, description = opened.state, opened.description
     if description is not None and opened.about.get("key") == "state_dict":
         weights = Weights(opened.path, as_float32(run_state(state, description)), description)

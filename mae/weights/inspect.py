@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mae.commands import inspect_parser
 from mae.errors import UserError
-from mae.models.mae import Pair, as_pair, sincos_positions
+from mae.models.mae import as_pair, sincos_positions
 from mae.options import out_file
 from mae.runtime.checkpoint_files import last_checkpoint
-from mae.weights.detect import (
-    count_non_finite,
-    detect_opened,
-    first_names,
-    overrides_from,
-)
+from mae.weights.detect import count_non_finite, detect_opened, first_names, overrides_from
 from mae.weights.detect_architecture import NO_OVERRIDES, SINCOS_TOLERANCE, ArchOverrides
 from mae.weights.model_card import count_of, size_name
 from mae.weights.read_file import Opened, open_weights
@@ -33,8 +27,6 @@ FORMAT_NAMES = {
     "timm": "timm",
     "hf": "Hugging Face's transformers",
 }
-
-CONTENT_NAMES = {"encoder": "encoder", "autoencoder": "encoder and decoder", "classifier": "classifier"}
 
 POSITION_KINDS = {"zeros": "all zeros", "sin-cos": "the sin-cos table", "learned": "learned"}
 
@@ -83,16 +75,17 @@ def collect_facts(src: str, overrides: ArchOverrides) -> dict[str, Any]:
     # "architecture"): the JSON file may lie beside the weights.
     facts: dict[str, Any] = {"source": str(weights.source), "bytes": size_on_disk(opened.path)}
     facts |= {"format": weights.format, "holds": weights.holds, "training_state": training_state(opened)}
-    facts |= {"size": size_name(weights.config), "model": model_sizes(weights)}
+    unused = () if weights.has_decoder else ("decoder_", "norm_pix_loss")
+    model = {key: value for key, value in weights.config.items() if not key.startswith(unused)}
+    facts |= {"size": size_name(weights.config), "model": model}
     if about := weights.classifier:
         facts["classifier"] = {"classes": len(about["classes"]), "pool": about["pool"], "head": about["head"]}
     facts |= {"parameters": parameters_by_part(weights.state), "target": weights.target}
     facts["target_assumed_from"] = weights.target_assumed_from or None
-    facts["positions"] = {key: kind_of_positions(weights.state[key], weights.grid) for key in position_keys(weights)}
+    facts["positions"] = kinds_of_positions(weights)
     facts |= {key: weights.description.get(key) for key in ("mean", "std", "licence")}
     facts["dtypes"] = dict(Counter(str(value.dtype).removeprefix("torch.") for value in opened.state.values()))
     facts |= odd_values(weights.state)
-    facts["identical_blocks"] = identical_blocks(weights.state)
     facts["notes"] = list(weights.notes)
     facts["warnings"] = list(warning_lines(facts))
     problems = list(weights.problems)
@@ -123,12 +116,6 @@ def training_state(opened: Opened) -> dict[str, int] | None:
     return {key: value for key, value in state.items() if isinstance(value, int)}
 
 
-def model_sizes(weights: Weights) -> dict[str, Any]:
-    """The arguments of MaskedAutoencoder, without the decoder's where there is none."""
-    skipped = () if weights.has_decoder else ("decoder_", "norm_pix_loss")
-    return {key: value for key, value in weights.config.items() if not key.startswith(skipped)}
-
-
 def model_part(key: str) -> str:
     return "decoder" if key.startswith(DECODER) else "head" if key.startswith(f"{ENCODER}head.") else "encoder"
 
@@ -141,23 +128,18 @@ def parameters_by_part(state: State) -> dict[str, int]:
     return {part: counts[part] for part in ("encoder", "decoder", "head") if counts[part]}
 
 
-def position_keys(weights: Weights) -> list[str]:
-    """The names of position embeddings that have the expected shape."""
-    rows = 1 + weights.grid[0] * weights.grid[1]
-    return [
-        key
-        for key in POSITIONS
-        if key in weights.state and weights.state[key].ndim == 3 and weights.state[key].shape[:2] == (1, rows)
-    ]
-
-
-def kind_of_positions(positions: Tensor, grid: Pair) -> str:
-    """One of POSITION_KINDS, for positions (1, 1 + N, D)."""
-    width = positions.shape[2]
-    if not positions.any():
-        return "zeros"
-    fixed = width % 4 == 0 and torch.allclose(positions, sincos_positions(width, grid), rtol=0, atol=SINCOS_TOLERANCE)
-    return "sin-cos" if fixed else "learned"
+def kinds_of_positions(weights: Weights) -> dict[str, str]:
+    """One of POSITION_KINDS for each position embedding that has the expected shape, (1, 1 + N, D)."""
+    kinds = {}
+    for key in POSITIONS:
+        positions = weights.state.get(key, torch.empty(0))
+        if positions.ndim != 3 or positions.shape[:2] != (1, 1 + weights.grid[0] * weights.grid[1]):
+            continue
+        fixed = positions.shape[2] % 4 == 0 and torch.allclose(
+            positions, sincos_positions(positions.shape[2], weights.grid), rtol=0, atol=SINCOS_TOLERANCE
+        )
+        kinds[key] = "sin-cos" if fixed else "learned" if positions.any() else "zeros"
+    return kinds
 
 
 def odd_values(state: State) -> dict[str, Any]:
@@ -189,24 +171,6 @@ def odd_values(state: State) -> dict[str, Any]:
     return {"non_finite": non_finite, "constant": constant, "untrained": untrained}
 
 
-def identical_blocks(state: State) -> list[list[str]]:
-    """Groups of blocks whose tensors are all equal."""
-    blocks: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, value in state.items():
-        if match := re.match(r"((?:encoder\.|decoder_)blocks\.\d+)\.(.*)", key):
-            blocks[match[1]][match[2]] = value
-    groups: list[list[str]] = []
-    for name, block in blocks.items():
-        for group in groups:
-            other = blocks[group[0]]
-            if block.keys() == other.keys() and all(torch.equal(value, other[part]) for part, value in block.items()):
-                group.append(name)
-                break
-        else:
-            groups.append([name])
-    return [group for group in groups if len(group) > 1]
-
-
 def required_options(opened: Opened, weights: Weights, overrides: ArchOverrides) -> list[str]:
     """The options without which other commands would take these weights for something else, or refuse them."""
     options = [f"--{key}" for key, value in overrides._asdict().items() if value is not None]
@@ -233,8 +197,6 @@ def warning_lines(facts: dict[str, Any]) -> Iterator[str]:
             yield f"{key} is all zeros: the network cannot tell positions apart"
     if constant:
         yield f"one value throughout: {first_names([f'{key} ({value:g})' for key, value in constant.items()])}"
-    for group in facts["identical_blocks"]:
-        yield f"blocks with the same numbers throughout: {first_names(group)}"
     if facts["licence"] and NON_COMMERCIAL.search(facts["licence"]):
         yield f"not for commercial use: {facts['licence']}"
 
@@ -245,24 +207,21 @@ def possible_uses(src: str, opened: Opened, weights: Weights, options: list[str]
     encoder = yes
     if about := weights.classifier:
         encoder += f", with allow_finetuned true: its encoder has seen the labels of {len(about['classes'])} classes"
+    start = "--model.encoder" if weights.classifier else "--model.init"
+    if opened.optimizer and "recipe" in (opened.description or {}):
+        resume = "yes"
+    elif opened.optimizer:
+        resume = f"no, other software's training cannot be resumed: {start} starts from its weights"
+    elif Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
+        resume = f"no, it holds only weights: {last} has the state of the training"
+    else:
+        resume = f"no, it has no training state: {start} starts from its weights"
     return {
         "probe, finetune, knn, embed": encoder,
         "reconstruct": yes if weights.has_decoder else "no, it has no decoder",
         "evaluate, predict": yes if weights.classifier else "no, it has no classifier head",
-        "resume": resumability(src, opened, weights),
+        "resume": resume,
     }
-
-
-def resumability(src: str, opened: Opened, weights: Weights) -> str:
-    """Whether a training can be resumed from the file, and what to do where it cannot."""
-    start = "--model.encoder" if weights.classifier else "--model.init"
-    if opened.optimizer and "recipe" in (opened.description or {}):
-        return "yes"
-    if opened.optimizer:
-        return f"no, other software's training cannot be resumed: {start} starts from its weights"
-    if Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
-        return f"no, it holds only weights: {last} has the state of the training"
-    return f"no, it has no training state: {start} starts from its weights"
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -271,7 +230,8 @@ def resumability(src: str, opened: Opened, weights: Weights) -> str:
 def table_lines(facts: dict[str, Any]) -> Iterator[str]:
     """The lines of the table, without the verdict."""
     model: dict[str, Any] = facts["model"]
-    rows = [("file", f"{facts['source']}, {size_in_words(facts['bytes'])}"), ("kind", kind_in_words(facts))]
+    size = f"{facts['bytes'] / 1e6:,.1f} MB" if facts["bytes"] >= 1e5 else f"{facts['bytes']:,} bytes"
+    rows = [("file", f"{facts['source']}, {size}"), ("kind", kind_in_words(facts))]
     rows += [("architecture", sizes_in_words(facts["size"], model))]
     if facts["holds"] == "autoencoder":
         sizes = (model[f"decoder_{key}"] for key in ("embed_dim", "depth", "num_heads"))
@@ -293,12 +253,9 @@ def table_lines(facts: dict[str, Any]) -> Iterator[str]:
         before = name
 
 
-def size_in_words(count: int) -> str:
-    return f"{count / 1e6:,.1f} MB" if count >= 1e5 else f"{count:,} bytes"
-
-
 def kind_in_words(facts: dict[str, Any]) -> str:
-    words = f"{CONTENT_NAMES[facts['holds']]}, in the format of {FORMAT_NAMES[facts['format']]}"
+    holds = "encoder and decoder" if facts["holds"] == "autoencoder" else facts["holds"]
+    words = f"{holds}, in the format of {FORMAT_NAMES[facts['format']]}"
     if about := facts.get("classifier"):
         pooled = {"mean": "the mean of patch tokens", "class": "the class token"}[about["pool"]]
         norm = " after BatchNorm" if about["head"] == "batchnorm" else ""

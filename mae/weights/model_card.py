@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mae.models.mae import SIZES, Size
-from mae.weights.weights import Weights, target_in_words
+from mae.weights.weights import Weights
 
 UNKNOWN_LICENCE = "not recorded; whoever trained these weights has to say"
 
@@ -33,15 +33,13 @@ def architecture_name(weights: Weights) -> str:
 
 def timm_config(weights: Weights) -> dict[str, Any]:
     """The `config.json` for timm: `timm.create_model("local-dir:FOLDER", pretrained=True)` reads it."""
-    config, about = weights.config, weights.classifier
-    classes = len(about["classes"]) if about else 0
-    pool = "avg" if about and about["pool"] == "mean" else "token"
+    config, about, arguments = weights.config, weights.classifier, timm_arguments(weights)
     return {
         "architecture": "vit_base_patch16_224",  # model_args change whatever is different
-        "num_classes": classes,
+        "num_classes": arguments["num_classes"],
         "num_features": config["embed_dim"],
-        "global_pool": pool,
-        "model_args": timm_arguments(weights),
+        "global_pool": arguments["global_pool"],
+        "model_args": arguments,
         "pretrained_cfg": {
             "tag": "mae",
             "custom_load": False,
@@ -52,7 +50,7 @@ def timm_config(weights: Weights) -> dict[str, Any]:
             "crop_mode": "center",
             "mean": list(weights.description["mean"]),
             "std": list(weights.description["std"]),
-            "num_classes": classes,
+            "num_classes": arguments["num_classes"],
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -175,8 +173,7 @@ def card_text(weights: Weights, format: str, name: str, folder: bool, checks: li
         ),
     }
     if weights.has_decoder:
-        target = target_in_words(weights.config["norm_pix_loss"])
-        rows["the decoder predicts"] = f"{target}, {description['mask_ratio']:g} of the patches hidden"
+        rows["the decoder predicts"] = f"{weights.target}, {description['mask_ratio']:g} of the patches hidden"
     if about:
         rows["classes"] = f"{len(about['classes'])}, from the {about['pool']} of tokens"
     rows |= {key: str(description[key]) for key in ("step", "images_seen") if key in description}

@@ -48,7 +48,6 @@ class Opened(NamedTuple):
     """The content of a file."""
 
     path: Path  # of the file, also where SRC is a folder
-    container: str  # "safetensors" or "torch"
     state: State  # on the CPU, mapped from the file where it allows that; without the prefixes of wrappers
     description: dict[str, Any] | None  # the one that our own files hold
     about: dict[str, Any]  # `config` (a JSON file beside it), `key` (of the tensors), `args`, `arch`, `epoch`
@@ -72,8 +71,7 @@ def open_weights(src: str | Path) -> Opened:
     config = config_of(path)
     if path.name.endswith(".index.json"):
         return open_parts(path, config)
-    kind = container_of(path)
-    if kind == "safetensors":
+    if container_of(path) == "safetensors":
         opened = open_safetensors(path)
     else:
         if checkpoint_files.is_sealed(path) and (wrong := checkpoint_files.damage(path)):
@@ -158,7 +156,7 @@ def open_safetensors(path: Path) -> Opened:
             raise ValueError(f"a {type(description).__name__}")
     except ValueError as error:
         raise UserError(f"{path} is damaged: its own description cannot be read: {error}") from None
-    return Opened(path, "safetensors", with_bare_names(path, state), description, {}, False, [])
+    return Opened(path, with_bare_names(path, state), description, {}, False, [])
 
 
 def open_torch(path: Path, content: Any = None) -> Opened:
@@ -183,7 +181,7 @@ def open_torch(path: Path, content: Any = None) -> Opened:
         about["key"] = key
     if not isinstance(description, dict):
         description = None
-    return Opened(path, "torch", with_bare_names(path, state), description, about, optimizer, notes)
+    return Opened(path, with_bare_names(path, state), description, about, optimizer, notes)
 
 
 def load_pickle(path: Path) -> Any:
@@ -278,6 +276,5 @@ def open_parts(index: Path, config: dict[str, Any]) -> Opened:
     for name in names:
         if not isinstance(name, str) or Path(name).name != name:
             raise UserError(f"{index} names {name}, which is not beside it")
-        opened = open_weights(index.with_name(name))
-        state |= opened.state
-    return Opened(index, opened.container, state, None, config, False, [])
+        state |= open_weights(index.with_name(name)).state
+    return Opened(index, state, None, config, False, [])

@@ -51,7 +51,8 @@ def test_worst_classes_say_what_they_are_taken_for_and_classes_without_images_ar
     assert [name for name, *_ in report.worst(9)] == ["class 0", "class 1", "class 2"]
     assert report.acc5 == 100  # four classes: all of them
     paths = report.write(tmp_path / "out", step=7)
-    assert json.loads(paths[0].read_text()) == {**report.figures(), "step": 7}
+    figures = {key: getattr(report, key) for key in ("acc1", "acc5", "loss", "images")}
+    assert json.loads(paths[0].read_text()) == {**figures, "step": 7}
     assert (
         paths[1].read_text().splitlines()[1] == "class 0,3,33.333333"[:13] + paths[1].read_text().splitlines()[1][13:]
     )

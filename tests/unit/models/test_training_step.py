@@ -328,7 +328,7 @@ def test_gradients_are_clipped_in_any_precision(tmp_path: Path, precision: str) 
     for norm in (1e9, 1e-9):
         settings = [*TINY, f"--run_dir={tmp_path / str(norm)}", "--trainer.max_steps=2"]
         cli = PretrainCLI([*settings, f"--trainer.gradient_clip_val={norm}", f"--trainer.precision={precision}"])
-        before = torch.cat([p.detach().flatten().clone() for p in cli.network.parameters()])
+        before = torch.cat([p.detach().flatten().clone() for p in cli.model.model.parameters()])
         cli.fit()
-        moved.append((torch.cat([p.flatten() for p in cli.network.parameters()]) - before).norm().item())
+        moved.append((torch.cat([p.flatten() for p in cli.model.model.parameters()]) - before).norm().item())
     assert moved[1] < 0.1 * moved[0]  # Adam divides by the gradient's size, but not where its epsilon is larger

@@ -33,9 +33,10 @@ from mae.errors import UserError
 from mae.launch.stages import FinetuneCLI, LinearProbeCLI
 from mae.models.mae import MaskedAutoencoder, sincos_positions
 from mae.weights.classifier import build_classifier, load_classifier
-from mae.weights.detect import detect_weights, usable_weights
+from mae.weights.detect import detect_opened, usable_weights
 from mae.weights.detect_architecture import ArchOverrides
 from mae.weights.model_card import card_text
+from mae.weights.read_file import open_weights
 from mae.weights.state_dict_keys import dialect_of, from_ours, to_ours
 from mae.weights.weights import Weights
 
@@ -351,7 +352,7 @@ def test_what_cannot_be_used_is_one_line_and_nothing_is_run(name: str, tmp_path:
 
 
 def test_problems_are_found_without_an_error(tmp_path: Path) -> None:
-    weights = detect_weights(bad_file("a wrong shape", tmp_path), HEADS)
+    weights = detect_opened(open_weights(bad_file("a wrong shape", tmp_path)), HEADS)
     assert weights.problems == ("encoder.blocks.1.attn.proj.weight is (32, 31), wanted (32, 32)",)
 
 

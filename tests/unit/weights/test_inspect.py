@@ -225,15 +225,6 @@ def test_dead_tensors(tmp_path: Path, look: Look) -> None:
     assert "encoder.blocks.1.attn.proj.weight (0)" in said
 
 
-def test_blocks_that_are_copies(tmp_path: Path, look: Look) -> None:
-    state = official(autoencoder(depth=4))
-    for key in [key for key in state if key.startswith("blocks.1.")]:
-        state[key.replace("blocks.1.", "blocks.3.")] = state[key].clone()
-    _, facts = look(torch_file({"model": state}, tmp_path / "x.pth"), *HEADS)
-    assert facts["identical_blocks"] == [["encoder.blocks.1", "encoder.blocks.3"]]
-    assert "encoder.blocks.1, encoder.blocks.3" in oddities(facts)[0]
-
-
 def test_learned_positions(tmp_path: Path, look: Look) -> None:
     network = autoencoder()
     network.pos_embed.add_(0.1 * torch.randn_like(network.pos_embed))
