@@ -62,9 +62,6 @@ class Variant:
         name: `ours`, `ours-depth-1` (a decoder of one block) or `mask-tokens` (the ablation), each with or without
             `-compiled`; or one of `PEERS`.
 
-    Attributes:
-        module: What is called in the forward pass: `network`, or DistributedDataParallel around it.
-
     Raises:
         UserError: The network cannot be built, or cannot be compiled here.
     """
@@ -77,7 +74,6 @@ class Variant:
         with self.device:
             self.network = build_network(base_name, setting).train()
             self.images = torch.randn(setting.batch, *self.image_shape)
-        self.module = self.network
         # Hugging Face's network has its ratio from its config.
         self.arguments = {} if name.startswith("hf-") else {"mask_ratio": setting.mask_ratio}
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
@@ -101,22 +97,14 @@ class Variant:
         """The number of trained parameters."""
         return sum(p.numel() for p in self.trainable)
 
-    def backward(self) -> None:
-        """The forward and the backward pass."""
+    def step(self) -> None:
         with kernel("plain" if self.name == "plain" else None):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss: Tensor = self.module(self.images, **self.arguments).loss
+                loss: Tensor = self.network(self.images, **self.arguments).loss
             self.scaler.scale(loss).backward()
-
-    def update(self) -> None:
-        """The optimiser's step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-
-    def step(self) -> None:
-        self.backward()
-        self.update()
 
     def flops(self) -> int:
         """FLOPs of a training step per image, as this network executes them."""
@@ -234,5 +222,5 @@ def enough_memory(name: str, setting: Setting) -> Iterator[None]:
 def out_of_memory_error(name: str, setting: Setting) -> UserError:
     return UserError(
         f"{name}, {setting.size}, {setting.dtype}: out of memory at --batch {setting.batch}; take a smaller one, or "
-        "fewer variants (--against, --compile, --sweep, --processes): all that are compared are in memory at once"
+        "fewer variants (--against, --compile, --sweep): all that are compared are in memory at once"
     )
