@@ -120,9 +120,9 @@ class Watch(Callback):
         now = time.perf_counter()
         if not self.warm:
             # Loader processes have prefetched 2 batches each, which are used up here.
-            enough = WARM_UP * window if self.feed.repeated else max(WARM_UP * window, 2 * self.feed.loader.num_workers)
-            late = len(self.marks) >= WARM_UP * window and now - self.started > self.seconds
-            if len(self.marks) >= enough or late:
+            prefetched = 0 if self.feed.repeated else 2 * self.feed.loader.num_workers
+            enough = len(self.marks) >= prefetched or now - self.started > self.seconds
+            if enough and len(self.marks) >= WARM_UP * window:
                 self.marks, self.warm, self.started = self.marks[-1:], True, now
                 self.feed.waits.clear()
             return

@@ -137,16 +137,15 @@ def base_setting(config: Namespace, size: str, dtype: str, device: torch.device)
         UserError: Images of this size have too few patches.
     """
     setting = Setting(
-        size,
-        config.image_size,
-        config.patch_size or (14 if size == "huge" else 16),
-        config.decoder_embed_dim,
-        config.decoder_depth,
-        config.decoder_num_heads,
-        config.batch,
-        dtype,
-        str(device),
+        size=size,
+        patch_size=config.patch_size or (14 if size == "huge" else 16),
+        dtype=dtype,
+        device=str(device),
         depth=SIZES[size].depth,
+        **{
+            key: config[key]
+            for key in ("image_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "batch")
+        },
     )
     if setting.visible < 1:
         raise UserError(

@@ -73,11 +73,10 @@ class Variant:
         base_name = name.removesuffix(COMPILED)
         with self.device:
             self.network = build_network(base_name, setting).train()
-            self.images = torch.randn(setting.batch, *self.image_shape)
+            self.images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size)
         # Hugging Face's network has its ratio from its config.
         self.arguments = {} if name.startswith("hf-") else {"mask_ratio": setting.mask_ratio}
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer: AdamW
         if base_name in PEERS:
             self.optimizer = AdamW(self.trainable)  # with torch's defaults
         else:
@@ -87,10 +86,6 @@ class Variant:
         self.scaler = torch.amp.GradScaler(self.device.type, init_scale=1024.0, enabled=scaled)
         if name.endswith(COMPILED) and (reason := compilation.attempt(self.network, self.step)):
             raise UserError(f"{name}: {reason}; --compile false measures without")
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return 3, self.setting.image_size, self.setting.image_size
 
     @property
     def parameters(self) -> int:
@@ -109,7 +104,7 @@ class Variant:
     def flops(self) -> int:
         """FLOPs of a training step per image, as this network executes them."""
         loss = lambda network, images: network(images, **self.arguments).loss  # noqa: E731
-        return training_flops(self.network, loss, *self.image_shape)
+        return training_flops(self.network, loss, *self.images.shape[1:])
 
 
 def build_network(name: str, setting: Setting) -> nn.Module:
