@@ -240,15 +240,11 @@ def find_bottleneck(
             if workers:
                 lines[0] += f", so more workers would do nothing ({needed} would do)"
             if loop < 0.9 * step:
-                shared = on_cpu and workers * loop / loader > 0.1  # cores that loader processes keep from the step
-                why = (
-                    f"loader processes and step share {cores} cores"
-                    if shared
-                    else "do other programs use this machine?"
-                )
-                lines.append(
-                    f"the full loop has {loop / step:.2f} of the step's rate, and does not wait for data: {why}"
-                )
+                why = "do other programs use this machine?"
+                if on_cpu and workers * loop / loader > 0.1:  # cores that loader processes keep from the step
+                    why = f"loader processes and step share {cores} cores"
+                slower = f"the full loop has {loop / step:.2f} of the step's rate, and does not wait for data"
+                lines.append(f"{slower}: {why}")
         elif module.device_resident:
             lines.append("they take turns on the device; larger batches cost less an image")
         elif not workers:
