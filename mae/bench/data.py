@@ -6,7 +6,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -272,41 +272,37 @@ SHARES = {
 
 def time_shares(ours: Ours, chosen: Sequence[int]) -> dict[str, float]:
     """What share of our full pipeline's CPU time goes where: its steps one by one on the same batches."""
-    seconds, last, resizing = defaultdict[str, float](float), time.process_time(), 0.0
+    seconds, whole, now = dict.fromkeys(SHARES, 0.0), 0.0, time.process_time
     samples, source = ours.samples, ours.source
-
-    def lap(name: str) -> None:
-        """Count what was computed since the last call under this name."""
-        nonlocal last
-        now = time.process_time()
-        seconds[name] += now - last
-        last = now
-
     for first in range(0, len(chosen), ours.batch_size):
         indices, crops_ = chosen[first : first + ours.batch_size], []
+        start = now()
         ours.full(indices)
-        lap("whole")
+        whole += (read := now()) - start
         files = list(source.read_all(indices))
-        lap("read")
+        seconds["read"] += now() - read
         for index, data in zip(indices, files, strict=True):
             if isinstance(data, BadImage):
                 raise UserError(str(data))
+            start = now()
             picture = open_image(data, source.where(index), source.in_chans)
-            lap("decode" if picture.decoder == "Pillow" else "open")  # libjpeg-turbo decodes what is cropped
+            opened = now()
             _, box = samples.draw((0, index), picture.height, picture.width)
-            lap("draw")
+            drawn = now()
             crops_.append(picture.resized_crop(box, samples.size, samples.reduced))
-            lap("decode")
-            resizing += resize_seconds(picture, box, samples)
-            lap("resized again")
+            cropped = now()
+            # The decoder works within these two: Pillow's when an image is opened, libjpeg-turbo's when it is cropped.
+            resizing = min(resize_seconds(picture, box, samples), cropped - drawn)
+            seconds["decode" if picture.decoder == "Pillow" else "open"] += opened - start
+            seconds["draw"] += drawn - opened
+            seconds["decode"] += cropped - drawn - resizing
+            seconds["resize"] += resizing
+        start = now()
         stack(crops_)
-        lap("stack")
-    seconds["resize"] = min(resizing, seconds["decode"])
-    seconds["decode"] -= seconds["resize"]
-    parts: dict[str, float] = {name: seconds[name] for name in SHARES if name != "rest"}
-    whole = max(seconds["whole"], sum(parts.values()))
-    parts["rest"] = whole - sum(parts.values())
-    return {name: part / whole for name, part in parts.items()}
+        seconds["stack"] += now() - start
+    whole = max(whole, sum(seconds.values()))
+    shares = {name: seconds[name] / whole for name in SHARES if name != "rest"}
+    return shares | {"rest": max(0.0, 1 - sum(shares.values()))}
 
 
 def resize_seconds(picture: Picture, box: Box, samples: TrainSamples) -> float:
