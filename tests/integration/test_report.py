@@ -18,7 +18,7 @@ from mae.cli import main
 from mae.errors import UserError
 from mae.launch import report
 
-CONFIG = ROOT / "configs" / "report_cifar10.yaml"
+CONFIG = ROOT / "configs" / "report" / "cifar10.yaml"
 
 
 def nested(settings: list[str]) -> dict[str, Any]:
