@@ -46,7 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "weights.convert:convert_command",
     ),
     "plan": ("batch per device, accumulation, learning rate and memory of a run", "launch.plan:plan_command"),
-    "bench": ("speed and memory: step, data, run, export, save", "bench.commands:bench_command"),
+    "bench": ("speed and memory: step, data, run, save", "bench.commands:bench_command"),
     "doctor": ("what is in a data folder and what is wrong with it", "data.prepare.doctor:doctor_command"),
     "pack": ("images into tar shards with an index; --verify finds damaged records", "data.prepare.pack:pack_command"),
     "stats": ("mean and std of a data set, for its config", "data.prepare.stats:stats_command"),

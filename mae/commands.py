@@ -183,7 +183,7 @@ def report_parser() -> ToolParser:
         "--config", type=str, required=True, help="Sections data, pretrain, knn, probe, finetune, published (YAML)."
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="Each stage runs once for each.")
-    parser.add_argument("--out", type=str, required=True, help="Folder of the runs, report.md and report.html.")
+    parser.add_argument("--out", type=str, required=True, help="Folder of the runs and report.md.")
     parser.add_argument("--root", type=str | None, default=None, help="Folder of the data: data.root of every stage.")
     stages = ["pretrain", "knn", "probe", "finetune"]
     parser.add_argument("--stages", type=str, nargs="+", choices=stages, help="Run only these (default: all).")

@@ -47,16 +47,14 @@ class Rounds(Callback):
     The first save takes the memory for its copy, which later ones use again: it is among the steps with saving.
     """
 
-    STEPS = ("plain", "saving", "writing", "deterministic")
-
     def __init__(self, rounds: int) -> None:
         self.rounds = rounds
-        self.seconds: dict[str, list[float]] = {name: [] for name in self.STEPS}
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("plain", "saving", "writing", "deterministic")}
         self.clones: list[float] = []
         self.schedule = self.next_steps()
 
     def next_steps(self) -> Iterator[str]:
-        """The name of each step, among `STEPS` or a warm-up."""
+        """The name of each step."""
         yield from ["warm-up"] * WARM_UP
         for _ in range(self.rounds):
             yield from ["plain"] * 2

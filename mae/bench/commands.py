@@ -7,22 +7,13 @@ from mae.errors import UserError
 
 # Name: (what it measures, where its function is).
 BENCHES: dict[str, tuple[str, str]] = {
-    "step": (
-        "the training step beside plainer ones and Hugging Face's; by settings (--sweep); over processes (--processes)",
-        "step:step_command",
-    ),
+    "step": ("the training step beside plainer ones and Hugging Face's; by settings (--sweep)", "step:step_command"),
     "data": ("the input pipeline beside the official one, and loader processes", "data:data_command"),
     "run": (
         "loader against optimiser step in a run of `mae pretrain`: which limits, what to change",
         "run:run_command",
     ),
-    "export": ("an encoder in ONNX Runtime, in float32 and int8: speed, accuracy, size", "export:export_command"),
     "save": ("what checkpoints, and results that repeat to the bit, cost the step", "checkpoints:save_command"),
-}
-
-RENAMED = {
-    "growth": "mae bench step --sweep AXIS (image_size, mask_ratio, depth, decoder_depth, batch)",
-    "scaling": "mae bench step --processes 1 2",
 }
 
 
@@ -36,8 +27,6 @@ def bench_command(args: Sequence[str]) -> None:
         lines = [f"  {bench:<8} {text}" for bench, (text, _) in BENCHES.items()]
         print("\n".join(["usage: mae bench WHAT [options]; mae bench WHAT --help lists them", "", *lines]))
         return
-    if name in RENAMED:
-        raise UserError(f"`mae bench {name}` is now `{RENAMED[name]}`")
     if name not in BENCHES:
         raise UserError(f"{name!r} is not a bench; the benches are {known}")
     module, _, function = BENCHES[name][1].partition(":")

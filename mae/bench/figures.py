@@ -53,13 +53,13 @@ def alternate(items: Sequence[T], turn: int) -> list[T]:
     return list(items)[:: -1 if turn % 2 else 1]
 
 
-def steps_per_turn(seconds: float, turn_seconds: float) -> int:
+def steps_per_turn(seconds: float) -> int:
     """How many steps, of so many seconds each, fill a turn."""
-    return min(MOST_STEPS, max(1, round(turn_seconds / max(seconds, 1e-9))))
+    return min(MOST_STEPS, max(1, round(TURN_SECONDS / max(seconds, 1e-9))))
 
 
-def plural(count: int, word: str, ending: str = "s") -> str:
-    return f"{count} {word}{ending * (count != 1)}"
+def plural(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
 
 
 @contextlib.contextmanager

@@ -6,22 +6,20 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
-from mae.bench.figures import Figure, consecutive_groups, figure, plural, torch_threads, write_json
+from mae.bench.figures import Figure, consecutive_groups, figure, plural, write_json
 from mae.bench.measured_run import UNMEASURED, MeasuredRunCLI
-from mae.data.datamodule import ImageData, free_memory
+from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import BadImage, open_image
 from mae.data.sampling import EpochSampler
-from mae.data.sources import FileSource, spread
+from mae.data.sources import FileSource
 from mae.data.tar_shards import RecordSource
 from mae.errors import UserError
 from mae.runtime.device_clock import Clock, idle, wait_for
@@ -95,19 +93,12 @@ class RunCLI(MeasuredRunCLI):
             raise UserError(f"--seconds {self.config.seconds}: it must be above 0")
 
 
-class MeasuredStep(NamedTuple):
-    """A measured optimiser step."""
-
-    seconds: float
-    waited: float  # seconds without data, in which the device had nothing to do
-
-
 class Watch(Callback):
     """Measures steps on one batch, then steps on the loader's batches, and ends the run."""
 
     def __init__(self, feed: Feed, batch: Batch, seconds: float) -> None:
         self.feed, self.batch, self.seconds = feed, batch, seconds
-        self.steps: list[list[MeasuredStep]] = []  # for each of the two phases
+        self.steps: list[list[tuple[float, float]]] = []  # for each of the two phases, as `steps_of` gives them
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only the pixels: the other tensors are read on the CPU in every step.
@@ -129,9 +120,9 @@ class Watch(Callback):
         now = time.perf_counter()
         if not self.warm:
             # Loader processes have prefetched 2 batches each, which are used up here.
-            enough = WARM_UP * window if self.feed.repeated else max(WARM_UP * window, 2 * self.feed.loader.num_workers)
-            late = len(self.marks) >= WARM_UP * window and now - self.started > self.seconds
-            if len(self.marks) >= enough or late:
+            prefetched = 0 if self.feed.repeated else 2 * self.feed.loader.num_workers
+            enough = len(self.marks) >= prefetched or now - self.started > self.seconds
+            if enough and len(self.marks) >= WARM_UP * window:
                 self.marks, self.warm, self.started = self.marks[-1:], True, now
                 self.feed.waits.clear()
             return
@@ -144,8 +135,8 @@ class Watch(Callback):
         self.begin()
 
 
-def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window: int) -> list[MeasuredStep]:
-    """Optimiser steps of `window` batches each.
+def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window: int) -> list[tuple[float, float]]:
+    """Of each optimiser step of `window` batches, its seconds and those in which the device lacked data.
 
     Args:
         done: When the device had finished each batch, after the time for the batch before the first.
@@ -153,7 +144,7 @@ def steps_of(done: Sequence[float], waits: Sequence[tuple[float, float]], window
     """
     waited = idle(done[:-1], waits)
     firsts = range(0, len(waited), window)
-    return [MeasuredStep(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
+    return [(done[i + window] - done[i], sum(waited[i : i + window])) for i in firsts]
 
 
 def run_command(args: Sequence[str]) -> None:
@@ -182,8 +173,8 @@ def bench_run(cli: RunCLI) -> dict[str, Any]:
     watch = Watch(feed, first, seconds)
     cli.fit_with(watch)
     alone, full = (consecutive_groups(steps) for steps in watch.steps)
-    step, loop = (figure([per_step / statistics.fmean(s.seconds for s in block) for block in b]) for b in (alone, full))
-    wait = figure([sum(s.waited for s in block) / sum(s.seconds for s in block) for block in full])
+    step, loop = (figure([per_step / statistics.fmean(s for s, _ in block) for block in b]) for b in (alone, full))
+    wait = figure([sum(waited for _, waited in block) / sum(s for s, _ in block) for block in full])
     threads = plural(where["threads"], "thread") if device.type == "cpu" else where["device"]
     print(f"step       {step.median:>10,.0f} images/s  (batch {per_step}, {trainer.precision}, {threads})")
     print(
@@ -241,94 +232,41 @@ def find_bottleneck(
         loader, step, loop: Images/s.
         wait: Share of the step that waits for data.
     """
-    cores = available_cores()
-    each = loader / max(1, workers)  # images/s of one worker
+    cores, each = available_cores(), loader / max(1, workers)  # images/s of one worker
     needed = math.ceil(step / each)
     if step <= loader:
-        line = f"the step is the bottleneck: the loader has {loader / step:.1f} times its rate"
+        lines = [f"the step is the bottleneck: the loader has {loader / step:.1f} times its rate"]
         if wait <= LATE:
-            text = f", so more workers would do nothing ({needed} would do)" if workers else ""
-            more = [reason_for_slow_loop(loop / step, on_cpu * workers * loop / loader)] if loop < 0.9 * step else []
-            return "step", [line + text, *more]
-        if module.device_resident:
-            return "step", [line, "they take turns on the device; larger batches cost less an image"]
-        if not workers:
-            return "step", [line, f"they take turns: --data.num_workers 1 would load during the step ({cores} cores)"]
-        lines = [line, f"yet data is waited for: {workers + 1} processes share {cores} cores, or images differ much"]
-        if workers + 1 < cores:
-            lines.append(f"--data.num_workers {workers + 1} would smooth it")
-        return "step", lines + loading_advice(module)
+            if workers:
+                lines[0] += f", so more workers would do nothing ({needed} would do)"
+            if loop < 0.9 * step:
+                why = "do other programs use this machine?"
+                if on_cpu and workers * loop / loader > 0.1:  # cores that loader processes keep from the step
+                    why = f"loader processes and step share {cores} cores"
+                slower = f"the full loop has {loop / step:.2f} of the step's rate, and does not wait for data"
+                lines.append(f"{slower}: {why}")
+        elif module.device_resident:
+            lines.append("they take turns on the device; larger batches cost less an image")
+        elif not workers:
+            lines.append(f"they take turns: --data.num_workers 1 would load during the step ({cores} cores)")
+        else:
+            lines.append(f"yet data is waited for: {workers + 1} processes share {cores} cores, or images differ much")
+            if workers + 1 < cores:
+                lines.append(f"--data.num_workers {workers + 1} would smooth it")
+        return "step", lines
     lines = [f"the loader is the bottleneck: it has {loader / step:.2f} of the step's rate"]
     if module.device_resident:
-        lines.append("images are on the device already; larger batches cost less an image")
-        return "loader", lines
-    spare = cores - 1 if on_cpu else cores
+        return "loader", [*lines, "images are on the device already; larger batches cost less an image"]
     text = f"to keep up it takes {plural(needed, 'worker')} of {each:,.0f} images/s each"
-    if needed <= spare:
+    if needed <= cores - on_cpu:
         lines.append(f"{text}: --data.num_workers {needed} ({cores} cores)")
     else:
         lines.append(f"{text}, but there are {cores} cores" + (", which the step needs, too" if on_cpu else ""))
-    return "loader", lines + loading_advice(module)
-
-
-def reason_for_slow_loop(share: float, busy: float) -> str:
-    """Why the full loop reaches only this share of the step's rate, though data arrive in time.
-
-    Args:
-        busy: Number of cores that loader processes keep from the step.
-    """
-    why = (
-        f"loader processes and step share {available_cores()} cores"
-        if busy > 0.1
-        else "do other programs use this machine?"
-    )
-    return f"the full loop has {share:.2f} of the step's rate, and does not wait for data: {why}"
-
-
-def loading_advice(module: ImageData, count: int = 64) -> list[str]:
-    """Settings that would make loading cheaper, tried on some images."""
-    source = module.train_source
-    assert source is not None
-    chosen, lines, shapes = spread(source, count), [], set()
-    if isinstance(source, FileSource):
-        start = time.perf_counter()
-        files = list(source.read_all(chosen))
-        reading = time.perf_counter() - start
-        pictures = [
-            open_image(data, source.where(index), module.in_chans)
-            for index, data in zip(chosen, files, strict=True)
-            if not isinstance(data, BadImage)
-        ]
-        shapes = {(module.in_chans, picture.height, picture.width) for picture in pictures}
-        with torch_threads(1):
-            seconds = {reduced: loading_seconds(module, source, chosen, reduced) for reduced in (False, True)}
-        share = reading / (reading + seconds[module.jpeg_scaling])
-        if share > 0.25 and not isinstance(source, RecordSource):
-            lines.append(f"reading files takes {share:.0%} of the loading: `mae pack` makes few large files of them")
-        elif share > 0.25:
-            lines.append(f"reading takes {share:.0%} of the loading: shards on a faster or nearer storage would help")
-        if not module.jpeg_scaling and seconds[False] > 1.1 * seconds[True]:
-            gain = seconds[False] / seconds[True]
+    if isinstance(module.train_source, FileSource):
+        if not isinstance(module.train_source, RecordSource):
+            lines.append("`mae pack` makes few large files of many small ones")
+        if not module.jpeg_scaling:
             lines.append(
-                f"--data.jpeg_scaling true would load {gain:.1f} times as fast, with other pixels: see `mae bench data`"
+                "--data.jpeg_scaling true decodes large photographs faster, with other pixels: see `mae bench data`"
             )
-    else:
-        shapes = {(module.in_chans, picture.height, picture.width) for picture in map(source.open, chosen)}
-    if len(shapes) == 1 and module.distort is None:
-        needed = len(source) * math.prod(shapes.pop())
-        device = module.trainer.strategy.root_device if module.trainer else torch.device("cpu")
-        if needed < 0.5 * free_memory(device):
-            lines.append(
-                f"--data.device_resident true would keep the images on the device ({needed / 2**30:.2f} GiB), if all "
-                f"have the size of the {len(chosen)} looked at"
-            )
-    return lines
-
-
-def loading_seconds(module: ImageData, source: FileSource, chosen: Sequence[int], reduced: bool) -> float:
-    """CPU seconds to load some images."""
-    samples = module.samples(source)
-    samples.reduced = reduced
-    start = time.process_time()
-    samples[[(0, index) for index in chosen]]
-    return time.process_time() - start
+    return "loader", [*lines, "--data.device_resident true would keep images of one size on the device"]

@@ -1,4 +1,4 @@
-"""`mae bench step`: the training step beside plainer ones and Hugging Face's, by settings, and over processes."""
+"""`mae bench step`: the training step beside plainer ones and Hugging Face's, and by settings."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 
-from mae.bench import figures as figures_module
 from mae.bench.figures import (
     Figure,
     add_json_option,
@@ -23,7 +22,6 @@ from mae.bench.figures import (
     torch_threads,
     write_json,
 )
-from mae.bench.scaling import Job, measure_scaling, print_scaling, process_counts
 from mae.bench.variants import COMPILED, DTYPES, PEERS, Setting, Variant, enough_memory, forget_networks, peak_memory
 from mae.errors import UserError
 from mae.models import flops
@@ -57,9 +55,9 @@ def step_command(args: Sequence[str]) -> None:
     print_header(config, device)
     results: list[dict[str, Any]] = []
     for setting in all_settings:
-        for table, print_table in tables(config, setting, names):
+        for table in tables(config, setting, names):
             results.append(table)
-            print_table(table)
+            (print_sweep if config.sweep else print_comparison)(table)
             # Written after each table, so that a bench that is stopped keeps what it has measured.
             write_json(config.json, {"machine": versions(device), "results": results})
 
@@ -70,7 +68,7 @@ def parse_options(args: Sequence[str]) -> Namespace:
         prog="mae bench step",
         description="Images/s, memory and FLOPs of the pre-training step on random images: beside the same network "
         "without its savings and Hugging Face's ViTMAEForPreTraining, in turns in one process; or as one setting grows "
-        "(--sweep); or over processes (--processes).",
+        "(--sweep).",
     )
     parser.add_argument("--config", action="config")
     parser.add_argument("--sizes", type=str, nargs="+", default=["base"], choices=list(SIZES), help="Of the encoder.")
@@ -79,7 +77,7 @@ def parse_options(args: Sequence[str]) -> Namespace:
     parser.add_argument("--decoder_embed_dim", type=int, default=512)
     parser.add_argument("--decoder_depth", type=int, default=8)
     parser.add_argument("--decoder_num_heads", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=16, help="Images a step; with --processes, of each micro-batch.")
+    parser.add_argument("--batch", type=int, default=16, help="Images a step.")
     parser.add_argument(
         "--dtypes", type=str, nargs="+", default=["float32"], choices=list(DTYPES), help="Half precision is autocast."
     )
@@ -89,7 +87,7 @@ def parse_options(args: Sequence[str]) -> Namespace:
     parser.add_argument(
         "--against", type=str, nargs="*", default=list(PEERS), choices=list(PEERS), help="What to compare ours with."
     )
-    parser.add_argument("--threads", type=int, nargs="+", help="Of the CPU, a table for each; all cores (1 a process).")
+    parser.add_argument("--threads", type=int, nargs="+", help="Of the CPU, a table for each; all cores.")
     parser.add_argument("--rounds", type=int, default=10, help="Turns of each variant, after a warm-up.")
     parser.add_argument("--memory", type=bool, default=True, help="Peak memory, in a process for each of the compared.")
     parser.add_argument(
@@ -106,16 +104,12 @@ def parse_options(args: Sequence[str]) -> Namespace:
         choices=AXES,
         help="Vary these settings of ours instead, one by one.",
     )
-    parser.add_argument(
-        "--processes", type=int, nargs="*", help="Train ours by so many processes instead; without numbers 1, 2, 4, ..."
-    )
-    parser.add_argument("--accumulate", type=int, default=1, help="Micro-batches a step, with --processes.")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N.")
     add_json_option(parser)
     config = parser.parse_args(list(args))
-    check_options(config, "image_size", "patch_size", "batch", "rounds", "threads", "accumulate")
-    if bool(config.sweep) + (config.processes is not None) + config.ablation > 1:
-        raise UserError("--sweep, --processes and --ablation true are benches of their own: take one of them")
+    check_options(config, "image_size", "patch_size", "batch", "rounds", "threads")
+    if config.sweep and config.ablation:
+        raise UserError("--sweep and --ablation true are benches of their own: take one of them")
     return config
 
 
@@ -125,7 +119,7 @@ def variant_names(config: Namespace) -> list[str]:
     if config.ablation:
         return [name + mode for mode in modes for name in ABLATION]
     ours = ["ours" + mode for mode in modes]
-    if config.sweep or config.processes is not None:
+    if config.sweep:
         return ours
     peers = [name for name in config.against if name.startswith("hf-")]
     if peers and not find_spec("transformers"):
@@ -143,16 +137,15 @@ def base_setting(config: Namespace, size: str, dtype: str, device: torch.device)
         UserError: Images of this size have too few patches.
     """
     setting = Setting(
-        size,
-        config.image_size,
-        config.patch_size or (14 if size == "huge" else 16),
-        config.decoder_embed_dim,
-        config.decoder_depth,
-        config.decoder_num_heads,
-        config.batch,
-        dtype,
-        str(device),
+        size=size,
+        patch_size=config.patch_size or (14 if size == "huge" else 16),
+        dtype=dtype,
+        device=str(device),
         depth=SIZES[size].depth,
+        **{
+            key: config[key]
+            for key in ("image_size", "decoder_embed_dim", "decoder_depth", "decoder_num_heads", "batch")
+        },
     )
     if setting.visible < 1:
         raise UserError(
@@ -183,27 +176,17 @@ def check_dtype(name: str, device: torch.device) -> None:
         raise UserError(f"--dtypes bfloat16: {torch.cuda.get_device_name(device)} has none; float16 or float32")
 
 
-def tables(
-    config: Namespace, setting: Setting, names: Sequence[str]
-) -> Iterator[tuple[dict[str, Any], Callable[[dict[str, Any]], None]]]:
-    """Each table of a setting as it is measured, with the function that prints it."""
-    device = torch.device(setting.device)
-    if config.processes is not None:
-        for threads, name in product(config.threads or [1], names):
-            counts = process_counts(config.processes, device, threads)
-            turn_seconds = figures_module.TURN_SECONDS
-            job = Job(name, setting, config.accumulate, threads, config.rounds, turn_seconds, counts)
-            yield measure_scaling(job), print_scaling
-        return
-    all_threads = config.threads or [available_cores() if device.type == "cpu" else torch.get_num_threads()]
+def tables(config: Namespace, setting: Setting, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Each table of a setting as it is measured."""
+    all_threads = config.threads or [available_cores() if setting.device.startswith("cpu") else torch.get_num_threads()]
     if config.sweep:
         for threads, name, axis in product(all_threads, names, dict.fromkeys(config.sweep)):
-            yield sweep(axis, name, setting, threads, config.rounds), print_sweep
+            yield sweep(axis, name, setting, threads, config.rounds)
         return
     # Before all of them are in this process's memory.
     peaks = {name: peak_memory(name, setting, max(all_threads)) for name in names} if config.memory else {}
     for threads in all_threads:
-        yield compare(names, setting, threads, config.rounds, peaks), print_comparison
+        yield compare(names, setting, threads, config.rounds, peaks)
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
@@ -222,7 +205,10 @@ def measure(
     by_cpu_time = threads == 1 and setting.device == "cpu"
     clock = time.process_time if by_cpu_time else time.perf_counter
     forget_networks()
-    with torch_threads(threads), many_shapes():
+    import torch._dynamo.config as dynamo
+
+    # A sweep compiles blocks for more shapes than torch by default allows for one function.
+    with torch_threads(threads), dynamo.patch(recompile_limit=128):
         variants = {}
         for key, (name, own) in planned.items():
             with enough_memory(name, own):
@@ -243,13 +229,6 @@ def measure(
         }
     how = {"threads": threads, "clock": "CPU time" if by_cpu_time else "wall clock", "product_rate": rate}
     return {"setting": setting._asdict(), **how}, rows
-
-
-def many_shapes() -> Any:
-    """A sweep compiles blocks for more shapes than torch by default allows for one function."""
-    import torch._dynamo.config as dynamo
-
-    return dynamo.patch(recompile_limit=128)
 
 
 def time_in_turns(
@@ -274,7 +253,7 @@ def time_in_turns(
     for key, variant in variants.items():
         with enough_memory(variant.name, variant.setting):
             seconds = [turn(variant, 1) for _ in range(WARM_UP)]
-        steps[key] = steps_per_turn(seconds[-1], figures_module.TURN_SECONDS)
+        steps[key] = steps_per_turn(seconds[-1])
     products = flops.product_rates(device, dtype, clock, tries=1)
     sizes = flops.SIZES[: len(products) - 1] or (512,)
     times: dict[Any, list[float]] = {key: [] for key in variants}
@@ -361,7 +340,7 @@ def print_header(config: Namespace, device: torch.device) -> None:
     print(", ".join(f"{key} {value}" for key, value in versions(device).items()))
     print(f"a step: forward, backward, AdamW, gradients dropped; {config.batch} random images, 3/4 of them hidden")
     print(f"{plural(config.rounds, 'round')}, in turns, the order reversed every other time; median (range)")
-    if not config.sweep and config.processes is None:
+    if not config.sweep:
         print("ours: fused AdamW; the others: torch's AdamW with its defaults")
     print("the process keeps freed memory (glibc's thresholds): all variants gain from it")
     if "bfloat16" in config.dtypes and device.type == "cpu" and not cpu_has_bfloat16():

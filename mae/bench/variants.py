@@ -62,9 +62,6 @@ class Variant:
         name: `ours`, `ours-depth-1` (a decoder of one block) or `mask-tokens` (the ablation), each with or without
             `-compiled`; or one of `PEERS`.
 
-    Attributes:
-        module: What is called in the forward pass: `network`, or DistributedDataParallel around it.
-
     Raises:
         UserError: The network cannot be built, or cannot be compiled here.
     """
@@ -76,12 +73,10 @@ class Variant:
         base_name = name.removesuffix(COMPILED)
         with self.device:
             self.network = build_network(base_name, setting).train()
-            self.images = torch.randn(setting.batch, *self.image_shape)
-        self.module = self.network
+            self.images = torch.randn(setting.batch, 3, setting.image_size, setting.image_size)
         # Hugging Face's network has its ratio from its config.
         self.arguments = {} if name.startswith("hf-") else {"mask_ratio": setting.mask_ratio}
         self.trainable = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer: AdamW
         if base_name in PEERS:
             self.optimizer = AdamW(self.trainable)  # with torch's defaults
         else:
@@ -93,35 +88,23 @@ class Variant:
             raise UserError(f"{name}: {reason}; --compile false measures without")
 
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return 3, self.setting.image_size, self.setting.image_size
-
-    @property
     def parameters(self) -> int:
         """The number of trained parameters."""
         return sum(p.numel() for p in self.trainable)
 
-    def backward(self) -> None:
-        """The forward and the backward pass."""
+    def step(self) -> None:
         with kernel("plain" if self.name == "plain" else None):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                loss: Tensor = self.module(self.images, **self.arguments).loss
+                loss: Tensor = self.network(self.images, **self.arguments).loss
             self.scaler.scale(loss).backward()
-
-    def update(self) -> None:
-        """The optimiser's step."""
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
 
-    def step(self) -> None:
-        self.backward()
-        self.update()
-
     def flops(self) -> int:
         """FLOPs of a training step per image, as this network executes them."""
         loss = lambda network, images: network(images, **self.arguments).loss  # noqa: E731
-        return training_flops(self.network, loss, *self.image_shape)
+        return training_flops(self.network, loss, *self.images.shape[1:])
 
 
 def build_network(name: str, setting: Setting) -> nn.Module:
@@ -234,5 +217,5 @@ def enough_memory(name: str, setting: Setting) -> Iterator[None]:
 def out_of_memory_error(name: str, setting: Setting) -> UserError:
     return UserError(
         f"{name}, {setting.size}, {setting.dtype}: out of memory at --batch {setting.batch}; take a smaller one, or "
-        "fewer variants (--against, --compile, --sweep, --processes): all that are compared are in memory at once"
+        "fewer variants (--against, --compile, --sweep): all that are compared are in memory at once"
     )

@@ -94,9 +94,9 @@ def plan_command(args: Sequence[str]) -> None:
     for key in ("devices", "classes", "check_batch"):
         if options[key] < 1:
             raise UserError(f"--{key} {options[key]}: at least 1")
-    settings = read_settings(options.config, options.stage, given)
-    run = run_to_plan(settings, options)
-    figures = check_prediction(run, options.check_batch) if options.check else plan(run, settings, options)
+    stage, values = read_settings(options.config, options.stage, given)
+    run = run_to_plan(stage, values, options)
+    figures = check_prediction(run, options.check_batch) if options.check else plan(run, values.model, options)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
 
@@ -113,13 +113,8 @@ def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, of_run
 
 
-class Settings(NamedTuple):
-    stage: str
-    values: Namespace  # with defaults
-
-
-def read_settings(config: str, stage: str | None, given: Sequence[str]) -> Settings:
-    """A run's settings, checked as the run itself would; data and weights need not exist."""
+def read_settings(config: str, stage: str | None, given: Sequence[str]) -> tuple[str, Any]:
+    """A run's stage and settings, checked as the run itself would; data and weights need not exist."""
     stage = stage or stage_of(Path(config), given)
     cli: Any = STAGES[stage]
 
@@ -132,9 +127,7 @@ def read_settings(config: str, stage: str | None, given: Sequence[str]) -> Setti
 
     # Required, though it does not matter where sizes come from the settings; one on the command line wins.
     scratch = [] if stage == "pretrain" else [f"--model.encoder={SCRATCH}"]
-    values = Parsed([*scratch, "--config", config, *given]).config
-    assert isinstance(values, Namespace)
-    return Settings(stage, values)
+    return stage, Parsed([*scratch, "--config", config, *given]).config
 
 
 def stage_of(path: Path, given: Sequence[str]) -> str:
@@ -151,10 +144,9 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
     keys = set(model) if isinstance(model, dict) else set()
     keys |= {arg.split("=")[0].removeprefix("--model.") for arg in given if arg.startswith("--model.")}
     known = {name: set(inspect.signature(cli.stage).parameters) for name, cli in STAGES.items()}
-    all_known = {key for keys in known.values() for key in keys}
     fit = [name for name in STAGES if keys <= known[name]]
     if not fit:
-        unknown = sorted(keys - all_known)
+        unknown = sorted(keys.difference(*known.values()))
         which = unknown[0] if unknown else f"{', '.join(sorted(keys))} together"
         raise UserError(f"--config {path}: no stage knows model.{which}; it must be one of mae {', '.join(STAGES)}")
     named = {"linprobe": "probe", "scratch": "finetune"}.get(first := run_name(path).split("_")[0], first)
@@ -163,11 +155,10 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
     return fit[0] if len(fit) == 1 else named
 
 
-def run_to_plan(settings: Settings, options: Namespace) -> Run:
-    stage, values = settings
+def run_to_plan(stage: str, values: Any, options: Namespace) -> Run:
     model, data = values.model.as_dict(), values.data
     defaults = DEFAULTS[data.dataset]
-    image_size, in_chans = data.image_size or None, data.in_chans
+    image_size, in_chans = data.image_size, data.in_chans
     if stage != "pretrain":
         if model["encoder"] != SCRATCH:
             weights = read_weights(model["encoder"])
@@ -179,9 +170,8 @@ def run_to_plan(settings: Settings, options: Namespace) -> Run:
         model |= {"encoder": SCRATCH, "classes": [str(i) for i in range(options.classes)]}
     image_size, in_chans = image_size or defaults.image_size, in_chans or defaults.in_chans
     model |= {"image_size": as_pair(image_size), "in_chans": in_chans}
-    precision = options.precision or values.trainer.precision
-    if precision is None:
-        precision = "bf16-mixed" if options.device == "cuda" else "32-true"
+    usual = "bf16-mixed" if options.device == "cuda" else "32-true"
+    precision = options.precision or values.trainer.precision or usual
     compiled = model.get("compile") is True if options.compile is None else options.compile
     shape = (in_chans, *as_pair(image_size))
     averaged = model.get("ema_decay") is not None
@@ -190,16 +180,7 @@ def run_to_plan(settings: Settings, options: Namespace) -> Run:
     return Run(stage, model, shape, model.get("mask_ratio"), str(precision), compiled, options.device, averaged)
 
 
-class Division(NamedTuple):
-    """How the images of a step are divided on each device."""
-
-    batch: int
-    accumulate: int
-    largest: dict[bool, int]  # batch that fits, without and with accumulation
-    peak: Footprint
-
-
-def plan(run: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
+def plan(run: Run, model: Namespace, options: Namespace) -> dict[str, Any]:
     """Divide the global batch and print what follows from it; returns the same figures.
 
     Raises:
@@ -217,8 +198,7 @@ def plan(run: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
             f"{' or '.join(str(n * devices) for n in near)}, or another --devices"
         )
     batch, accumulate, largest, peak = divide(run, images, gib, devices)
-    model, reserved = settings.values.model, reserve(int(gib * GIB), run.device)
-    lr = scaled_lr(model.base_lr, images)
+    reserved, lr = reserve(int(gib * GIB), run.device), scaled_lr(model.base_lr, images)
     blocks = "compiled" if run.compiled else "not compiled"
     print(f"stage              {run.stage}, {run.precision}, blocks {blocks}, {run.device}")
     print(f"global batch       {batch} a device x {accumulate} accumulated x {devices} devices = {images}")
@@ -247,12 +227,15 @@ def plan(run: Run, settings: Settings, options: Namespace) -> dict[str, Any]:
     }
 
 
-def divide(run: Run, images: int, gib: float, devices: int) -> Division:
+def divide(run: Run, images: int, gib: float, devices: int) -> tuple[int, int, dict[bool, int], Footprint]:
     """The fewest micro-batches that fit.
 
     Args:
         images: The global batch, a multiple of `devices`.
         gib: Memory of a device.
+
+    Returns:
+        The batch per device, how many are accumulated, the largest batch without and with accumulation, and the peak.
     """
     stage = run.sketch()
     pairs = isinstance(stage, Finetune) and stage.mixing is not None
@@ -272,7 +255,7 @@ def divide(run: Run, images: int, gib: float, devices: int) -> Division:
         batch, rest = divmod(per_device, accumulate)
         if not rest and least <= batch <= largest[accumulate > 1] and not (pairs and batch % 2):
             peak = predicted_peak(*about, batch, *how, accumulated=accumulate > 1, **more)
-            return Division(batch, accumulate, largest, peak)
+            return batch, accumulate, largest, peak
     raise UserError(
         f"--images_per_step {images}: {per_device} images a device cannot be divided into equal batches of {least} to "
         f"{largest[True]}{', even as mixup and cutmix want them' if pairs else ''}; take another number"
@@ -288,11 +271,12 @@ def print_footprint(peak: Footprint) -> None:
 def remedies(run: Run) -> str:
     ways = ["devices with more memory"]
     if run.stage != "probe":
-        ways.append("--model.activation_checkpointing true" * (not run.model.get("activation_checkpointing")))
+        if not run.model.get("activation_checkpointing"):
+            ways.append("--model.activation_checkpointing true")
         ways.append("--trainer.strategy fsdp2, which spreads weights over devices and is not planned here")
     if run.precision == "32-true" and run.device == "cuda":
         ways.append("--precision bf16-mixed")
-    return ", ".join(way for way in ways if way)
+    return ", ".join(ways)
 
 
 # ---- is the prediction right? ----------------------------------------------------------------------------------------
@@ -328,21 +312,16 @@ def measure_peak(run: Run, batch: int) -> int:
         ctypes.CDLL(None).mallopt(memory.M_MMAP_THRESHOLD, 1 << 16)
     train(run, 2, device, **SMALL, **(SMALL_DECODER if run.stage == "pretrain" else {}))  # libraries, the compiler
     torch._dynamo.reset()
-    before = free_unused_memory(device)
-    train(run, batch, device)
-    return memory.peak(device) - before
-
-
-def free_unused_memory(device: torch.device) -> int:
-    """Free what can be freed and reset the peak; returns the bytes that stay in use."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        memory.reset_peak(device)
-        return torch.cuda.memory_allocated(device)
-    ctypes.CDLL(None).malloc_trim(0)
+        before = torch.cuda.memory_allocated(device)
+    else:
+        ctypes.CDLL(None).malloc_trim(0)
+        before = memory.resident()
     memory.reset_peak(device)
-    return memory.resident()
+    train(run, batch, device)
+    return memory.peak(device) - before
 
 
 def train(run: Run, batch: int, device: torch.device, **small: Any) -> None:

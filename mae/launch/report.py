@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import html
 import io
 import json
 import platform
@@ -22,7 +23,6 @@ import yaml
 from mae.commands import report_parser
 from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
-from mae.launch import page
 from mae.launch import stages as stages_module
 from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
@@ -30,6 +30,7 @@ from mae.runtime.machine import available_cores, cpu_name
 
 Settings = dict[str, Any]
 
+Points = list[tuple[float, float]]
 
 # In the order in which the stages run; the keys are the names of the commands and of the config's sections.
 TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "finetune": "fine-tuning"}
@@ -61,7 +62,7 @@ def report_command(args: Sequence[str]) -> None:
         write_page(plan, seeds, jobs, out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from None
-    print(f"wrote {out / 'report.md'} and {out / 'report.html'}", flush=True)
+    print(f"wrote {out / 'report.md'}", flush=True)
 
 
 # ---- the config ----------------------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ class StageRun(NamedTuple):
             figures |= {f"{name}{suffix}": result[key] for name, key in names.items() if key in result}
         return figures
 
-    def curve(self, key: str) -> page.Points:
+    def curve(self, key: str) -> Points:
         """(images seen, value) of a metric of the run."""
         metrics = self.run_dir / "metrics.csv"
         if not metrics.is_file():
@@ -258,8 +259,7 @@ def check_finished(jobs: Sequence[StageRun]) -> None:
             way_out += {"pretrain": "", "knn": "/knn.json"}.get(job.stage, f"/{job.stage}")
             raise UserError(f"{difference}, which is finished: {way_out}")
         if job.follows and not (encoder := encoders[job.seed]).figures():
-            comes_back = last_checkpoint(encoder.run_dir).is_file() and not encoder.difference()
-            if not comes_back:
+            if not last_checkpoint(encoder.run_dir).is_file() or encoder.difference():
                 raise UserError(f"the encoder that {job.stage} of seed {job.seed} started from is gone: {way_out}")
 
 
@@ -331,43 +331,56 @@ def machine() -> str:
 
 
 def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: Path) -> None:
-    """Write report.md and report.html about the stages that are finished."""
+    """Write report.md about the stages that are finished, and its curves."""
     finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
     done = [job for job in jobs if (job.stage, job.seed) in finished]
     heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
     counts = sorted({int(figures[key]) for figures in finished.values() for key in figures if key.startswith("images")})
     notes = [f"Top-1 and top-5: percent of {' or '.join(map(str, counts))} held-out images."] if counts else []
-    notes += ["±: sample standard deviation (n - 1) over the seeds. –: not run."]
-    notes += ["Published figures are quoted, not run here; the difference is our mean less theirs."] * bool(
-        plan.published
-    )
+    notes.append("±: sample standard deviation (n - 1) over the seeds. –: not run.")
+    if plan.published:
+        notes.append("Published figures are quoted, not run here; the difference is our mean less theirs.")
+    header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in figure_rows(plan, seeds, finished)]
+    table = [header, ["---"] * len(header), *rows]
     blocks = [
-        page.text_block("h1", f"{run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages)}"),
-        page.text_block("p", f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:"),
-        *(page.text_block("p", where) for where in sorted({head[1] for head in heads})),
-        page.text_block("h2", "Figures"),
-        page.table_block(figure_rows(plan, seeds, finished)),
-        page.text_block("p", " ".join(notes)),
+        f"# {run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages)}",
+        f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:",
+        *sorted({head[1] for head in heads}),
+        "## Figures",
+        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        " ".join(notes),
     ]
     out.mkdir(parents=True, exist_ok=True)
     for stage, keys, heading, label, name in (
         ("pretrain", ("train/loss", "val/loss"), "Pre-training: loss", "loss on hidden patches", "loss.png"),
         ("finetune", ("val/acc1",), "Fine-tuning: held-out top-1", "top-1 in percent", "accuracy.png"),
     ):
-        lines = [(f"seed {job.seed} {key}", job.curve(key), seeds.index(job.seed))
-                 for job in done if job.stage == stage for key in keys]  # fmt: skip
-        if any(points for _, points, _ in lines):
-            page.draw(lines, label, out / name)
-            blocks += [
-                page.text_block("h2", heading),
-                page.picture_block(out, out / name, f"{heading} over images seen"),
-            ]
+        curves = [(job, key, job.curve(key)) for job in done if job.stage == stage for key in keys]
+        lines = [(f"seed {job.seed} {key}", points, seeds.index(job.seed)) for job, key, points in curves if points]
+        if lines:
+            draw(lines, label, out / name)
+            blocks += [f"## {heading}", f"![{heading} over images seen]({name})"]
     if panels := sorted((out / f"seed_{seeds[0]}" / "pretrain" / "reconstructions").glob("*.png")):
-        step = int(panels[-1].stem.removeprefix("step_"))
-        heading = f"Reconstructions: seed {seeds[0]}, step {step}"
-        blocks += [page.text_block("h2", heading), page.picture_block(out, panels[-1], heading)]
-    blocks += [page.text_block("h2", "Commands"), page.code_block("\n".join(head[0] for head in heads))]
-    page.write_files(run_name(plan.path), blocks, out / "report.md", out / "report.html")
+        heading = f"Reconstructions: seed {seeds[0]}, step {int(panels[-1].stem.removeprefix('step_'))}"
+        blocks += [f"## {heading}", f"![{heading}]({panels[-1].relative_to(out).as_posix()})"]
+    commands = "\n".join(["## Commands\n", "```bash", *(head[0] for head in heads), "```"])
+    text = html.escape("\n\n".join(blocks), quote=False) + f"\n\n{commands}\n"
+    (out / "report.md").write_text(text, encoding="utf-8")
+
+
+def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
+    """Save curves over images seen as a PNG; each curve is a name, points and the number of a colour."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, points, colour in lines:
+        axes.plot(*zip(*points, strict=True), "-" if "train/" in name else "o-", color=f"C{colour}", ms=3, label=name)
+    axes.set_xlabel("images seen")
+    axes.set_ylabel(label)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
 
 
 def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:

@@ -25,10 +25,8 @@ FLOAT = 4  # bytes
 
 PRECISIONS = {"32-true": torch.float32, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
-# Left free of a device's memory: a share of it, and what has nothing to do with its size.
+# Left free of a device's memory: a share of it, and 1 GiB whatever its size.
 SHARE = {"cuda": 0.1, "cpu": 0.3}
-
-FIXED = {"cuda": GIB, "cpu": GIB}
 
 MEANT_FOR = {
     "cuda": "10 % for errors of the prediction and gaps in the allocator's memory, 1 GiB for CUDA and its libraries",
@@ -59,9 +57,9 @@ class Layer(NamedTuple):
 
     kept: int  # from its forward to its backward pass
     extra: int  # in its backward pass at most, beyond what it and the layers before it keep
-    passing: int  # in its forward pass at most, where nothing is kept
-    cast: int  # of weights in half precision, whatever the batch
-    gradients: int  # of weights, whatever the batch
+    passing: int = 0  # in its forward pass at most, where nothing is kept
+    cast: int = 0  # of weights in half precision, whatever the batch
+    gradients: int = 0  # of weights, whatever the batch
 
     @property
     def frozen(self) -> bool:
@@ -170,12 +168,10 @@ def largest_batch(
         memory_bytes: All memory of the device.
         more: Keyword arguments of `predicted_peak`; the other arguments are as there.
     """
-    room = usable(memory_bytes, device)
 
     def fits(batch: int) -> bool:
-        return (
-            predicted_peak(network, image_shape, mask_ratio, batch, precision, compiled, device, **more).total <= room
-        )
+        peak = predicted_peak(network, image_shape, mask_ratio, batch, precision, compiled, device, **more)
+        return peak.total <= usable(memory_bytes, device)
 
     low, high = 0, 1
     while high <= MOST and fits(high):
@@ -187,7 +183,7 @@ def largest_batch(
 
 
 def reserve(memory_bytes: int, device: str) -> int:
-    return int(memory_bytes * SHARE[device]) + FIXED[device]
+    return int(memory_bytes * SHARE[device]) + GIB
 
 
 def usable(memory_bytes: int, device: str) -> int:
@@ -198,13 +194,8 @@ def usable(memory_bytes: int, device: str) -> int:
 # ---- layers, in the order of the forward pass ------------------------------------------------------------------------
 
 
-def layers_of(network: nn.Module, mask_ratio: float | None, how: Numerics) -> Iterator[Layer]:
-    if isinstance(network, MaskedAutoencoder):
-        assert mask_ratio is not None
-        return autoencoder_layers(network, mask_ratio, how)
-    if isinstance(network, VisionTransformer):
-        return classifier_layers(network, how)
-    raise TypeError(f"{type(network).__name__}: wanted is a MaskedAutoencoder or a VisionTransformer")
+def layers_of(network: Any, mask_ratio: float | None, how: Numerics) -> Iterator[Layer]:
+    return classifier_layers(network, how) if mask_ratio is None else autoencoder_layers(network, mask_ratio, how)
 
 
 def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numerics) -> Iterator[Layer]:
@@ -215,7 +206,6 @@ def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numer
     yield Layer(
         kept=seen * patch * how.half,
         extra=seen * dim * (FLOAT + how.half),
-        passing=0,
         cast=dim * patch * FLOAT + how.cast(encoder.patch_embed),
         gradients=trained_bytes(encoder.patch_embed) + dim * FLOAT,
     )
@@ -231,17 +221,16 @@ def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numer
     yield norm_layer(network.decoder_norm, hidden)
     yield linear_layer(network.decoder_pred, hidden, how)
     # The difference from the target; its square's derivative is a product of two tensors of that size.
-    yield Layer(hidden * patch * FLOAT, 2 * hidden * patch * FLOAT, 0, 0, 0)
+    yield Layer(hidden * patch * FLOAT, 2 * hidden * patch * FLOAT)
 
 
 def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Layer]:
     embed: Any = network.patch_embed
-    tokens, dim, proj = 1 + embed.num_patches, network.embed_dim, embed.proj
-    height, width = proj.kernel_size
-    trained = proj.weight.requires_grad
+    tokens, dim = 1 + embed.num_patches, network.embed_dim
+    trained, patch = embed.proj.weight.requires_grad, embed.proj.weight[0].numel()
     yield Layer(
         # Images in float32 are there anyway.
-        kept=(tokens - 1) * proj.in_channels * height * width * how.half * (trained and how.mixed),
+        kept=(tokens - 1) * patch * how.half * (trained and how.mixed),
         extra=2 * tokens * dim * FLOAT,
         passing=2 * tokens * dim * FLOAT,
         cast=how.cast(network.patch_embed),
@@ -251,7 +240,7 @@ def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Lay
     below = trained
     for block in network.blocks:
         yield block_layer(block, tokens, 0, how, below)
-        below = below or any(p.requires_grad for p in block.parameters())
+        below = below or trained_bytes(block) > 0
     norm: Any = network.norm  # nn.Identity by mean pooling, whose norm, of one token, comes after it
     if isinstance(norm, nn.LayerNorm) and (below or norm.weight.requires_grad):
         layer = norm_layer(norm, tokens)
@@ -269,7 +258,7 @@ def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Lay
 def norm_layer(norm: Any, tokens: int) -> Layer:
     """Its output, if a matrix product keeps it, is counted by the next layer."""
     dim = norm.normalized_shape[0]
-    return Layer(tokens * (dim + 2) * FLOAT, 2 * tokens * dim * FLOAT, 0, 0, trained_bytes(norm))
+    return Layer(tokens * (dim + 2) * FLOAT, 2 * tokens * dim * FLOAT, gradients=trained_bytes(norm))
 
 
 def linear_layer(linear: nn.Linear, tokens: int, how: Numerics) -> Layer:
@@ -306,25 +295,23 @@ def block_layer(block: Any, n: int, first: int, how: Numerics, below: bool) -> L
     cast = how.cast(block)
     if not below and not gradients:
         return Layer(0, 0, passing, cast, 0)
-    if not below and not any(p.requires_grad for part in (block.norm1, block.attn) for p in part.parameters()):
+    if not below and not trained_bytes(block.norm1, block.attn):
         kept = mlp  # half a block is trained
     if isinstance(block, CheckpointedBlock):
-        again = n * d * FLOAT
-        kept, extra = again, kept - again + extra
+        kept, extra = n * d * FLOAT, kept - n * d * FLOAT + extra
     return Layer(kept, extra, passing, cast, gradients)
 
 
-def loss_bytes(network: nn.Module, mask_ratio: float | None, how: Numerics) -> int:
+def loss_bytes(network: Any, mask_ratio: float | None, how: Numerics) -> int:
     """Bytes an image at the end of the forward pass, beyond what is kept: of pre-training's loss."""
-    if not isinstance(network, MaskedAutoencoder):
+    if mask_ratio is None:
         return 0
-    assert mask_ratio is not None
-    patch = network.decoder_pred.out_features
-    hidden = network.num_patches - int(network.num_patches * (1 - mask_ratio))
-    patches, target, square = network.num_patches * patch * FLOAT, hidden * patch * FLOAT, hidden * patch * FLOAT
-    pred = hidden * patch * how.half
-    latent = (1 + network.num_patches - hidden) * network.encoder.embed_dim * FLOAT if how.mixed else 0
-    return patches + target + pred + square + latent
+    seen = int(network.num_patches * (1 - mask_ratio))
+    hidden = network.num_patches - seen
+    # All patches, the target and the squares in float32, the prediction in half precision.
+    numbers = network.num_patches * FLOAT + 2 * hidden * FLOAT + hidden * how.half
+    latent = (1 + seen) * network.encoder.embed_dim * FLOAT * how.mixed
+    return int(network.decoder_pred.out_features * numbers + latent)
 
 
 def trained_bytes(*modules: nn.Module) -> int:

@@ -279,7 +279,7 @@ def write_graph(weights: Weights, path: Path, config: Namespace) -> Conversion:
             checks = [check_gap("ONNX Runtime in float32", onnx_export.check_onnx(full, graph), TOLERANCE)]
             onnx_export.quantize(full, path)
         gap = onnx_export.check_onnx(path, graph)
-        checks.append(f"int8: {output} of noise differ by at most {gap:.2g}; `mae bench export` tells what that costs")
+        checks.append(f"int8: {output} of noise differ by at most {gap:.2g}")
     return Conversion(path, kept, lost, checks)
 
 

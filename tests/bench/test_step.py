@@ -28,7 +28,6 @@ SMALL = [
     *("--decoder_num_heads=2", "--batch=2", "--rounds=3", "--compile=false", "--device=cpu"),
 ]
 WITHOUT_HF = ["--against", "plain"]
-MANY_CORES = 100_000
 QUICK = ["--memory=false", "--threads", "1"]
 
 
@@ -265,7 +264,7 @@ def test_flops_are_those_of_the_network_that_is_measured() -> None:
 
 
 def test_turns_are_filled_with_steps() -> None:
-    assert [figures_module.steps_per_turn(seconds, 0.5) for seconds in (10.0, 0.1, 1e-6)] == [1, 5, 50]
+    assert [figures_module.steps_per_turn(seconds) for seconds in (10.0, 0.1, 1e-6)] == [1, 5, 50]
     assert figures_module.alternate([1, 2, 3], 0) == [1, 2, 3]
     assert figures_module.alternate([1, 2, 3], 1) == [3, 2, 1]
 
@@ -313,14 +312,8 @@ def test_wrong_options_are_named(capsys: pytest.CaptureFixture[str], tmp_path: P
         (["--threads", "100000"], "--threads 100000"),
         (["--rounds=0"], "--rounds 0"),
         (["--batch=0"], "--batch 0"),
-        (["--accumulate=0", "--processes"], "--accumulate 0"),
         (["--sweep", "width"], "width"),
-        (["--sweep", "batch", "--processes", "1"], "take one of them"),
-        (["--processes", "0", "2"], "--processes 0: at least 1"),
-        (
-            ["--threads", "1", "--processes", str(MANY_CORES)],
-            f"--processes {MANY_CORES}: each needs 1 core (--threads 1)",
-        ),
+        (["--sweep", "batch", "--ablation", "true"], "take one of them"),
         (["--image_size=4", "--patch_size=4"], "--image_size 4 has 1 patches"),
         (["--compile=sometimes"], "sometimes"),
         (["--device=tpu"], "--device tpu"),
