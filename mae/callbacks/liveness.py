@@ -26,7 +26,7 @@ class Alive(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_rank > 0:  # rank 0 has the lock by now
-            self.lock.share(trainer.global_rank)
+            self.lock.take(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the watchdog. Not earlier: loading all images into memory takes long, and rendezvous has timeouts."""

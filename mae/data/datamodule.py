@@ -5,7 +5,7 @@ to [0, 1] and normalised by mean and std.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -283,18 +283,6 @@ class ImageData(LightningDataModule):
         """A pass over a source for evaluation: no randomness, each image once over all ranks."""
         sampler = EvalSampler(len(source), self.batch_size, rank, world_size)
         return self.loader(Loader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
-
-    def readable(self, source: Source, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """As `whole`, but a batch with an unreadable image comes image by image, so that only that image is lost."""
-        samples = WholeSamples(source, self.image_size, self.crop_pct)
-        sampler = EvalSampler(len(source), self.batch_size, rank, world_size)
-        for indices, batch in zip(sampler, self.whole(source, rank, world_size), strict=True):
-            if not batch.errors:
-                yield batch
-                continue
-            for index in indices:
-                single = samples[[index]]
-                yield single._replace(indices=torch.tensor([index])) if single.errors else single
 
     def crops(self, source: Source, epoch: int) -> DataLoader[Batch]:
         """A pass over a source in order, each image once, with the crops and flips of training in that epoch."""

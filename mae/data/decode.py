@@ -88,31 +88,35 @@ def find_images(root: str | Path) -> list[str]:
     Raises:
         UserError: A folder cannot be read.
     """
-    root = Path(root)
-    images = []
+    return sorted(
+        path
+        for path, entry in walk_files(Path(root))
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file())
+    )
+
+
+def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All that is not a folder below `root`, in no order; hidden entries and links as for `find_images`."""
     # Each folder on the stack has the identities of the folders above it: a link to one of these would never end.
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         folder, above = stack.pop()
-        folder_id = _folder_id(root / folder)
-        if folder_id in above:
-            continue
-        above |= {folder_id}
-        prefix = f"{folder}/" if folder else ""
-        for entry in _scan(root / folder):
-            if is_dir(entry):
-                stack.append((prefix + entry.name, above))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
-                images.append(prefix + entry.name)
-    return sorted(images)
-
-
-def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in above:
+                continue
+            inside = above | {(status.st_dev, status.st_ino)}
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith("."):
+                        continue
+                    if is_dir(entry):
+                        stack.append((name, inside))
+                    else:
+                        yield name, entry
+        except OSError as error:
+            raise UserError(f"cannot list the folder {root / folder}: {error.strerror}") from error
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
@@ -121,14 +125,6 @@ def is_dir(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def _folder_id(folder: Path) -> tuple[int, int]:
-    try:
-        status = folder.stat()
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    return status.st_dev, status.st_ino
 
 
 class Picture:

@@ -341,19 +341,15 @@ class Stage(LightningModule):
         """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.recipe_keys)
         stage = {f"model.{key}": getattr(self, key) for key in keys}
-        shared = {"seed_everything": self.seed, **trainer_settings(trainer, data)}
+        shared = {
+            "seed_everything": self.seed,
+            "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+            "trainer.precision": trainer.precision,
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+            "trainer.gradient_clip_val": trainer.gradient_clip_val,
+            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
+        }
         return {key: plain(value) for key, value in (stage | data.settings() | shared).items()}
-
-
-def trainer_settings(trainer: Trainer, data: ImageData) -> dict[str, Any]:
-    """Settings outside model and data that decide what a run learns; checkpoints store them under these names."""
-    return {
-        "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        "trainer.precision": trainer.precision,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-    }
 
 
 def plain(value: Any) -> Any:
