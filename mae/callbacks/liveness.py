@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from mae.runtime.run_lock import RunLock
-from mae.runtime.watchdog import Watchdog
+from mae.runtime.watchdog import Watchdog, beat
 
 
 class Alive(Callback):
@@ -38,19 +38,15 @@ class Alive(Callback):
         self.watchdog = Watchdog(60 * self.minutes, Path(trainer.default_root_dir), trainer.global_rank, parent)
         self.watchdog.start()
 
-    def beat(self, where: str) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat(where)
-
     def stop(self) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, in training")
+        beat(f"step {trainer.global_step}, in training")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, in validation")
+        beat(f"step {trainer.global_step}, in validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, between epochs")
+        beat(f"step {trainer.global_step}, between epochs")

@@ -236,7 +236,25 @@ def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
         path: For messages; its suffix also tells `.npy` files from all others, which are known by their content.
     """
     with _errors_as_bad_image(path):
-        return _open_image(data, path, in_chans)
+        if not data:
+            raise BadImage(path, "empty file")
+        if os.path.splitext(path)[1].lower() == ".npy":
+            return Picture(_decode_npy(data, path, in_chans), "numpy")
+        if in_chans not in _MODES:
+            raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
+        header = jpeg.read_header(data)
+        if header is None:
+            return _open_with_pillow(data, path, in_chans)
+        _check_pixels(path, header.height, header.width)
+        _check_end(data, path, "JPEG", header.data)
+        # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
+        exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
+        if exact and header.metadata:
+            image = _read_pillow_header(BytesIO(data))
+            exact = image.format == "JPEG" and not is_turned(image)  # one image, not several as in MPO, and upright
+        if not exact:
+            return _open_with_pillow(data, path, in_chans)
+        return JpegPicture(data, path, header, in_chans)
 
 
 @contextmanager
@@ -250,25 +268,6 @@ def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
     except Exception as error:  # damaged files make Pillow raise nearly any type, from KeyError to MemoryError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadImage(path, reason or type(error).__name__) from error
-
-
-def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
-    if not data:
-        raise BadImage(path, "empty file")
-    if os.path.splitext(path)[1].lower() == ".npy":
-        return Picture(_decode_npy(data, path, in_chans), "numpy")
-    if in_chans not in _MODES:
-        raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
-    header = jpeg.read_header(data)
-    if header is None:
-        return _open_with_pillow(data, path, in_chans)
-    _check_pixels(path, header.height, header.width)
-    _check_end(data, path, "JPEG", header.data)
-    # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
-    exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
-    if not exact or (header.metadata and not _is_plain(_read_pillow_header(BytesIO(data)))):
-        return _open_with_pillow(data, path, in_chans)
-    return JpegPicture(data, path, header, in_chans)
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:
@@ -309,11 +308,6 @@ def _read_pillow_header(stream: BytesIO) -> Image.Image:
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
         warnings.filterwarnings("ignore", module=r"PIL\.")
     return Image.open(stream, formats=list(FORMATS))
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether a JPEG file holds one image (not several, as MPO does) that is upright."""
-    return image.format == "JPEG" and not is_turned(image)
 
 
 def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:

@@ -259,18 +259,15 @@ class Stage(LightningModule):
         assert self.step_metrics.data_wait is not None
         self.step_metrics.data_wait.batch_done()
         if self.window_closed:
-            self.end_step()
+            trainer, step = self.trainer, self.global_step
+            if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
+                self.log_row(self.step_metrics.measure())
+            if step >= self.total_steps:
+                trainer.should_stop = True
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AfterStep):
+                    callback.after_step(trainer, self)
         self.step_metrics.data_wait.batch_wanted()
-
-    def end_step(self) -> None:
-        trainer, step = self.trainer, self.global_step
-        if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
-            self.log_row(self.step_metrics.measure())
-        if step >= self.total_steps:
-            trainer.should_stop = True
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, AfterStep):
-                callback.after_step(trainer, self)
 
     def log_row(self, metrics: dict[str, float]) -> None:
         """Write a row of metrics, and tell Lightning of it for callbacks that watch a metric.
