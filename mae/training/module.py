@@ -337,16 +337,13 @@ class Stage(LightningModule):
     def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
         """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.recipe_keys)
-        stage = {f"model.{key}": getattr(self, key) for key in keys}
-        shared = {
-            "seed_everything": self.seed,
-            "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-            "trainer.precision": trainer.precision,
-            "float32_matmul_precision": torch.get_float32_matmul_precision(),
-            "trainer.gradient_clip_val": trainer.gradient_clip_val,
-            "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-        }
-        return {key: plain(value) for key, value in (stage | data.settings() | shared).items()}
+        settings = {f"model.{key}": getattr(self, key) for key in keys} | data.settings()
+        batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        settings |= {"seed_everything": self.seed, "effective batch": batch}
+        settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        for key in ("precision", "gradient_clip_val", "gradient_clip_algorithm"):
+            settings[f"trainer.{key}"] = getattr(trainer, key)
+        return {key: plain(value) for key, value in settings.items()}
 
 
 def plain(value: Any) -> Any:
