@@ -165,6 +165,8 @@ def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float =
     Args:
         crop_pct: In (0, 1]; with 1 the limiting side is kept whole.
     """
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
     step = crop_pct * min(height / size[0], width / size[1])  # pixels of the original per pixel of the result
     box_height, box_width = max(1, round(step * size[0])), max(1, round(step * size[1]))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
