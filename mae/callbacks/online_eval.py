@@ -71,7 +71,7 @@ class Online(Callback):
         part = Subset(source, spread(source, count))
         was_training = module.model.training
         module.model.eval()
-        mine, errors = [], []
+        mine, errors = [], list[str]()
         with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
             for batch in data.whole(part, trainer.global_rank, trainer.world_size):
                 watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
