@@ -51,7 +51,7 @@ class Checkpoints(Checkpoint):
         files = trainer.strategy.checkpoint_io
         assert isinstance(files, CheckpointFiles)
         self.files = files
-        self.agreement = Agreement(3)
+        self.agreement = Agreement()
         self.clock = time.monotonic()
 
     def after_step(self, trainer: Trainer, stage: Stage) -> None:

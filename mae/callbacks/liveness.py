@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
 from mae.runtime.run_lock import RunLock
-from mae.runtime.watchdog import Watchdog
+from mae.runtime.watchdog import Watchdog, beat
 
 
 class Alive(Callback):
@@ -26,7 +26,7 @@ class Alive(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.global_rank > 0:  # rank 0 has the lock by now
-            self.lock.share(trainer.global_rank)
+            self.lock.take(trainer.global_rank)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the watchdog. Not earlier: loading all images into memory takes long, and rendezvous has timeouts."""
@@ -38,19 +38,15 @@ class Alive(Callback):
         self.watchdog = Watchdog(60 * self.minutes, Path(trainer.default_root_dir), trainer.global_rank, parent)
         self.watchdog.start()
 
-    def beat(self, where: str) -> None:
-        if self.watchdog is not None:
-            self.watchdog.beat(where)
-
     def stop(self) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, in training")
+        beat(f"step {trainer.global_step}, in training")
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, in validation")
+        beat(f"step {trainer.global_step}, in validation")
 
     def on_train_epoch_end(self, trainer: Trainer, *args: Any) -> None:
-        self.beat(f"step {trainer.global_step}, between epochs")
+        beat(f"step {trainer.global_step}, between epochs")

@@ -71,17 +71,17 @@ class Online(Callback):
         part = Subset(source, spread(source, count))
         was_training = module.model.training
         module.model.eval()
-        mine, errors = [], []
+        mine, errors = [], list[str]()
         with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
-            for batch in data.readable(part, trainer.global_rank, trainer.world_size):
+            for batch in data.whole(part, trainer.global_rank, trainer.world_size):
                 watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
-                if batch.errors:
-                    errors += [str(error) for error in batch.errors]
+                errors += map(str, batch.errors)
+                if not len(batch.images):
                     continue
                 found, labels = features.extract_features(
                     lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
                     data,
-                    [batch],
+                    [batch._replace(errors=[])],
                     module.device,
                 )
                 mine.append((batch.indices, found, labels))

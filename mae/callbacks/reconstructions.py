@@ -8,7 +8,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-from mae.callbacks.wandb_logger import log_panel
 from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import WholeSamples
 from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
@@ -86,4 +85,4 @@ class Panels(Callback):
             return
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_panel(logger, "reconstructions", path, "; ".join(columns), trainer.global_step)
+                logger.log_image("reconstructions", [str(path)], trainer.global_step, caption=["; ".join(columns)])

@@ -10,12 +10,12 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
@@ -35,18 +35,6 @@ KILL_SECONDS = 5.0  # for threads to notice that the helper process has been kil
 
 QUEUE = 1000  # rows that may wait for the helper process
 PATIENCE_SECONDS = 5.0  # that a full queue is waited for, before the helper process is given up
-
-
-class Resumed(NamedTuple):
-    """What a resumed run has done so far.
-
-    Args:
-        step: Optimiser step of the checkpoint.
-        rows: Rows of metrics.csv up to that step, each with its "step"; values are text or numbers, "" for none.
-    """
-
-    step: int
-    rows: list[dict[str, Any]]
 
 
 class _Recorder:
@@ -180,7 +168,7 @@ class RunLogger(WandbLogger):
     def log_hyperparams(self, params: Any) -> None:
         """Do nothing: the settings are recorded at the start."""
 
-    def resend(self, rows: list[dict[str, Any]], pictures: dict[int, Path]) -> None:
+    def resend(self, rows: Sequence[dict[str, Any]], pictures: dict[int, Path]) -> None:
         """Record rows of metrics.csv, and pictures by their step, that W&B does not have; the last is held back."""
         import wandb
 
@@ -230,7 +218,11 @@ def _number(value: Any) -> Any:
 
 
 def wandb_logger(
-    run_dir: Path, settings: WandbSettings, config: dict[str, Any], resumed: Resumed | None = None
+    run_dir: Path,
+    settings: WandbSettings,
+    config: dict[str, Any],
+    resumed_at: int | None = None,
+    rows: Sequence[dict[str, Any]] = (),
 ) -> RunLogger | None:
     """Start or continue the W&B run in `run_dir` and print one line that says where it is recorded.
 
@@ -238,7 +230,8 @@ def wandb_logger(
     sees the same loggers on all ranks.
 
     Args:
-        resumed: What the run has done so far; None for a new run.
+        resumed_at: Optimiser step of the checkpoint; None for a new run.
+        rows: Rows of metrics.csv up to that step, each with its "step"; values are text or numbers, "" for none.
 
     Returns:
         None if the run is not recorded: W&B is disabled or failed to start.
@@ -259,7 +252,7 @@ def wandb_logger(
             return None
         if _open is not None:
             _open.finish()  # the run of an earlier stage in this process
-        run_id = _run_id(run_dir, new=resumed is None)
+        run_id = _run_id(run_dir, new=resumed_at is None)
         earlier = {folder: last_row(folder) for folder in segments(run_dir, run_id)}
         recorder = _open = _Recorder()
         begin = partial(_start, mode, reason, run_dir, id=run_id, entity=settings.entity, config=config, **kwargs)
@@ -267,18 +260,18 @@ def wandb_logger(
         # The server knows which rows it has; of an offline run it will get those that are on this disk.
         recorded = max(earlier.values(), default=-1) if run.offline else run.starting_step - 1
         logger = RunLogger(recorder, recorded, save_dir=run_dir, experiment=run, **kwargs)
-        if resumed is not None:
-            logger.resend(resumed.rows, _pictures(run_dir, resumed.step))
+        if resumed_at is not None:
+            logger.resend(rows, _pictures(run_dir, resumed_at))
     except Exception as error:
         if recorder is not None:
             recorder.finish(KILL_SECONDS)
         print(f"W&B: not recording, {_one_line(error)}", flush=True)
         return None
 
-    continued = f", run {run_id} continued from step {resumed.step}" if resumed is not None else ""
+    continued = f", run {run_id} continued from step {resumed_at}" if resumed_at is not None else ""
     unsent = _to_upload(earlier)
     if run.offline:
-        command = _sync_command([*unsent, Path(run.dir).parent], append=resumed is not None)
+        command = _sync_command([*unsent, Path(run.dir).parent], append=resumed_at is not None)
         print(f"W&B: {reason}, recording offline{continued}; upload with: {command}", flush=True)
     else:
         needless = "; it gets what was recorded offline, too: that needs no upload" if unsent else ""
@@ -374,9 +367,3 @@ def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]
 
 def _one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def log_panel(logger: WandbLogger | None, key: str, png: Path, caption: str, step: int) -> None:
-    """Log a PNG file at optimiser step `step`; nothing happens without a logger or on ranks other than 0."""
-    if logger is not None:
-        logger.log_image(key, [str(png)], step=step, caption=[caption])

@@ -5,9 +5,10 @@ to [0, 1] and normalised by mean and std.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
@@ -30,6 +31,7 @@ from mae.data.datasets import (
 )
 from mae.data.decode import BadImage
 from mae.data.loaders import Loader, ReplayLoader, init_worker
+from mae.data.prepare.stats import mean_and_std, moments
 from mae.data.sampling import EpochSampler, EvalSampler
 from mae.data.sources import Source, load_digits, load_torchvision, relabel
 from mae.data.tar_shards import open_images, split_places
@@ -163,7 +165,12 @@ class ImageData(LightningDataModule):
         if self.dataset == "digits":
             self.train_source, self.val_source = load_digits()
         elif self.dataset == "folder":
-            self.load_folders()
+            places = split_places(self.require_root(), self.train_dir, self.val_dir)
+            self.train_source = images = open_images(places["train"], self.in_chans)
+            if "val" in places:
+                self.val_source = open_images(places["val"], self.in_chans)
+                if images.classes and self.val_source.classes:
+                    relabel(self.val_source, images.classes, str(places["train"]))
         else:
             root = self.require_root().path
             self.train_source, self.val_source = load_torchvision(self.dataset, root, self.download)
@@ -174,14 +181,6 @@ class ImageData(LightningDataModule):
         if not self.root.remote and not self.root.exists() and not self.download:
             raise UserError(f"--data.root {self.root} does not exist")
         return self.root
-
-    def load_folders(self) -> None:
-        places = split_places(self.require_root(), self.train_dir, self.val_dir)
-        self.train_source = images = open_images(places["train"], self.in_chans)
-        if "val" in places:
-            self.val_source = open_images(places["val"], self.in_chans)
-            if images.classes and self.val_source.classes:
-                relabel(self.val_source, images.classes, str(places["train"]))
 
     def require_labels(self) -> tuple[Source, Source]:
         """The training and the validation split, both with labels.
@@ -284,18 +283,6 @@ class ImageData(LightningDataModule):
         sampler = EvalSampler(len(source), self.batch_size, rank, world_size)
         return self.loader(Loader, WholeSamples(source, self.image_size, self.crop_pct), sampler)
 
-    def readable(self, source: Source, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """As `whole`, but a batch with an unreadable image comes image by image, so that only that image is lost."""
-        samples = WholeSamples(source, self.image_size, self.crop_pct)
-        sampler = EvalSampler(len(source), self.batch_size, rank, world_size)
-        for indices, batch in zip(sampler, self.whole(source, rank, world_size), strict=True):
-            if not batch.errors:
-                yield batch
-                continue
-            for index in indices:
-                single = samples[[index]]
-                yield single._replace(indices=torch.tensor([index])) if single.errors else single
-
     def crops(self, source: Source, epoch: int) -> DataLoader[Batch]:
         """A pass over a source in order, each image once, with the crops and flips of training in that epoch."""
         keys = torch.arange(len(source)).split(self.batch_size)
@@ -337,16 +324,11 @@ class ImageData(LightningDataModule):
         """Mean and std of each channel over all training images in [0, 1], resized and cropped as in evaluation."""
         self.load()
         assert self.train_source is not None
-        total, squares, count = torch.zeros(self.in_chans).double(), torch.zeros(self.in_chans).double(), 0
-        zero, one = torch.zeros(self.in_chans), torch.ones(self.in_chans)
+        sums = np.zeros((self.in_chans, 2))
         for batch in self.whole(self.train_source):
             raise_errors(batch)
-            images = normalize(batch.images, zero, one).double()
-            total += images.sum(dim=(0, 2, 3))
-            squares += images.square().sum(dim=(0, 2, 3))
-            count += images.numel() // self.in_chans
-        mean = total / count
-        return mean.tolist(), (squares / count - mean.square()).clamp(min=0).sqrt().tolist()
+            sums += np.sum([moments(image) for image in batch.images], axis=0)
+        return mean_and_std(sums, len(self.train_source))
 
 
 def resident_samples(

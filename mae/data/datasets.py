@@ -189,25 +189,30 @@ class ResidentSamples(TrainSamples):
 
 
 class WholeSamples(Samples):
-    """Batches for evaluation: resized and centre-cropped, without randomness. Items are lists of indices."""
+    """Batches for evaluation: resized and centre-cropped, without randomness. Items are sequences of indices.
+
+    Unreadable images are left out of the batch and are in its `errors`, for whoever uses it to refuse or tolerate.
+    """
 
     def __init__(self, source: Source, size: Pair, crop_pct: float):
         super().__init__(source)
         self.size, self.crop_pct = size, crop_pct
 
-    def __getitem__(self, indices: list[int]) -> Batch:
-        images, decoders = [], Counter[str]()
-        for picture in self.open_images(indices):
+    def __getitem__(self, indices: Sequence[int]) -> Batch:
+        images, kept, errors, decoders = [], [], [], Counter[str]()
+        for index, picture in zip(indices, self.open_images(indices), strict=True):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
                 box = center_box(picture.height, picture.width, self.size, self.crop_pct)
                 images.append(picture.resized_crop(box, self.size))
             except BadImage as error:
-                # A score is over all images or is not given: unlike in training, no bad image is tolerated.
-                return error_batch(error)
+                errors.append(error)
+                continue
+            kept.append(index)
             decoders[picture.decoder] += 1
-        return make_batch(self.source, indices, stack(images), decoders)
+        pixels = stack(images) if images else torch.zeros(0, 1, 1, 1)
+        return make_batch(self.source, kept, pixels, decoders)._replace(errors=errors)
 
 
 def worker_death_message(error: BaseException) -> str | None:
@@ -242,12 +247,6 @@ def make_batch(
         [],
         dict(decoders or {}),
     )
-
-
-def error_batch(error: BadImage) -> Batch:
-    """An empty batch that carries an error to the main process: raised in a worker, it would come with a traceback."""
-    empty = torch.zeros(0, dtype=torch.long)
-    return Batch(torch.zeros(0, 1, 1, 1), empty, empty, empty, empty.bool(), empty.float(), [error], {})
 
 
 def blank_batch(size: int, in_chans: int, image_size: Pair) -> Batch:

@@ -88,31 +88,35 @@ def find_images(root: str | Path) -> list[str]:
     Raises:
         UserError: A folder cannot be read.
     """
-    root = Path(root)
-    images = []
+    return sorted(
+        path
+        for path, entry in walk_files(Path(root))
+        if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file())
+    )
+
+
+def walk_files(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """All that is not a folder below `root`, in no order; hidden entries and links as for `find_images`."""
     # Each folder on the stack has the identities of the folders above it: a link to one of these would never end.
     stack: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
     while stack:
         folder, above = stack.pop()
-        folder_id = _folder_id(root / folder)
-        if folder_id in above:
-            continue
-        above |= {folder_id}
-        prefix = f"{folder}/" if folder else ""
-        for entry in _scan(root / folder):
-            if is_dir(entry):
-                stack.append((prefix + entry.name, above))
-            elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES and (entry.is_symlink() or entry.is_file()):
-                images.append(prefix + entry.name)
-    return sorted(images)
-
-
-def _scan(folder: Path) -> Iterator[os.DirEntry[str]]:
-    try:
-        with os.scandir(folder) as entries:
-            yield from (entry for entry in entries if not entry.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"cannot list the folder {folder}: {error.strerror}") from error
+        try:
+            status = os.stat(root / folder)
+            if (status.st_dev, status.st_ino) in above:
+                continue
+            inside = above | {(status.st_dev, status.st_ino)}
+            with os.scandir(root / folder) as entries:
+                for entry in entries:
+                    name = f"{folder}/{entry.name}" if folder else entry.name
+                    if entry.name.startswith("."):
+                        continue
+                    if is_dir(entry):
+                        stack.append((name, inside))
+                    else:
+                        yield name, entry
+        except OSError as error:
+            raise UserError(f"cannot list the folder {root / folder}: {error.strerror}") from error
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:
@@ -121,14 +125,6 @@ def is_dir(entry: os.DirEntry[str]) -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def _folder_id(folder: Path) -> tuple[int, int]:
-    try:
-        status = folder.stat()
-    except OSError as error:
-        raise UserError(f"cannot read the folder {folder}: {error.strerror}") from error
-    return status.st_dev, status.st_ino
 
 
 class Picture:
@@ -240,7 +236,25 @@ def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
         path: For messages; its suffix also tells `.npy` files from all others, which are known by their content.
     """
     with _errors_as_bad_image(path):
-        return _open_image(data, path, in_chans)
+        if not data:
+            raise BadImage(path, "empty file")
+        if os.path.splitext(path)[1].lower() == ".npy":
+            return Picture(_decode_npy(data, path, in_chans), "numpy")
+        if in_chans not in _MODES:
+            raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
+        header = jpeg.read_header(data)
+        if header is None:
+            return _open_with_pillow(data, path, in_chans)
+        _check_pixels(path, header.height, header.width)
+        _check_end(data, path, "JPEG", header.data)
+        # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
+        exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
+        if exact and header.metadata:
+            image = _read_pillow_header(BytesIO(data))
+            exact = image.format == "JPEG" and not is_turned(image)  # one image, not several as in MPO, and upright
+        if not exact:
+            return _open_with_pillow(data, path, in_chans)
+        return JpegPicture(data, path, header, in_chans)
 
 
 @contextmanager
@@ -254,25 +268,6 @@ def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
     except Exception as error:  # damaged files make Pillow raise nearly any type, from KeyError to MemoryError
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise BadImage(path, reason or type(error).__name__) from error
-
-
-def _open_image(data: bytes, path: str | Path, in_chans: int) -> Picture:
-    if not data:
-        raise BadImage(path, "empty file")
-    if os.path.splitext(path)[1].lower() == ".npy":
-        return Picture(_decode_npy(data, path, in_chans), "numpy")
-    if in_chans not in _MODES:
-        raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
-    header = jpeg.read_header(data)
-    if header is None:
-        return _open_with_pillow(data, path, in_chans)
-    _check_pixels(path, header.height, header.width)
-    _check_end(data, path, "JPEG", header.data)
-    # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
-    exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
-    if not exact or (header.metadata and not _is_plain(_read_pillow_header(BytesIO(data)))):
-        return _open_with_pillow(data, path, in_chans)
-    return JpegPicture(data, path, header, in_chans)
 
 
 def _check_pixels(path: str | Path, height: int, width: int) -> None:
@@ -313,11 +308,6 @@ def _read_pillow_header(stream: BytesIO) -> Image.Image:
     if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
         warnings.filterwarnings("ignore", module=r"PIL\.")
     return Image.open(stream, formats=list(FORMATS))
-
-
-def _is_plain(image: Image.Image) -> bool:
-    """Whether a JPEG file holds one image (not several, as MPO does) that is upright."""
-    return image.format == "JPEG" and not is_turned(image)
 
 
 def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:

@@ -39,9 +39,6 @@ class Subset(Source):
     def where(self, index: int) -> str:
         return self.source.where(self.indices[index])
 
-    def open(self, index: int) -> Picture:
-        return self.source.open(self.indices[index])
-
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         return self.source.open_all([self.indices[index] for index in indices])
 

@@ -4,9 +4,9 @@ import functools
 import gzip
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from torch import Tensor
 
 from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
 from mae.errors import UserError
-
-T = TypeVar("T")
 
 
 class Source:
@@ -40,17 +38,20 @@ class Source:
         """Where the image is on this machine, for messages."""
         return self.name(index)
 
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        """Each image, or the error for it; a source may fetch all of them at once."""
+        raise NotImplementedError
+
     def open(self, index: int) -> Picture:
         """One image, which may not be decoded yet.
 
         Raises:
             BadImage: It cannot be read.
         """
-        raise NotImplementedError
-
-    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
-        """Each image, or the error for it; a source may fetch all of them at once."""
-        return results_or_errors(self.open, indices)
+        picture = next(self.open_all([index]))
+        if isinstance(picture, BadImage):
+            raise picture
+        return picture
 
 
 class ArraySource(Source):
@@ -65,8 +66,8 @@ class ArraySource(Source):
     def name(self, index: int) -> str:
         return str(index)
 
-    def open(self, index: int) -> Picture:
-        return Picture(self.images[index])
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        return (Picture(self.images[index]) for index in indices)
 
 
 class FileSource(Source):
@@ -84,29 +85,18 @@ class FileSource(Source):
 
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
         """The bytes of each image's file, or the error for it."""
-        return results_or_errors(self.read, indices)
-
-    def open(self, index: int) -> Picture:
-        return self._open_bytes(self.read(index), index)
+        for index in indices:
+            try:
+                yield self.read(index)
+            except BadImage as error:
+                yield error
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         for index, data in zip(indices, self.read_all(indices), strict=True):
             try:
-                yield data if isinstance(data, BadImage) else self._open_bytes(data, index)
+                yield data if isinstance(data, BadImage) else open_image(data, self.where(index), self.in_chans)
             except BadImage as error:
                 yield error
-
-    def _open_bytes(self, data: bytes, index: int) -> Picture:
-        return open_image(data, self.where(index), self.in_chans)
-
-
-def results_or_errors(read: Callable[[int], T], indices: Iterable[int]) -> Iterator[T | BadImage]:
-    """The result of `read` for each index, or the BadImage that it raised."""
-    for index in indices:
-        try:
-            yield read(index)
-        except BadImage as error:
-            yield error
 
 
 class FolderSource(FileSource):

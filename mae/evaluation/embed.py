@@ -16,20 +16,18 @@ import torch
 from lightning.fabric import Fabric
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
-from torch.utils.data import Sampler
 from tqdm import tqdm
 
 from mae.commands import embed_parser
-from mae.data.crops import center_box
 from mae.data.datamodule import ImageData
-from mae.data.datasets import Batch, WholeSamples, make_batch, stack
+from mae.data.datasets import Batch, WholeSamples
 from mae.data.decode import BadImage
 from mae.data.loaders import Loader
 from mae.data.sources import FileSource
 from mae.data.tar_shards import INDEX, holds_images, open_images
 from mae.errors import PeerLost, UserError
 from mae.evaluation import features
-from mae.evaluation.embed_chunks import FeatureChunk, FeatureChunks, checked_out
+from mae.evaluation.embed_chunks import FeatureChunks, checked_out
 from mae.runtime import signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
@@ -189,37 +187,6 @@ def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
     return labels, list(number)
 
 
-class ReadableSamples(WholeSamples):
-    """Like its base, but leaves unreadable images out of a batch, and reports them in its `errors`."""
-
-    def __getitem__(self, indices: list[int]) -> Batch:
-        images, kept, errors = [], [], []
-        for index, picture in zip(indices, self.open_images(indices), strict=True):
-            try:
-                if isinstance(picture, BadImage):
-                    raise picture
-                box = center_box(picture.height, picture.width, self.size, self.crop_pct)
-                images.append(picture.resized_crop(box, self.size))
-                kept.append(index)
-            except BadImage as error:
-                errors.append(error)
-        pixels = stack(images) if images else torch.zeros(0, 1, 1, 1)
-        return make_batch(self.source, kept, pixels)._replace(errors=errors)
-
-
-class Batches(Sampler[list[int]]):
-    """The images of some chunks, batch by batch."""
-
-    def __init__(self, numbers: list[int], chunks: FeatureChunks) -> None:
-        self.batches = [batch for number in numbers for batch in chunks.batches(number)]
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return map(list, self.batches)
-
-
 def compute(
     chunks: FeatureChunks, encode: Encode, data: ImageData, source: EveryImage, fabric: Fabric, max_bad: int
 ) -> None:
@@ -246,7 +213,7 @@ def compute(
     error = "" if key == chunks.key else f"process {fabric.global_rank} has other images below {data.root} or settings"
     bar = tqdm(total=chunks.images(mine), unit=" images", disable=None if is_first_rank() else True)
     try:
-        agreement = Agreement(1)
+        agreement = Agreement()
         computed = compute_chunks(mine, chunks, encode, data, source, fabric.device, max_bad - bad)
         for turn in range(turns):
             try:
@@ -278,8 +245,9 @@ def compute_chunks(
     Raises:
         UserError: More than `max_bad` images cannot be read; a feature is not finite; a chunk cannot be written.
     """
-    samples = ReadableSamples(source, data.image_size, data.crop_pct)
-    loaded: Iterator[Batch] = iter(data.loader(Loader, samples, Batches(numbers, chunks)) if numbers else ())
+    samples = WholeSamples(source, data.image_size, data.crop_pct)
+    batches = [batch for number in numbers for batch in chunks.batches(number)]
+    loaded: Iterator[Batch] = iter(data.loader(Loader, samples, batches) if numbers else ())
     dtype: torch.dtype = getattr(torch, chunks.about["dtype"])
     for number in numbers:
         rows: list[Tensor] = []
@@ -293,20 +261,17 @@ def compute_chunks(
             if batch.errors and (max_bad := max_bad - len(batch.errors)) < 0:
                 raise UserError(f"{batch.errors[-1]}; {MORE}")
             if len(batch.images):
-                values.append(encode_batch(encode, data, batch, device).to(dtype).cpu())
+                moved = batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))
+                with torch.no_grad():
+                    values.append(encode(data.prepare(moved).images).to(dtype).cpu())
             if not values[-1].isfinite().all():
                 hint = "" if dtype == torch.float32 else ": use --dtype float32"
                 raise UserError(f"features from {source.where(indices[0])} on are not finite in {dtype}{hint}")
         columns = {
             name: value.contiguous() for name, value in zip(chunks.columns, torch.cat(values).unbind(1), strict=True)
         }
-        chunks.write(number, FeatureChunk(torch.cat(rows), columns, bad))
+        chunks.write(number, torch.cat(rows), columns, bad)
         yield chunks.images([number])
-
-
-@torch.no_grad()
-def encode_batch(encode: Encode, data: ImageData, batch: Batch, device: torch.device) -> Tensor:
-    return encode(data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images)
 
 
 def write_output(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> None:

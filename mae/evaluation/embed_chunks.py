@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -60,20 +60,6 @@ def checked_out(path: str, force: bool) -> Path:
 
 def chunk_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.parts")
-
-
-class FeatureChunk(NamedTuple):
-    """Features of consecutive images.
-
-    Attributes:
-        rows: (n,) int64, numbers of the images that could be read.
-        columns: Features by name, (n, D) each.
-        bad: Number and reason of the others.
-    """
-
-    rows: Tensor
-    columns: dict[str, Tensor]
-    bad: list[tuple[int, str]]
 
 
 class Images(Protocol):
@@ -174,10 +160,11 @@ class FeatureChunks:
         """Number and reason of the unreadable images in the chunks so far."""
         return [image for number in range(self.count) for image in self._bad_images(number) or []]
 
-    def write(self, number: int, chunk: FeatureChunk) -> None:
-        path, metadata = self.path(number), {"key": self.key, "bad": json.dumps(chunk.bad)}
+    def write(self, number: int, rows: Tensor, columns: dict[str, Tensor], bad: list[tuple[int, str]]) -> None:
+        """Write the (n, D) features by name of the images `rows`, (n,) int64; `bad`: those left out, and why."""
+        path, metadata = self.path(number), {"key": self.key, "bad": json.dumps(bad)}
         with one_line_errors(path), atomic_write(path) as partial:
-            save_file({"rows": chunk.rows, **chunk.columns}, partial, metadata)
+            save_file({"rows": rows, **columns}, partial, metadata)
 
     def read(self, name: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Rows (n,) and one of the tensors of each chunk."""

@@ -157,22 +157,25 @@ def predict_command(args: Sequence[str]) -> None:
     source = ImageFiles(paths, data.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
-    bad = []
+    bad: list[str] = []
+    row_number = 0
     with atomic_write(out) as partial, partial.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability", *classifier.classes])
-        for batch in data.readable(source):
-            if batch.errors:
-                bad.append(str(batch.errors[0]))
-                writer.writerow([source.name(int(batch.indices))])
+        for batch in data.whole(source):
+            bad += map(str, batch.errors)
+            if not len(batch.images):
                 continue
             images = data.prepare(batch._replace(images=batch.images.to(device), flip=batch.flip.to(device))).images
             with torch.no_grad():
                 probabilities = classifier.network(images).float().softmax(dim=1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
+                writer.writerows([source.name(i)] for i in range(row_number, index))  # unreadable ones
+                row_number = index + 1
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]
                 writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
+        writer.writerows([source.name(i)] for i in range(row_number, len(paths)))
     print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes")
     if bad:
         raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")

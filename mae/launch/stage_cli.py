@@ -20,7 +20,7 @@ from mae.callbacks.checkpointing import Checkpoints
 from mae.callbacks.liveness import Alive
 from mae.callbacks.metrics_csv import MetricsCSV
 from mae.callbacks.progress_bar import Progress
-from mae.callbacks.wandb_logger import Resumed, RunLogger, WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger, WandbSettings, wandb_logger
 from mae.data.datamodule import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.launch import out_of_memory
@@ -207,9 +207,9 @@ class StageCLI(LightningCLI):
         configured = self.config_init.trainer.logger
         if configured is False:
             return loggers
-        resumed = Resumed(self.resume.step, self.metrics.rows) if self.resume.started_before else None
+        resumed_at = self.resume.step if self.resume.started_before else None
         settings = WandbSettings(**self.config.wandb.as_dict())
-        if wandb := wandb_logger(self.run_dir, settings, self.merged_settings(), resumed):
+        if wandb := wandb_logger(self.run_dir, settings, self.merged_settings(), resumed_at, self.metrics.rows):
             loggers.append(wandb)
         return loggers if configured is True else loggers + as_list(configured)
 

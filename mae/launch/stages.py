@@ -10,7 +10,6 @@ from lightning.pytorch.loggers import WandbLogger
 
 from mae.callbacks.online_eval import Online
 from mae.callbacks.reconstructions import Panels
-from mae.callbacks.wandb_logger import log_panel
 from mae.classify import SCRATCH
 from mae.data.datamodule import DEFAULTS, ImageData
 from mae.data.labelled import FinetuneData, LabelledData, ProbeData, Subset
@@ -109,7 +108,7 @@ class ClassifyCLI(StageCLI):
         plots.confusion(report.confusion, report.classes, report.worst(20), path)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
-                log_panel(logger, key, path, "rows: true classes", self.model.global_step)
+                logger.log_image(key, [str(path)], self.model.global_step, caption=["rows: true classes"])
         return path
 
 

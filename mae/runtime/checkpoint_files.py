@@ -13,15 +13,13 @@ from typing import IO, Any
 import torch
 
 from mae.errors import UserError
-from mae.runtime.files import sync
+from mae.runtime.files import PARTIAL, atomic_write, sync
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
 
 LAST = "last.ckpt"  # a link to the newest
 
 NEWEST = ".newest"  # in the run folder: the name of the newest checkpoint, to notice where all are gone
-
-PARTIAL = ".partial"
 
 SUPERSEDED = ".superseded"
 
@@ -150,22 +148,14 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: The disk is full or cannot be written to; nothing of this checkpoint is left then.
     """
-    unfinished = path.with_name(path.name + PARTIAL)
-    try:
-        with unfinished.open("w+b") as file:
-            sealing = Sealing(file)
-            try:
-                torch.save(checkpoint, sealing)  # type: ignore[arg-type]  # it asks for no more than this
-            except RuntimeError as error:  # torch's writer hides what the file has raised
-                raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-            sealing.seal()
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync(path.parent)  # a rename outlives a crash of the machine once its folder is on the disk
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
+    with atomic_write(path) as unfinished, unfinished.open("w+b") as file:
+        sealing = Sealing(file)
+        try:
+            torch.save(checkpoint, sealing)  # type: ignore[arg-type]  # it asks for no more than this
+        except RuntimeError as error:  # torch's writer hides what the file has raised
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+        sealing.seal()
+    sync(path.parent)  # a rename outlives a crash of the machine once its folder is on the disk
 
 
 def point_last_at(path: Path) -> None:

@@ -16,15 +16,11 @@ class Agreement:
     Values of one step arrive after the next one; where they must arrive at once, all ranks wait.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self) -> None:
         """
-        Args:
-            size: How many integers are exchanged.
-
         Raises:
             UserError: gloo cannot connect the nodes.
         """
-        self.size = size
         self.group: Any = None  # the process group, where there are other ranks
         self.under_way: tuple[Tensor, dist.Work] | None = None
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -44,7 +40,7 @@ class Agreement:
         """
         if self.group is None:
             return values
-        received = [torch.zeros(self.size, dtype=torch.int64)]
+        received = [torch.zeros(len(values), dtype=torch.int64)]
         if self.under_way is not None:
             reduced, work = self.under_way
             work.wait()

@@ -51,8 +51,8 @@ class RunLock:
         self.rank = 0
         self.made_folder = False
 
-    def take(self, wait: float = 20.0) -> None:
-        """Lock the folder for rank 0, before anything in it is read or written; makes the folder.
+    def take(self, rank: int = 0, wait: float = 20.0) -> None:
+        """Lock the folder for a rank: first for rank 0, before anything in it is read or written; makes the folder.
 
         Args:
             wait: Seconds that processes of an earlier start are given to end.
@@ -61,29 +61,6 @@ class RunLock:
             UserError: Another run, or a rank that an earlier start left behind, is alive; or the folder cannot be
                 written.
         """
-        self._acquire(0, wait)
-
-    def share(self, rank: int, wait: float = 20.0) -> None:
-        """Add another rank, once rank 0 has the lock.
-
-        Raises:
-            UserError: A process that was this rank in an earlier start is alive; or the folder cannot be written.
-        """
-        self._acquire(rank, wait)
-
-    def release(self) -> None:
-        """Let another run have the folder; does nothing where there is nothing to release."""
-        lock, self.lock = self.lock, None
-        if lock is None or lock.process != os.getpid():
-            return
-        lock.uses -= 1
-        if not lock.uses:
-            del _held[lock.path]
-            with contextlib.suppress(OSError):
-                self._remove_unused_folder(lock)
-            os.close(lock.descriptor)
-
-    def _acquire(self, rank: int, wait: float) -> None:
         if self.lock is not None and self.lock.process == os.getpid():
             return
         self.rank = rank
@@ -102,6 +79,18 @@ class RunLock:
                 raise UserError(f"--run_dir {self.run_dir} cannot be written: {error.strerror}") from None
             reason = f"no locks ({error.strerror}): a second run in this folder would go unnoticed"
             print(f"mae: warning: the file system of {self.run_dir} has {reason}", file=sys.stderr, flush=True)
+
+    def release(self) -> None:
+        """Let another run have the folder; does nothing where there is nothing to release."""
+        lock, self.lock = self.lock, None
+        if lock is None or lock.process != os.getpid():
+            return
+        lock.uses -= 1
+        if not lock.uses:
+            del _held[lock.path]
+            with contextlib.suppress(OSError):
+                self._remove_unused_folder(lock)
+            os.close(lock.descriptor)
 
     def _try(self) -> str | None:
         """Take the lock, or say what is in the way.

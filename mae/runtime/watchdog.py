@@ -14,7 +14,6 @@ import socket
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 
 STDERR = 2  # the descriptor, because sys.stderr may be locked by a thread that hangs
 
@@ -75,13 +74,6 @@ class Watchdog:
         with contextlib.suppress(OSError):
             self.path.unlink()
             self.path.parent.rmdir()  # unless files of other ranks are in it
-
-    def __enter__(self) -> "Watchdog":
-        self.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.stop()
 
     def _watch(self) -> None:
         noted = ""

@@ -259,18 +259,15 @@ class Stage(LightningModule):
         assert self.step_metrics.data_wait is not None
         self.step_metrics.data_wait.batch_done()
         if self.window_closed:
-            self.end_step()
+            trainer, step = self.trainer, self.global_step
+            if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
+                self.log_row(self.step_metrics.measure())
+            if step >= self.total_steps:
+                trainer.should_stop = True
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, AfterStep):
+                    callback.after_step(trainer, self)
         self.step_metrics.data_wait.batch_wanted()
-
-    def end_step(self) -> None:
-        trainer, step = self.trainer, self.global_step
-        if step % trainer.log_every_n_steps == 0 or step == self.total_steps:  # type: ignore[attr-defined]
-            self.log_row(self.step_metrics.measure())
-        if step >= self.total_steps:
-            trainer.should_stop = True
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, AfterStep):
-                callback.after_step(trainer, self)
 
     def log_row(self, metrics: dict[str, float]) -> None:
         """Write a row of metrics, and tell Lightning of it for callbacks that watch a metric.
@@ -340,20 +337,13 @@ class Stage(LightningModule):
     def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
         """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.recipe_keys)
-        stage = {f"model.{key}": getattr(self, key) for key in keys}
-        shared = {"seed_everything": self.seed, **trainer_settings(trainer, data)}
-        return {key: plain(value) for key, value in (stage | data.settings() | shared).items()}
-
-
-def trainer_settings(trainer: Trainer, data: ImageData) -> dict[str, Any]:
-    """Settings outside model and data that decide what a run learns; checkpoints store them under these names."""
-    return {
-        "effective batch": data.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
-        "trainer.precision": trainer.precision,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "trainer.gradient_clip_val": trainer.gradient_clip_val,
-        "trainer.gradient_clip_algorithm": trainer.gradient_clip_algorithm,
-    }
+        settings = {f"model.{key}": getattr(self, key) for key in keys} | data.settings()
+        batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size
+        settings |= {"seed_everything": self.seed, "effective batch": batch}
+        settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
+        for key in ("precision", "gradient_clip_val", "gradient_clip_algorithm"):
+            settings[f"trainer.{key}"] = getattr(trainer, key)
+        return {key: plain(value) for key, value in settings.items()}
 
 
 def plain(value: Any) -> Any:

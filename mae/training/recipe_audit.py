@@ -56,11 +56,6 @@ def table(audited: list[Group]) -> str:
     return "\n".join(lines)
 
 
-def names_table(audited: list[Group]) -> str:
-    """Every tensor by name, a group a paragraph."""
-    return "\n\n".join("\n".join([f"group {i}", *(f"  {name}" for name in g.names)]) for i, g in enumerate(audited))
-
-
 def shorten(names: list[str], width: int = 60) -> str:
     """As many names as fit into `width` characters, with the numbers of blocks as ranges."""
     patterns: dict[str, list[int]] = {}
@@ -91,10 +86,6 @@ def drop_paths(network: nn.Module) -> list[float]:
         }
         rates.append(max(probabilities, default=0.0))
     return rates
-
-
-def drop_path_line(network: nn.Module) -> str:
-    return "drop path by block: " + " ".join(f"{rate:.3g}" for rate in drop_paths(network))
 
 
 def check(network: nn.Module, optimizer: Optimizer, schedule: WarmupCosine, expected: ExpectedGroups) -> None:

@@ -20,21 +20,6 @@ def report_recipe(
         flops: Of an image, forward and backward.
         notes: Lines that belong to this stage alone, by their first word.
     """
-    groups = recipe_audit.groups(network, trainer.optimizers[0], schedule)
-    arithmetic = recipe_lines(trainer, network, schedule, base_lr, flops, notes)
-    text = f"{arithmetic}\n\n{recipe_audit.table(groups)}\n{recipe_audit.drop_path_line(network)}\n"
-    print(text, flush=True)
-    path = Path(trainer.default_root_dir) / "recipe.txt"
-    try:
-        path.write_text(f"{text}\n{recipe_audit.names_table(groups)}\n")
-    except OSError as error:  # it has been printed, at least
-        print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
-
-
-def recipe_lines(
-    trainer: Trainer, network: nn.Module, schedule: WarmupCosine, base_lr: float, flops: float, notes: dict[str, str]
-) -> str:
-    """The arithmetic of batch, epoch and learning rate, a line each."""
     data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
     assert data.train_source is not None
     images, batch, per_epoch = len(data.train_source), images_per_step(trainer), schedule.steps_per_epoch
@@ -55,4 +40,14 @@ def recipe_lines(
         "work": f"{flops / 1e9:.4g} GFLOP an image, forward and backward, in matrix products; "
         f"{flops * batch * steps:.2g} FLOP in all",
     }
-    return "\n".join(f"{key:<13} {text}" for key, text in lines.items())
+    groups = recipe_audit.groups(network, trainer.optimizers[0], schedule)
+    rates = " ".join(f"{rate:.3g}" for rate in recipe_audit.drop_paths(network))
+    arithmetic = "\n".join(f"{key:<13} {text}" for key, text in lines.items())
+    text = f"{arithmetic}\n\n{recipe_audit.table(groups)}\ndrop path by block: {rates}\n"
+    print(text, flush=True)
+    names = ("\n".join([f"group {i}", *(f"  {name}" for name in group.names)]) for i, group in enumerate(groups))
+    path = Path(trainer.default_root_dir) / "recipe.txt"
+    try:
+        path.write_text(text + "\n" + "\n\n".join(names) + "\n")
+    except OSError as error:  # it has been printed, at least
+        print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)

@@ -1,6 +1,7 @@
 """The training that `mae pretrain` runs: the official run step by step, resume, and when it must stop."""
 
 import csv
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -252,10 +253,9 @@ def lost(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     lost = {3, 17}
 
     class Damaged(ArraySource):
-        def open(self, index: int) -> Picture:
-            if index in lost:
-                raise BadImage(f"{index}.png", "truncated")
-            return super().open(index)
+        def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+            for index, picture in zip(indices, super().open_all(indices), strict=True):
+                yield BadImage(f"{index}.png", "truncated") if index in lost else picture
 
     assert train.labels is not None
     few = Damaged(train.images[:32], train.labels[:32], train.classes)

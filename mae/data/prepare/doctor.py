@@ -6,18 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mae.commands import doctor_parser
 from mae.data.datasets import default_workers
 from mae.data.decode import IMAGE_SUFFIXES, printable
-from mae.data.prepare.channel_stats import as_option, as_text
+from mae.data.prepare.stats import as_option, as_text
 from mae.data.prepare.survey import (
     FORMATS,
     TINY,
     DuplicateGroups,
-    SplitSummary,
     SplitSurvey,
     find_duplicates,
     suffix_of,
@@ -69,11 +69,12 @@ def doctor_command(args: Sequence[str]) -> None:
     splits = {key: survey_split(key, places[key], source, config.in_chans, workers) for key, source in sources.items()}
     groups = find_duplicates(list(splits.values()))
     summaries = {key: summarise_split(split, groups.copies(key)) for key, split in splits.items()}
-    findings = find_problems(splits, summaries, groups)
+    problems = chain(stopping_problems(splits, summaries), other_problems(splits, summaries, groups))
+    findings = [finding for finding in problems if finding.count]
     lines = list(report_lines(summaries, findings))
     if config.json:
         report = {
-            "splits": {key: asdict(summary) for key, summary in summaries.items()},
+            "splits": summaries,
             "same_bytes": groups.counts(),
             "findings": [asdict(finding) for finding in findings],
         }
@@ -92,37 +93,29 @@ def doctor_command(args: Sequence[str]) -> None:
         raise UserError(f"{config.dir} has {', '.join(stops)}")
 
 
-def find_problems(
-    splits: dict[str, SplitSurvey], summaries: dict[str, SplitSummary], groups: DuplicateGroups
-) -> list[Finding]:
-    """All problems, the most serious first."""
-    checks = chain(stopping_problems(splits, summaries), other_problems(splits, summaries, groups))
-    return [check for check in checks if check.count]
-
-
 def new_finding(
     count: int, noun: str, rest: str, advice: str, names: Iterable[str] = (), stops: bool = False
 ) -> Finding:
     return Finding(stops, count, f"{plural(count, noun)} {rest}", list(names), advice)
 
 
-def stopping_problems(splits: dict[str, SplitSurvey], summaries: dict[str, SplitSummary]) -> Iterator[Finding]:
+def stopping_problems(splits: dict[str, SplitSurvey], summaries: dict[str, dict[str, Any]]) -> Iterator[Finding]:
     unknown = unknown_classes(splits, "val", "train")
     advice = "every command stops; remove from val, or add such images to train"
     yield new_finding(len(unknown), "class", "in val that train lacks", advice, unknown, stops=True)
     for key, summary in summaries.items():
-        bad = len(summary.unreadable)
+        bad = len(summary["unreadable"])
         advice = f"mae pretrain stops; remove or replace, or set --data.max_bad_images {bad}"
         if key == "val":
             advice = "every training and evaluation stops; remove or replace"
         yield new_finding(bad, "unreadable image", f"in {key}", advice, stops=True)
     for key, summary in summaries.items():
-        empty, advice = summary.empty_classes, "mae linprobe and mae finetune stop; fill or remove"
+        empty, advice = summary["empty_classes"], "mae linprobe and mae finetune stop; fill or remove"
         yield new_finding(len(empty), "empty class folder", f"in {key}", advice, empty, stops=True)
 
 
 def other_problems(
-    splits: dict[str, SplitSurvey], summaries: dict[str, SplitSummary], groups: DuplicateGroups
+    splits: dict[str, SplitSurvey], summaries: dict[str, dict[str, Any]], groups: DuplicateGroups
 ) -> Iterator[Finding]:
     train, counts = summaries["train"], groups.counts()
     advice = "scores come out too good; remove from one of the two"
@@ -132,11 +125,11 @@ def other_problems(
     names = duplicate_examples(splits, groups, groups.contradictory)
     yield new_finding(counts["under_several_classes"], "image", "under several classes", advice, names)
     advice = "so no image has a label; for more than mae pretrain, move into a class"
-    yield new_finding(train.beside_classes, "image", "beside the folders in train", advice)
+    yield new_finding(train["beside_classes"], "image", "beside the folders in train", advice)
     for key, summary in summaries.items():
         advice = "such images count twice; remove the copies"
-        yield new_finding(summary.copies, "copy", f"of other images in {key}", advice)
-    few = [f"{name} {count}" for name, count in train.classes.items() if count < FEW]
+        yield new_finding(summary["copies"], "copy", f"of other images in {key}", advice)
+    few = [f"{name} {count}" for name, count in train["classes"].items() if count < FEW]
     advice = "little to learn from, and below 2 mae linprobe and mae finetune stop; add images, or remove the class"
     yield new_finding(len(few), "class", f"with fewer than {FEW} images in train", advice, few)
     missing = unknown_classes(splits, "train", "val")
@@ -146,8 +139,8 @@ def other_problems(
         split = splits[key]
         what = f"in {key} with a side below {TINY} pixels"
         advice = "perhaps thumbnails or icons; remove, unless the model is for such sizes"
-        yield new_finding(summary.small[TINY], "image", what, advice, first_names(split, split.below(TINY)))
-        ignored = {suffix: count for suffix, count in summary.other_files.items() if suffix in IGNORED_SUFFIXES}
+        yield new_finding(summary["small"][TINY], "image", what, advice, first_names(split, split.below(TINY)))
+        ignored = {suffix: count for suffix, count in summary["other_files"].items() if suffix in IGNORED_SUFFIXES}
         what = f"in {key} in formats that are not read"
         advice = "images by their suffix, left out; convert to JPEG or PNG, and name JPEGs .jpg"
         yield new_finding(sum(ignored.values()), "file", what, advice, ignored)
@@ -155,7 +148,7 @@ def other_problems(
         what = f"in {key} under another format's suffix"
         advice = "read by content here, but not by every program; rename"
         yield new_finding(int(misnamed.sum()), "image", what, advice, first_names(split, misnamed))
-        links = summary.dangling_links
+        links = summary["dangling_links"]
         yield new_finding(len(links), "dangling link", f"in {key}", "remove, or restore what it points to", links)
 
 
@@ -211,19 +204,19 @@ def problem_rows(splits: dict[str, SplitSurvey], groups: DuplicateGroups) -> Ite
         yield f"{splits['val'].place / name}", "class that train lacks"
 
 
-def report_lines(summaries: dict[str, SplitSummary], findings: list[Finding]) -> Iterator[str]:
+def report_lines(summaries: dict[str, dict[str, Any]], findings: list[Finding]) -> Iterator[str]:
     """The printed report, line by line."""
     for key, summary in summaries.items():
-        yield f"{key}: {plural(summary.images, 'image')}, {format_bytes(summary.bytes)} in {summary.place}"
+        yield f"{key}: {plural(summary['images'], 'image')}, {format_bytes(summary['bytes'])} in {summary['place']}"
         yield from (f"  {title:<11} {text}" for title, text in summary_rows(summary) if text)
-        yield from (f"    {name}: {reason}" for name, reason in islice(summary.unreadable.items(), MAX_UNREADABLE))
-        if len(summary.unreadable) > MAX_UNREADABLE:
-            yield f"    and {len(summary.unreadable) - MAX_UNREADABLE:,} more"
+        yield from (f"    {name}: {reason}" for name, reason in islice(summary["unreadable"].items(), MAX_UNREADABLE))
+        if len(summary["unreadable"]) > MAX_UNREADABLE:
+            yield f"    and {len(summary['unreadable']) - MAX_UNREADABLE:,} more"
         yield ""
     train = summaries["train"]
-    if train.sizes:
+    if train["sizes"]:
         yield "mean and std of the training images, each counting the same, as settings:"
-        yield f"{as_option('mean', train.mean)} {as_option('std', train.std)}"
+        yield f"{as_option('mean', train['mean'])} {as_option('std', train['std'])}"
         yield ""
     stops = sum(finding.stops for finding in findings)
     first = "the first" if stops == 1 else f"the first {stops}" if stops else "none"
@@ -238,26 +231,27 @@ def report_lines(summaries: dict[str, SplitSummary], findings: list[Finding]) ->
         yield f"     {finding.advice}"
 
 
-def summary_rows(split: SplitSummary) -> Iterator[tuple[str, str]]:
+def summary_rows(split: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Title and text of the lines about a split; a line without text is not printed."""
-    if split.classes:
-        by_count = sorted(split.classes.items(), key=lambda item: item[1])
+    if split["classes"]:
+        by_count = sorted(split["classes"].items(), key=lambda item: item[1])
         (fewest, least), (most, top) = by_count[0], by_count[-1]
-        median, ratio = split.per_class["median"], split.per_class["ratio"]
+        median, ratio = split["per_class"]["median"], split["per_class"]["ratio"]
         spread = f"{least:,} ({fewest}) to {top:,} ({most}) images each, median {median:,g}, ratio {ratio:.3g}"
         yield "classes", f"{len(by_count):,}; {spread if least < top else plural(top, 'image') + ' each'}"
-    yield "formats", format_counts(split.formats)
-    yield "colours", format_counts(split.colours)
-    yield "special", format_counts(split.marks)
-    yield "decoded by", format_counts(split.decoders)
-    if split.sizes:
-        sizes = ", ".join(f"{key} {height} x {width}" for key, (height, width) in split.sizes.items())
+    yield "formats", format_counts(split["formats"])
+    yield "colours", format_counts(split["colours"])
+    yield "special", format_counts(split["marks"])
+    yield "decoded by", format_counts(split["decoders"])
+    if split["sizes"]:
+        sizes = ", ".join(f"{key} {height} x {width}" for key, (height, width) in split["sizes"].items())
         yield "sizes", f"height x width: {sizes}"
-        yield "", " and ".join(f"{n:,} below {side}" for side, n in split.small.items()) + " pixels on the short side"
-        yield "mean, std", f"{as_text(split.mean)}; {as_text(split.std)}"
-    yield "same bytes", f"{plural(split.copies, 'copy')} of other images" if split.copies else ""
-    yield "other files", format_counts({suffix or "no suffix": count for suffix, count in split.other_files.items()})
-    yield "unreadable", f"{len(split.unreadable):,}" if split.unreadable else ""
+        small = " and ".join(f"{count:,} below {side}" for side, count in split["small"].items())
+        yield "", f"{small} pixels on the short side"
+        yield "mean, std", f"{as_text(split['mean'])}; {as_text(split['std'])}"
+    yield "same bytes", f"{plural(split['copies'], 'copy')} of other images" if split["copies"] else ""
+    yield "other files", format_counts({suffix or "no suffix": count for suffix, count in split["other_files"].items()})
+    yield "unreadable", f"{len(split['unreadable']):,}" if split["unreadable"] else ""
 
 
 def plural(count: int, noun: str) -> str:

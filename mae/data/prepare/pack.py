@@ -20,8 +20,8 @@ from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
 from mae.data.loaders import unchanged
-from mae.data.prepare.channel_stats import as_option, mean_and_std, moments
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
+from mae.data.prepare.stats import as_option, mean_and_std, moments
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel
@@ -253,9 +253,12 @@ def write_shards(records: Records, folder: Path, split: str, workers: int, shard
     sums, bad = np.zeros((source.in_chans, 2)), 0
     with ShardWriter(folder, shard_mb * 2**20) as shards:
         for i, record in enumerate(tqdm(loader, split, n, unit="image", disable=None, dynamic_ncols=True)):
+            if record.data is None:
+                raise UserError(f"{record.error}: its bytes cannot be read, so nothing is packed")
             if record.error is not None:
                 bad += 1
-                check_tolerable(record, bad, allowed)
+                if bad > allowed:
+                    raise UserError(f"{record.error}; a higher --max_bad_images packs unreadable images as they are")
                 tqdm.write(f"mae: warning: unreadable image, packed as it is: {record.error}")
             else:
                 sums += record.moments
@@ -268,10 +271,3 @@ def write_shards(records: Records, folder: Path, split: str, workers: int, shard
     file, offset, size, crc32 = columns
     names = [source.name(i) for i in range(n)]
     return make_index(shards.files, file, offset, size, names, crc32, source.labels, source.classes, about)
-
-
-def check_tolerable(record: Record, bad: int, allowed: int) -> None:
-    if record.data is None:
-        raise UserError(f"{record.error}: its bytes cannot be read, so nothing is packed")
-    if bad > allowed:
-        raise UserError(f"{record.error}; a higher --max_bad_images packs unreadable images as they are")

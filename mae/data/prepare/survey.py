@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 from mae.data import decode
 from mae.data.datasets import WorkerProgress
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, is_turned, open_image
+from mae.data.decode import IMAGE_SUFFIXES, BadImage, is_turned, open_image, walk_files
 from mae.data.loaders import unchanged
-from mae.data.prepare.channel_stats import mean_and_std, moments
+from mae.data.prepare.stats import mean_and_std, moments
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place
@@ -39,37 +40,25 @@ USUAL, TINY = 224, 32  # pixels; images with a shorter short side are counted
 CHUNK = 32  # images that a loader process fetches and returns at once
 
 # Of one image. format: 0 if unreadable, else 1 + its place in FORMATS; marks: one bit for each of MARKS.
-_FIELDS = {
-    "digest": "S16",
-    "height": "u4",
-    "width": "u4",
-    "format": "u1",
-    "colour": "u1",
-    "decoder": "u1",
-    "marks": "u1",
-}
-
-RECORD = np.dtype(list(_FIELDS.items()))
+RECORD = np.dtype(
+    [("digest", "S16"), ("height", "u4"), ("width", "u4")]
+    + [(key, "u1") for key in ("format", "colour", "decoder", "marks")]
+)
 
 _MAY_TURN = re.compile(rb"e[Xx]if|Exif|xmp")
 
 
-class ChunkSurvey(NamedTuple):
-    """What a loader process found out about some images."""
+class SurveyedImages(Dataset[Any]):
+    """Images, each read once and decoded whole. Items are ranges of indices.
 
-    records: np.ndarray  # (n,) RECORD
-    moments: np.ndarray  # (C, 2) float64: mean and mean square of the pixels in [0, 1], summed over the images
-    bytes: int
-    errors: dict[int, str]  # by index, why the image cannot be read
-
-
-class SurveyedImages(Dataset[ChunkSurvey]):
-    """Images, each read once and decoded whole. Items are ranges of indices."""
+    Of each range it gives the (n,) RECORDs, the (C, 2) sum of the moments of its images, their bytes, and by index why
+    an image cannot be read.
+    """
 
     def __init__(self, source: FileSource, in_chans: int, workers: int) -> None:
         self.source, self.in_chans, self.progress = source, in_chans, WorkerProgress(source, workers)
 
-    def __getitem__(self, indices: range) -> ChunkSurvey:
+    def __getitem__(self, indices: range) -> tuple[np.ndarray, np.ndarray, int, dict[int, str]]:
         records, sums, size = np.zeros(len(indices), RECORD), np.zeros((self.in_chans, 2)), 0
         errors = {}
         files = self.source.read_all(indices)
@@ -89,7 +78,7 @@ class SurveyedImages(Dataset[ChunkSurvey]):
             image_format, colour, marks = format_codes(data, suffix_of(self.source.name(index)), pixels)
             records[row] = (digest, picture.height, picture.width, image_format, colour, decoder, marks)
             sums += moments(pixels)
-        return ChunkSurvey(records, sums, size, errors)
+        return records, sums, size, errors
 
 
 def suffix_of(name: str) -> str:
@@ -178,15 +167,15 @@ def survey_split(key: str, place: Place, source: FileSource, in_chans: int, work
     images = SurveyedImages(source, in_chans, workers)
     loader = DataLoader(images, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=unchanged)
     with tqdm(total=len(source), desc=key, unit=" images", disable=None) as bar:
-        for chunk, result in zip(chunks, loader, strict=True):
-            records[chunk.start : chunk.stop] = result.records
-            sums += result.moments
-            size += result.bytes
-            errors.update(result.errors)
+        for chunk, (chunk_records, chunk_sums, chunk_size, chunk_errors) in zip(chunks, loader, strict=True):
+            records[chunk.start : chunk.stop] = chunk_records
+            sums += chunk_sums
+            size += chunk_size
+            errors.update(chunk_errors)
             bar.update(len(chunk))
     other, dangling = Counter[str](), list[str]()
     if isinstance(source, FolderSource):
-        other, dangling = find_other_files(str(source.root))
+        other, dangling = find_other_files(source.root)
         for index in errors:
             if is_dangling(path := source.where(index)):
                 errors[index] = f"dangling link to {os.readlink(path)}"
@@ -208,26 +197,16 @@ def find_empty_classes(source: FileSource, labels: np.ndarray | None) -> list[st
     return sorted(empty)
 
 
-def find_other_files(root: str) -> tuple[Counter[str], list[str]]:
-    """Files below a folder that are not images by their suffix: their number by suffix, and the dangling links.
-
-    As for images, hidden files are left out and links to folders are followed.
-    """
-    other, dangling, seen = Counter[str](), [], set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        status = os.stat(folder)
-        if (status.st_dev, status.st_ino) in seen:  # through another link, or a link to a folder above
-            folders.clear()
+def find_other_files(root: Path) -> tuple[Counter[str], list[str]]:
+    """Files below a folder that are not images by their suffix: their number by suffix, and the dangling links."""
+    other, dangling = Counter[str](), []
+    for name, entry in walk_files(root):
+        if suffix_of(name) in IMAGE_SUFFIXES:
             continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in files:
-            if name.startswith(".") or suffix_of(name) in IMAGE_SUFFIXES:
-                continue
-            if is_dangling(path := os.path.join(folder, name)):
-                dangling.append(os.path.relpath(path, root))
-            else:
-                other[suffix_of(name)] += 1
+        if is_dangling(entry.path):
+            dangling.append(name)
+        else:
+            other[suffix_of(name)] += 1
     return other, dangling
 
 
@@ -303,65 +282,41 @@ def class_numbers(split: SplitSurvey, classes: Sequence[str]) -> np.ndarray:
     return np.array([number[name] for name in split.source.classes], np.int32)[split.labels]
 
 
-@dataclass
-class SplitSummary:
+def summarise_split(split: SplitSurvey, copies: int) -> dict[str, Any]:
     """Statistics of a split. Images, bytes and classes count all its images, the rest only the readable ones."""
-
-    place: str
-    images: int
-    bytes: int
-    unreadable: dict[str, str]  # by name, the reason
-    classes: dict[str, int]  # images of each class; empty if there are no labels
-    per_class: dict[str, float]  # fewest, median and most images of a class, and ratio of most to fewest
-    empty_classes: list[str]
-    beside_classes: int  # images beside folders of images; because of them there are no labels
-    formats: dict[str, int]
-    colours: dict[str, int]
-    marks: dict[str, int]
-    decoders: dict[str, int]
-    sizes: dict[str, list[int]]  # [height, width]: smallest and largest by area, median of each side
-    small: dict[int, int]  # images with fewer than this many pixels on the short side
-    copies: int  # images that repeat the bytes of an earlier one
-    mean: list[float]
-    std: list[float]
-    other_files: dict[str, int]
-    dangling_links: list[str]
-
-
-def summarise_split(split: SplitSurvey, copies: int) -> SplitSummary:
     source, records = split.source, split.records[split.records["format"] > 0]
     counts = [] if split.labels is None else np.bincount(split.labels, minlength=len(source.classes)).tolist()
     filled = sorted(count for count in counts if count)
     per_class = {"fewest": filled[0], "median": float(np.median(filled)), "most": filled[-1]} if filled else {}
     top = 0 if split.labels is not None else sum("/" not in source.name(i) for i in range(len(source)))
     by_area = np.argsort(records["height"].astype(np.int64) * records["width"], kind="stable")
-    sizes = {}
+    sizes = {}  # [height, width]
     if len(records):
         smallest, largest = ([int(records[i][side]) for side in ("height", "width")] for i in by_area[[0, -1]])
         median = [int(np.median(records[side])) for side in ("height", "width")]
         sizes = {"smallest": smallest, "median": median, "largest": largest}
     mean, std = mean_and_std(split.moments, len(records)) if len(records) else ([], [])
-    return SplitSummary(
-        place=str(split.place),
-        images=len(source),
-        bytes=split.bytes,
-        unreadable={source.name(index): reason for index, reason in split.errors.items()},
-        classes={name: count for name, count in zip(source.classes, counts, strict=True) if count},
-        per_class=per_class | ({"ratio": filled[-1] / filled[0]} if filled else {}),
-        empty_classes=split.empty_classes,
-        beside_classes=top if top < len(source) else 0,
-        formats=count_codes(("", *FORMATS), records["format"]),
-        colours=count_codes(COLOURS, records["colour"]),
-        marks={mark: count for mark in MARKS if (count := int(split.marked(mark).sum()))},
-        decoders=count_codes(DECODERS, records["decoder"]),
-        sizes=sizes,
-        small={side: int(split.below(side).sum()) for side in (USUAL, TINY)},
-        copies=copies,
-        mean=mean,
-        std=std,
-        other_files=dict(split.other_files),
-        dangling_links=split.dangling_links,
-    )
+    return {
+        "place": str(split.place),
+        "images": len(source),
+        "bytes": split.bytes,
+        "unreadable": {source.name(index): reason for index, reason in split.errors.items()},
+        "classes": {name: count for name, count in zip(source.classes, counts, strict=True) if count},
+        "per_class": per_class | ({"ratio": filled[-1] / filled[0]} if filled else {}),
+        "empty_classes": split.empty_classes,
+        "beside_classes": top if top < len(source) else 0,  # because of these images there are no labels
+        "formats": count_codes(("", *FORMATS), records["format"]),
+        "colours": count_codes(COLOURS, records["colour"]),
+        "marks": {mark: count for mark in MARKS if (count := int(split.marked(mark).sum()))},
+        "decoders": count_codes(DECODERS, records["decoder"]),
+        "sizes": sizes,
+        "small": {side: int(split.below(side).sum()) for side in (USUAL, TINY)},
+        "copies": copies,
+        "mean": mean,
+        "std": std,
+        "other_files": dict(split.other_files),
+        "dangling_links": split.dangling_links,
+    }
 
 
 def count_codes(names: Sequence[str], codes: np.ndarray) -> dict[str, int]:

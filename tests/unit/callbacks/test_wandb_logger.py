@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 from mae.callbacks import wandb_logger as wandb_logger_module
 from mae.callbacks import wandb_settings
 from mae.callbacks.wandb_file import cut_torn_tail, read_records
-from mae.callbacks.wandb_logger import Resumed, RunLogger, log_panel, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger, wandb_logger
 from mae.callbacks.wandb_settings import WandbSettings, wandb_mode
 
 KEY = "0123456789" * 4
@@ -160,7 +160,7 @@ def test_offline_run_holds_everything(
     assert logger is not None
     for step in (1, 2, 3):
         logger.log_metrics({"train/loss": 1 / step, "images_seen": 64 * step}, step=step)
-    log_panel(logger, "val/panel", tmp_path / "panel.png", "original | masked | reconstruction", step=3)
+    logger.log_image("val/panel", [str(tmp_path / "panel.png")], 3, caption=["original | masked | reconstruction"])
     logger.finalize("success")
     end(logger)
 
@@ -220,10 +220,6 @@ def test_second_stage_in_one_process_is_a_run_of_its_own(tmp_path: Path) -> None
     runs = [wandb_logger(tmp_path / name, WandbSettings(mode="offline"), {}) for name in ("pretrain", "probe")]
     assert len({run.version for run in runs if run is not None}) == 2
     assert offline_run(tmp_path / "pretrain") != offline_run(tmp_path / "probe")
-
-
-def test_panel_without_logger_does_nothing(tmp_path: Path) -> None:
-    log_panel(None, "val/panel", tmp_path / "none.png", "", step=1)
 
 
 # Where to record
@@ -344,8 +340,8 @@ def steps_of(rows: list[dict[str, Any]]) -> list[int]:
     return [row["_step"] for row in rows]
 
 
-def begin(run_dir: Path, resumed: Resumed | None = None) -> RunLogger:
-    logger = wandb_logger(run_dir, WandbSettings(), CONFIG, resumed)
+def begin(run_dir: Path, resumed_at: int | None = None, rows: Sequence[dict[str, Any]] = ()) -> RunLogger:
+    logger = wandb_logger(run_dir, WandbSettings(), CONFIG, resumed_at, rows)
     assert logger is not None
     return logger
 
@@ -365,7 +361,7 @@ def test_a_row_is_recorded_when_a_later_step_comes_or_the_run_is_complete(tmp_pa
     (row,) = read_rows(tmp_path)
     assert (row["trainer/global_step"], row["train/loss"]) == (1, 2.0)
     new_second()
-    logger = begin(tmp_path, Resumed(2, [{"step": 2, "train/loss": 1.0, "val/loss": "", "images_seen": 128}]))
+    logger = begin(tmp_path, 2, [{"step": 2, "train/loss": 1.0, "val/loss": "", "images_seen": 128}])
     logger.log_metrics({"val/loss": 3.0, "images_seen": 128}, step=2)
     end(logger)
     rows = read_rows(tmp_path)
@@ -379,7 +375,7 @@ def test_replayed_rows_are_not_recorded_again(tmp_path: Path, capfd: pytest.Capt
     logger.finish()
     new_second()
     capfd.readouterr()
-    logger = begin(tmp_path, Resumed(2, csv_rows(1, 2)))
+    logger = begin(tmp_path, 2, csv_rows(1, 2))
     run_id = logger.version
     folders = sorted((tmp_path / "wandb").glob("offline-run-*"))
     assert [folder.name.split("-")[-1] for folder in folders] == [run_id, run_id]
@@ -399,7 +395,7 @@ def test_lost_rows_are_recorded_from_metrics_csv_with_their_pictures(tmp_path: P
     for step in (2, 4, 5, 9):  # recorded; of a row; of no row; of a step that comes again
         Image.new("RGB", (8, 8), (step, 0, 0)).save(tmp_path / "reconstructions" / f"step_{step:07d}.png")
     new_second()
-    logger = begin(tmp_path, Resumed(6, csv_rows(1, 2, 3, 4, 6)))
+    logger = begin(tmp_path, 6, csv_rows(1, 2, 3, 4, 6))
     log(logger, range(7, 9))
     end(logger)
     rows = read_rows(tmp_path)
@@ -455,7 +451,7 @@ def test_online_run_is_continued(server: FakeServer, tmp_path: Path, capfd: pyte
     del server.history[run_id][3:]  # and an upload was lost
     capfd.readouterr()
     new_second()
-    logger = begin(tmp_path, Resumed(4, csv_rows(1, 2, 3, 4)))
+    logger = begin(tmp_path, 4, csv_rows(1, 2, 3, 4))
     assert f", run {run_id} continued from step 4\n" in capfd.readouterr().out
     log(logger, range(5, 8))
     end(logger)
@@ -473,7 +469,7 @@ def test_offline_then_online_sends_all(
         logger.finish()
     new_second()
     wandb.teardown()
-    logger = begin(tmp_path, Resumed(3, csv_rows(1, 2, 3)))
+    logger = begin(tmp_path, 3, csv_rows(1, 2, 3))
     assert "it gets what was recorded offline, too" in capfd.readouterr().out
     log(logger, range(4, 8))
     end(logger)
@@ -484,14 +480,14 @@ def test_offline_then_online_sends_all(
 SEGMENT = """
 import sys, time
 from pathlib import Path
-from mae.callbacks.wandb_logger import Resumed, WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import WandbSettings, wandb_logger
 
 def row(step):
     return {"train/loss": 1 / step, "images_seen": 64 * step, "padding": "x" * 300}
 
 first, last, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-resumed = None if first == 0 else Resumed(first, [{"step": s, **row(s)} for s in range(1, first + 1)])
-logger = wandb_logger(Path("run"), WandbSettings(), {}, resumed)
+rows = [{"step": s, **row(s)} for s in range(1, first + 1)]
+logger = wandb_logger(Path("run"), WandbSettings(), {}, first or None, rows)
 for step in range(first + 1, last + 1):
     logger.log_metrics(row(step), step=step)
 print("logged", flush=True)
@@ -695,7 +691,7 @@ def test_other_ranks_record_nothing(
     assert logger is not None
     logger.log_metrics({"train/loss": 1.0, "images_seen": 64}, step=1)
     logger.log_hyperparams({"a": 1})
-    log_panel(logger, "val/panel", tmp_path / "none.png", "", step=1)
+    logger.log_image("val/panel", [str(tmp_path / "none.png")], 1)
     assert wandb_logger(tmp_path / "run", WandbSettings(mode="disabled"), CONFIG) is None
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
@@ -706,14 +702,14 @@ from pathlib import Path
 import lightning as L, torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.demos.boring_classes import BoringModel
-from mae.callbacks.wandb_logger import WandbSettings, log_panel, wandb_logger
+from mae.callbacks.wandb_logger import WandbSettings, wandb_logger
 
 class Model(BoringModel):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)["loss"]
         seen = 2.0 * (self.global_step + 1)
         self.log_dict({"train/loss": loss, "images_seen": seen}, on_step=True, on_epoch=True, sync_dist=True)
-        log_panel(self.trainer.logger, "panel", Path("panel.png"), "", step=self.global_step)
+        self.trainer.logger.log_image("panel", ["panel.png"], self.global_step)
         return loss
 
 logger = wandb_logger(Path("run"), WandbSettings(), {"a": {"b": 1}})

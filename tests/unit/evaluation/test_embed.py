@@ -327,7 +327,7 @@ def test_only_missing_parts_are_computed(
     monkeypatch.setattr(
         embed_chunks.FeatureChunks,
         "write",
-        lambda self, number, part: (numbers.append(number), real(self, number, part)),
+        lambda self, number, *part: (numbers.append(number), real(self, number, *part)),
     )
     run(*args)
     assert numbers == [1, 3]

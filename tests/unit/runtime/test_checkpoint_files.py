@@ -16,7 +16,6 @@ import mae.runtime.checkpoint_files
 import mae.runtime.signals
 from mae.errors import UserError
 from mae.runtime.checkpoint_files import clear_unfinished, damage, newest, saved, step_file
-from mae.training import checkpoint_io
 from mae.training.checkpoint_io import CheckpointFiles, HostCopy
 from mae.weights import load
 
@@ -131,13 +130,13 @@ def test_killed_while_writing_what_is_there_is_whole(tmp_path: Path) -> None:
 
 
 def test_training_may_change_the_state_while_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = checkpoint_io.write
+    write = mae.runtime.checkpoint_files.write
 
     def slow(*args: Any) -> None:
         time.sleep(0.2)
         write(*args)
 
-    monkeypatch.setattr(checkpoint_io, "write", slow)
+    monkeypatch.setattr(mae.runtime.checkpoint_files, "write", slow)
     files, weight = CheckpointFiles(3), torch.zeros(10, 10)
     for step in (1, 2):
         files.save_checkpoint({"w": weight, "strided": weight.t()[::2], "global_step": step}, step_file(tmp_path, step))

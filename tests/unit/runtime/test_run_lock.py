@@ -61,7 +61,7 @@ def holding(folder: Path, rank: int = 0) -> Callable[[Connection], None]:
 
     def hold(wire: Connection) -> None:
         held = RunLock(folder)
-        held.share(rank, wait=0) if rank else held.take(wait=0)
+        held.take(rank, wait=0)
         wire.send("held")
         wire.poll(60)
 
@@ -69,7 +69,7 @@ def holding(folder: Path, rank: int = 0) -> Callable[[Connection], None]:
 
 
 def take(folder: Path, wait: float = 0) -> str:
-    RunLock(folder).take(wait)
+    RunLock(folder).take(wait=wait)
     return "taken"
 
 
@@ -141,8 +141,8 @@ def test_a_rank_that_outlives_its_first_rank_keeps_the_folder(tmp_path: Path) ->
 def test_ranks_share_the_folder_and_each_rank_is_one_process(tmp_path: Path) -> None:
     with process(holding(tmp_path)) as (_, wire), process(holding(tmp_path, rank=1)) as (_, other_wire):
         assert hear(wire) == hear(other_wire) == "held"
-        assert elsewhere(lambda: RunLock(tmp_path).share(2, wait=0)) is None
-        assert "rank 1, that is still alive" in elsewhere(lambda: RunLock(tmp_path).share(1, wait=0))
+        assert elsewhere(lambda: RunLock(tmp_path).take(2, wait=0)) is None
+        assert "rank 1, that is still alive" in elsewhere(lambda: RunLock(tmp_path).take(1, wait=0))
 
 
 def test_of_eight_that_start_together_one_wins(tmp_path: Path) -> None:

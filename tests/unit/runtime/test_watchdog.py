@@ -134,11 +134,13 @@ os.dup2(writer, 2)
 
 def test_beats_keep_a_run_alive_and_leave_nothing(tmp_path: Path) -> None:
     script = """
-with Watchdog(2, folder, rank=0) as dog:
-    print("ready", flush=True)
-    for step in range(60):
-        dog.beat(f"step {step}")
-        time.sleep(0.05)
+dog = Watchdog(2, folder, rank=0)
+dog.start()
+print("ready", flush=True)
+for step in range(60):
+    dog.beat(f"step {step}")
+    time.sleep(0.05)
+dog.stop()
 """
     with running(script, tmp_path) as process:
         assert process.wait(60) == 0
@@ -153,14 +155,16 @@ if len(sys.argv) == 2:
 else:
     rank, parent = 1, os.getppid()
 watchdog.ORPHAN_GRACE = 0.5
-with Watchdog(2, folder, rank, parent, grace=1) as dog:
-    if rank:
-        (folder / "child").write_text(str(os.getpid()))
-        standing_still(60)
-    while not (folder / "child").exists():
-        time.sleep(0.05)
-    print("ready", flush=True)
-    {first}
+dog = Watchdog(2, folder, rank, parent, grace=1)
+dog.start()
+if rank:
+    (folder / "child").write_text(str(os.getpid()))
+    standing_still(60)
+while not (folder / "child").exists():
+    time.sleep(0.05)
+print("ready", flush=True)
+{first}
+dog.stop()
 """
 
 
@@ -192,8 +196,9 @@ def test_an_orphan_may_end_by_itself_in_its_grace(tmp_path: Path, own_end: str, 
 watchdog.ORPHAN_GRACE = 5 if {code} == 0 else 0.2
 dog = Watchdog(60, folder, rank=1, parent=os.getpid())  # which its parent is not
 print("ready", flush=True)
-with dog:
-    {own_end}
+dog.start()
+{own_end}
+dog.stop()
 """
     with running(script, tmp_path) as process:
         assert process.wait(60) == code
