@@ -25,7 +25,7 @@ class Pretrain(Stage):
     """MAE pre-training of a ViT.
 
     Args:
-        size: Encoder: nano, micro, tiny, small, base, large or huge (ViT-Ti, S, B, L, H and two for small images).
+        size: Encoder: nano or micro (for small images), or tiny to huge (ViT-Ti, S, B, L, H).
         patch_size: Pixels, a side or [height, width]; divides the image size.
         mask_ratio: Fraction of patches to hide, in (0, 1).
         norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels of the normalised image.
@@ -45,8 +45,8 @@ class Pretrain(Stage):
         compile: Compile the blocks by torch.compile: true, false, or auto (where the run is long enough to save time by
             it and there is a compiler). The results are the same up to rounding.
         cuda_graphs: Replay the compiled kernels as CUDA graphs, for networks so small that launching takes longer.
-        init: Weights to start from: a run folder or file, official, timm's, Hugging Face's. Not a resume: that is
-            --ckpt_path.
+        init: Weights to start from: a run folder or file, or the official code's, timm's, Hugging Face's. Not a resume:
+            that is --ckpt_path.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
         seed: Of the masks; follows seed_everything.
@@ -116,7 +116,7 @@ class Pretrain(Stage):
         noise = sample_noise(seed, batch.epochs.tolist(), batch.indices.tolist(), self.model.num_patches)
         return batch._replace(noise=noise)
 
-    def summed_loss(self, network: Callable[..., Any], images: Tensor) -> Tensor:
+    def loss_for_flops(self, network: Callable[..., Any], images: Tensor) -> Tensor:
         noise = images.new_empty(len(images), self.model.num_patches)
         loss: Tensor = network(images, noise, self.mask_ratio).loss
         return loss

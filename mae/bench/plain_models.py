@@ -29,7 +29,7 @@ class Plain(MaskedAutoencoder):
     without: Collection[str] = frozenset(SAVINGS)
 
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:
-        masking = self.draw_mask(images, noise, mask_ratio)
+        masking = self.make_mask(images, noise, mask_ratio)
         ids_keep, ids_hide, mask = masking
         encoder, off = self.encoder, self.without
         patches = patchify(images, self.patch_size)
@@ -85,7 +85,7 @@ class MaskTokenEncoder(MaskedAutoencoder):
         self.encoder_mask_token = nn.Parameter(0.02 * torch.randn_like(self.cls_token))
 
     def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:
-        masking = self.draw_mask(images, noise, mask_ratio)
+        masking = self.make_mask(images, noise, mask_ratio)
         patches, encoder, positions = patchify(images, self.patch_size), self.encoder, self.pos_embed
         visible = self.embed(take(patches, masking.ids_keep), masking.ids_keep)
         x = torch.cat(

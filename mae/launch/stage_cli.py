@@ -44,7 +44,7 @@ from mae.training.module import Stage
 HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next start sends what is missing
 
 
-# Settings of Lightning that would make an epoch something else than one pass over the images, and the only value that
+# Settings of Lightning that would make an epoch something other than one pass over the images, and the only value that
 # each may have.
 WHOLE_STEPS_ONLY = {
     "limit_train_batches": 1.0,
@@ -148,7 +148,7 @@ class StageCLI(LightningCLI):
         self.run_dir = Path(config.run_dir)
 
     def before_instantiate_classes(self) -> None:
-        """Everything that can be wrong with the settings and the run folder is reported before anything is built."""
+        """Check the settings, take the lock of the run folder, choose the checkpoint; nothing is built yet."""
         config = self.config
         check_trainer_settings(config.trainer)
         check_ranges("", "(0, inf)", watchdog_minutes=config.watchdog_minutes)
@@ -232,7 +232,8 @@ class StageCLI(LightningCLI):
         """Train to the end and export the weights.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C, which Lightning turns into exit code 1.
+            Stopped: After a signal, once the run is saved.
+            KeyboardInterrupt: After a second Ctrl-C.
         """
         trainer = self.trainer
         self.resume.keep_global_batch(self.model, trainer, self.datamodule)
@@ -303,7 +304,7 @@ def check_trainer_settings(trainer: Namespace) -> None:
         )
     if trainer.enable_checkpointing is False:
         raise UserError(
-            "--trainer.enable_checkpointing: every run keeps one; --checkpoint.every_n_epochs says how often"
+            "--trainer.enable_checkpointing false: every run keeps checkpoints; see --checkpoint.every_n_epochs"
         )
     keys = ("accumulate_grad_batches", "log_every_n_steps")
     check_ranges("trainer", "[1, inf)", **{key: trainer[key] for key in keys})
@@ -323,7 +324,7 @@ def set_ddp_options(strategy: DDPStrategy, accumulate: int) -> None:
         )
     options.setdefault("gradient_as_bucket_view", True)  # no second copy of the gradients
     options.setdefault("find_unused_parameters", False)
-    # A micro-batch without an exchange between others with one is another graph.
+    # With accumulation only the last micro-batch exchanges gradients, so the graph is not static.
     options.setdefault("static_graph", accumulate == 1 and not options["find_unused_parameters"])
 
 

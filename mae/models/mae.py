@@ -55,7 +55,7 @@ class Masking(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """What a training step needs."""
+    """The loss; stages average `per_image`, `loss` is its plain mean."""
 
     loss: Tensor  # scalar, mean over the hidden patches of the batch
     mask: Tensor  # (B, N) bool, True = hidden
@@ -115,7 +115,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     num_keep = int(num_patches * (1 - mask_ratio))  # truncates, as in the reference code: 196 -> 49
     if not 0 < num_keep < num_patches:
         raise ValueError(f"mask_ratio {mask_ratio} leaves {num_keep} of {num_patches} patches visible")
-    # Stable, because float32 noise has ties every few hundred images, and devices would break them differently.
+    # Stable, because in about one image of 900 two float32 scores tie, and devices would break ties differently.
     ids_shuffle = noise.argsort(dim=1, stable=True)
     ids_keep, ids_hide = ids_shuffle[:, :num_keep], ids_shuffle[:, num_keep:]
     mask = torch.zeros(noise.shape, dtype=torch.bool, device=noise.device).scatter_(1, ids_hide, True)
@@ -298,7 +298,7 @@ class MaskedAutoencoder(nn.Module):
                 None draws it from torch's global generator, which no stage of this package does.
             mask_ratio: Fraction of patches to hide, in (0, 1).
         """
-        masking = self.draw_mask(images, noise, mask_ratio)
+        masking = self.make_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
         latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
         pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
@@ -306,7 +306,7 @@ class MaskedAutoencoder(nn.Module):
 
     def predict(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Prediction:
         """The reconstruction of every patch, visible ones included; arguments as in `forward`."""
-        masking = self.draw_mask(images, noise, mask_ratio)
+        masking = self.make_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
         latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
         pred = self.decoder_pred(self.decode(latent, masking))  # (B, N, P), in the order [visible, hidden]
@@ -356,15 +356,15 @@ class MaskedAutoencoder(nn.Module):
         return tokens
 
     def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
-        """Mean squared error of the predictions (B, N - K, P) of the hidden ones among the patches (B, N, P)."""
+        """Target and loss: squared error between `pred` (B, N - K, P) and the hidden ones of `patches` (B, N, P)."""
         target = take(patches, masking.ids_hide)  # (B, N - K, P)
         if self.norm_pix_loss:
             target = normalize_patches(target)
         per_image = (pred.float() - target).square().mean(dim=(1, 2))  # (B,)
         return Loss(per_image.mean(), masking.mask, per_image)
 
-    def draw_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
-        """Check the shapes of a batch and mask it with `random_masking`."""
+    def make_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
+        """Check the shapes, then choose the hidden patches by `random_masking`; without noise, draw it."""
         self.check_images(images)
         if noise is None:
             noise = torch.rand(images.shape[0], self.num_patches, device=images.device)

@@ -102,7 +102,7 @@ class Stage(LightningModule):
         """Lines of the printed recipe that belong to this stage alone, by their first word."""
         return {}
 
-    def summed_loss(self, network: Callable[..., Any], images: Tensor) -> Tensor:
+    def loss_for_flops(self, network: Callable[..., Any], images: Tensor) -> Tensor:
         """A differentiable output of `network` that takes as much work as the loss of these images, to count FLOP."""
         out: Tensor = network(images)
         return out
@@ -118,7 +118,7 @@ class Stage(LightningModule):
         lightning_internals.disable_signal_handling(trainer)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         # Now, because the network may be spread over processes later.
-        self.flops = training_flops(self.model, self.summed_loss, data.in_chans, *data.image_size)
+        self.flops = training_flops(self.model, self.loss_for_flops, data.in_chans, *data.image_size)
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:
@@ -145,7 +145,7 @@ class Stage(LightningModule):
 
     @property
     def fused(self) -> bool:
-        """Whether the optimiser is one kernel: it would undo an fp16 scaler itself, and Lightning then cannot clip."""
+        """Whether the optimiser is fused: such a one unscales fp16 gradients itself, and Lightning cannot clip them."""
         mixed = isinstance(self.trainer.precision_plugin, MixedPrecision)
         return not (mixed and self.trainer.gradient_clip_val)
 
@@ -187,7 +187,7 @@ class Stage(LightningModule):
         if self.global_step >= self.total_steps:
             self.trainer.should_stop = True
 
-    # ---- one step, in the order in which Lightning calls these -----------------------------------------------------
+    # ---- one step: hooks in the order in which Lightning calls them, each followed by its helpers ----------------
 
     def on_train_epoch_start(self) -> None:
         loader = self.trainer.train_dataloader
@@ -276,7 +276,7 @@ class Stage(LightningModule):
         """
         self.log_dict(self.step_metrics.write(metrics), logger=False)
 
-    # ---- validation ------------------------------------------------------------------------------------------------
+    # ---- epochs and validation --------------------------------------------------------------------------------------
 
     @property
     def window_closed(self) -> bool:
@@ -335,7 +335,7 @@ class Stage(LightningModule):
         }
 
     def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
-        """What a resumed run must not change, by key of the command line; plain types. A longer run is allowed."""
+        """What a resumed run must not change, as plain types: settings, and what follows from several of them."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.recipe_keys)
         settings = {f"model.{key}": getattr(self, key) for key in keys} | data.settings()
         batch = data.batch_size * trainer.accumulate_grad_batches * trainer.world_size

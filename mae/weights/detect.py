@@ -112,7 +112,7 @@ def detect_by_names(opened: Opened, overrides: ArchOverrides) -> Weights:
 
 
 def reject_contradictions(weights: Weights, overrides: ArchOverrides) -> None:
-    """Raise a UserError where the caller states something else than the file records."""
+    """Raise a UserError where the caller states something other than the file records."""
     pool = weights.classifier["pool"] if weights.classifier else None
     for key, value in overrides._asdict().items():
         recorded = {"grid": weights.grid, "pool": pool}.get(key, weights.config.get(key))
