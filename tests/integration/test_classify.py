@@ -30,6 +30,8 @@ from mae.weights.weights import Weights, resample_positions
 EIGHT_STEPS = ["--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
 CPU = ["--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
 
+SLOW = pytest.mark.slow
+
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
@@ -176,7 +178,9 @@ def test_stochastic_depth_rises_linearly() -> None:
     assert recipe_audit.drop_paths(network) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-@pytest.mark.parametrize("blocks", [0, 0.5, 1, 1.5, 3])
+@pytest.mark.parametrize(
+    "blocks", [0, pytest.param(0.5, marks=SLOW), pytest.param(1, marks=SLOW), 1.5, pytest.param(3, marks=SLOW)]
+)
 def test_partial_fine_tuning_moves_the_top_and_nothing_else(tmp_path: Path, blocks: float) -> None:
     settings = ["--model.layer_decay=1"] if blocks < 1 else []
     settings += ["--model.drop_path=0"] if blocks == 0 else []
@@ -210,6 +214,7 @@ def test_a_frozen_branch_is_not_dropped() -> None:
             train_last(network, wrong)
 
 
+@pytest.mark.slow
 def test_lora_trains_small_updates_that_can_be_merged(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     cli = digits_run(FinetuneCLI, tmp_path / "run", "--model.lora_rank=2", "--model.lora_alpha=6")
@@ -235,6 +240,7 @@ def test_every_tensor_moves_by_rate_times_scale_times_adam(tmp_path: Path) -> No
     assert len({group["lr_scale"] for group in cli.trainer.optimizers[0].param_groups}) == 5
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_fine_tuning_ends_with_the_same_bits(tmp_path: Path) -> None:
     # Drop path, mixing, crops and erasing are all replayed.
     own = ["--trainer.max_epochs=3", "--model.ema_decay=0.9", "--checkpoint.every_n_steps=7"]

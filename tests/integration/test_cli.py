@@ -291,6 +291,7 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     assert "Traceback" not in complaints
 
 
+@pytest.mark.slow
 def test_pretraining_without_an_account_is_recorded_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 

@@ -16,6 +16,7 @@ def demo(run_dir: Path, steps: int) -> str:
     return table
 
 
+@pytest.mark.slow
 def test_demo_ends_with_a_table_and_pictures(tmp_path: Path) -> None:
     header, *rows = demo(tmp_path / "demo", 60).splitlines()
     assert header.split() == ["features", "linear", "probe", "k-NN"]

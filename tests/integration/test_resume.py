@@ -18,7 +18,6 @@ from mae.errors import Stopped, TrainingFailed, UserError
 from mae.launch.stages import PretrainCLI
 from mae.runtime import checkpoint_files
 from mae.runtime.checkpoint_files import saved, step_file
-from mae.training import checkpoint_io
 
 # 10 steps an epoch, 28 in all, of 2 micro-batches; held-out images at the end of each epoch.
 RUN = [
@@ -321,7 +320,7 @@ def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
-    write = checkpoint_io.write
+    write = checkpoint_files.write
     left = [times]
 
     def fails(*args: Any) -> None:
@@ -330,7 +329,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, times: int) -> None:
             raise OSError(28, "No space left on device")
         write(*args)
 
-    monkeypatch.setattr(checkpoint_io, "write", fails)
+    monkeypatch.setattr(checkpoint_files, "write", fails)
 
 
 def test_a_checkpoint_that_fails_is_tried_again(
@@ -346,8 +345,7 @@ def test_a_checkpoint_that_fails_is_tried_again(
 
 def test_a_run_that_cannot_save_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, 99)
-    for module in (checkpoint_io, checkpoint_files):
-        monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(checkpoint_files, "RETRY_SECONDS", 0.0)
     with pytest.raises(TrainingFailed, match=r"3 checkpoints in a row could not be written: .*No space left"):
         run(tmp_path)
 
@@ -372,6 +370,7 @@ def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path, capsys: 
     require_same(small_disk, whole)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     cli = prepared(tmp_path)
     answers = []

@@ -360,6 +360,7 @@ def opened_index(folder: Path) -> tuple[int, int, int, int]:
     return len(source), source.labels[-1], len(source.classes), memory.resident() - before
 
 
+@pytest.mark.slow
 def test_an_index_of_a_million_images_is_light(tmp_path: Path) -> None:
     n = 1_000_000
     i = np.arange(n)

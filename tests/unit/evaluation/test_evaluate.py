@@ -87,6 +87,7 @@ def test_kinds_are_each_layers_pools(pretrained: Path) -> None:
         multi_layer_features(encoder, [-9], ["mean"])
 
 
+@pytest.mark.slow
 def test_cached_probe_chooses_on_training_images(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

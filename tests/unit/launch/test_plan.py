@@ -209,7 +209,7 @@ SMALL = ["--model.size=tiny", "--data.image_size=112"]
 @pytest.mark.parametrize(
     ("config", "batch", "more"),
     [
-        (CIFAR, 96, []),
+        pytest.param(CIFAR, 96, [], marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (

@@ -37,7 +37,7 @@ def test_a_checkpoint_is_hashed_opened_and_looked_through_once(tmp_path: Path, m
 
     monkeypatch.setattr(checkpoint_files, "damage", counted("hashed", checkpoint_files.damage))
     monkeypatch.setattr(torch, "load", counted("opened", torch.load))
-    monkeypatch.setattr(detect, "non_finite", counted("tensors looked through", detect.non_finite))
+    monkeypatch.setattr(detect, "count_non_finite", counted("tensors looked through", detect.count_non_finite))
     cli = PretrainCLI([*settings, "--trainer.max_steps=2"])
     tensors = len(cli.model.model.state_dict())
     cli.fit()

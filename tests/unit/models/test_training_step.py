@@ -187,10 +187,12 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
 
 
 def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    waits, usual = {}, ArraySource.open
+    waits, usual = {}, ArraySource.open_all
     for slow in (False, True):
         if slow:
-            monkeypatch.setattr(ArraySource, "open", lambda self, index: (time.sleep(0.02), usual(self, index))[1])
+            monkeypatch.setattr(
+                ArraySource, "open_all", lambda self, chosen: (time.sleep(0.15), usual(self, chosen))[1]
+            )
         run_dir = tmp_path / str(slow)
         settings = [*TINY, f"--run_dir={run_dir}", "--trainer.max_steps=6", "--trainer.log_every_n_steps=3"]
         cli = PretrainCLI([*settings, "--trainer.accumulate_grad_batches=2", "--data.batch_size_per_device=4"])
@@ -204,7 +206,7 @@ def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch:
         waits[slow] = [row["data_wait"] for row in logged(run_dir)]
     assert all(wait >= 0 for wait in waits[False])
     assert min(waits[False]) < 0.6  # another process may take the core meanwhile
-    assert all(0.7 < wait <= 1 for wait in waits[True])
+    assert all(0.5 < wait <= 1 for wait in waits[True])  # a step takes a small part of the 0.15 s
 
 
 def test_a_short_run_is_not_compiled_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,6 +299,7 @@ def test_other_sizes_and_channels(tmp_path: Path, source: Path, capsys: pytest.C
     assert there.description["mean"] == [0.5, 0.4, 0.3, 0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "more"),
     [

@@ -239,6 +239,7 @@ def test_int8_weights_are_a_quarter_and_nearly_as_good(kind: str, files: Files, 
     assert not {"ConvInteger", "Gemm"} & set(ops)
 
 
+@pytest.mark.slow
 def test_weights_that_no_single_file_holds_lie_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     from torch.onnx._internal.exporter import _onnx_program

@@ -391,6 +391,7 @@ def peak_memory(folder: Path) -> tuple[list[int], str]:
     return peaks, out.getvalue()
 
 
+@pytest.mark.slow
 def test_memory_grows_by_less_than_100_bytes_an_image(tmp_path: Path) -> None:
     (small, large), printed = in_process(peak_memory, tmp_path)
     assert "train: 20,000 images" in printed
