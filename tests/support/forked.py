@@ -45,6 +45,8 @@ def run_command(args: Sequence[str], environ: Mapping[str, str], folder: str, ou
         file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, descriptor)
         os.close(file)
+    # This process was told to start its own by the server, too; a fresh interpreter starts them in the usual way.
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
