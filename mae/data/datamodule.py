@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mae.data.channel_stats import mean_and_std, moments
 from mae.data.crops import Crop
 from mae.data.datasets import (
     Batch,
@@ -31,7 +32,6 @@ from mae.data.datasets import (
 )
 from mae.data.decode import BadImage
 from mae.data.loaders import Loader, ReplayLoader, init_worker
-from mae.data.prepare.stats import mean_and_std, moments
 from mae.data.sampling import EpochSampler, EvalSampler
 from mae.data.sources import Source, load_digits, load_torchvision, relabel
 from mae.data.tar_shards import open_images, split_places

@@ -2,6 +2,7 @@
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 
 from conftest import ROOT
 
@@ -22,17 +23,20 @@ FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 ADDRESSES = {"__init__", "checkpoint"}  # nothing of their own, only names for users
 
 
+MODULES = {
+    ".".join(path.relative_to(ROOT / "mae").with_suffix("").parts): path for path in (ROOT / "mae").rglob("*.py")
+}
+
+
 def imports() -> Iterator[tuple[str, str]]:
-    """(module, what it imports of ours), both as dotted names below `mae`."""
-    for path in (ROOT / "mae").rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT / "mae").with_suffix("").parts)
+    """(module, what it imports of ours), both as dotted names below `mae`; of a folder, the modules in it."""
+    for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "mae":
-                prefix = node.module[4:]
-                for name in node.names if not prefix else ():
-                    yield module, name.name
-                if prefix:
-                    yield module, prefix
+                source = node.module[4:]
+                for name in node.names:
+                    inner = f"{source}.{name.name}".lstrip(".")
+                    yield module, inner if inner in MODULES or not source else source
             elif isinstance(node, ast.Import):
                 yield from ((module, name.name[4:]) for name in node.names if name.name.startswith("mae."))
 
@@ -44,3 +48,10 @@ def test_imports_go_down() -> None:
             continue
         assert target in FLOOR, f"{module} imports mae.{imported}: not in FLOORS"
         assert FLOOR[target] < FLOOR[importer], f"{module} imports mae.{imported}, which is not below it"
+
+
+def test_there_are_no_circles() -> None:
+    graph: dict[str, set[str]] = {module: set() for module in MODULES}
+    for module, imported in imports():
+        graph[module].add(imported)
+    tuple(TopologicalSorter(graph).static_order())  # raises a CycleError that names the circle

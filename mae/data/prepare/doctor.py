@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from mae.commands import doctor_parser
+from mae.data.channel_stats import as_option, as_text
 from mae.data.datasets import default_workers
 from mae.data.decode import IMAGE_SUFFIXES, printable
-from mae.data.prepare.stats import as_option, as_text
 from mae.data.prepare.survey import (
     FORMATS,
     TINY,

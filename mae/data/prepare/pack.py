@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae.commands import pack_parser
+from mae.data.channel_stats import as_option, mean_and_std, moments
 from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
 from mae.data.loaders import unchanged
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
-from mae.data.prepare.stats import as_option, mean_and_std, moments
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae.data import decode
+from mae.data.channel_stats import mean_and_std, moments
 from mae.data.datasets import WorkerProgress
 from mae.data.decode import IMAGE_SUFFIXES, BadImage, is_turned, open_image, walk_files
 from mae.data.loaders import unchanged
-from mae.data.prepare.stats import mean_and_std, moments
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place

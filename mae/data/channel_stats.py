@@ -1,0 +1,34 @@
+"""Mean and std of the channels of images, from the moments of each image."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def moments(pixels: Tensor) -> list[tuple[float, float]]:
+    """Mean and mean square of each channel of (C, H, W) pixels, scaled to [0, 1]; from exact integer sums."""
+    full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
+    result = []
+    for channel in pixels:
+        counts = torch.bincount(channel.flatten() if full == 255 else channel.flatten().int())
+        levels = torch.arange(len(counts))
+        total, squares = int((counts * levels).sum()), int((counts * levels * levels).sum())
+        result.append((total / (n * full), squares / (n * full * full)))
+    return result
+
+
+def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel, from the (C, 2) sum of the `moments` of `count` images."""
+    mean, squares = (sums / count).T
+    return mean.tolist(), np.sqrt(np.maximum(0, squares - mean**2)).tolist()
+
+
+def as_option(key: str, values: Sequence[float]) -> str:
+    """("mean", [0.5]) -> "--data.mean '[0.5000]'"."""
+    return f"--data.{key} '[{as_text(values)}]'"
+
+
+def as_text(values: Sequence[float]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
