@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(name, [*COMMANDS, *ALIASES])
             commands = f"{hint + ' The' if hint else '; the'} commands are {', '.join(COMMANDS)}"
             raise UserError(f"{name!r} is not a command{commands}")
-        run_command(name, args[1:])
+        dispatch(name, args[1:])
         if name != args[0] and is_first_rank():
             print(f"mae: note: `mae {args[0]}` is an old name of `mae {name}`", file=sys.stderr)
     except UserError as error:
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run_command(name: str, args: Sequence[str]) -> None:
+def dispatch(name: str, args: Sequence[str]) -> None:
     """Import what a command needs, and call it.
 
     Where that takes seconds and the options are known without it, --help and mistakes are answered first: the command

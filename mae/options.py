@@ -144,3 +144,10 @@ def check_ranges(group: str, interval: str, **values: Any) -> None:
             if not (reached and (number <= high if interval[-1] == "]" else number < high)):
                 option = f"--{group}.{key}" if group else f"--{key}"
                 raise UserError(f"{option} {value}: it must be {above}{below}")
+
+
+def plural(count: int, noun: str) -> str:
+    """3, "class" -> "3 classes"."""
+    if count != 1:
+        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
+    return f"{count:,} {noun}"

@@ -58,10 +58,6 @@ def steps_per_turn(seconds: float) -> int:
     return min(MOST_STEPS, max(1, round(TURN_SECONDS / max(seconds, 1e-9))))
 
 
-def plural(count: int, word: str) -> str:
-    return f"{count} {word}{'s' * (count != 1)}"
-
-
 @contextlib.contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """torch computes with `count` threads and compiles for as many: its cache may hold programs for another number."""

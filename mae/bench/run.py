@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 from torch.utils.data import DataLoader
 
-from mae.bench.figures import Figure, consecutive_groups, figure, plural, write_json
+from mae.bench.figures import Figure, consecutive_groups, figure, write_json
 from mae.bench.measured_run import UNMEASURED, MeasuredRunCLI
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
@@ -22,6 +22,7 @@ from mae.data.sampling import EpochSampler
 from mae.data.sources import FileSource
 from mae.data.tar_shards import RecordSource
 from mae.errors import UserError
+from mae.options import plural
 from mae.runtime.device_clock import Clock, idle, wait_for
 from mae.runtime.machine import available_cores, machine_details
 

@@ -16,7 +16,6 @@ from mae.bench.figures import (
     alternate,
     check_options,
     figure,
-    plural,
     ratio,
     steps_per_turn,
     torch_threads,
@@ -27,7 +26,7 @@ from mae.errors import UserError
 from mae.models import flops
 from mae.models.blocks import cpu_has_bfloat16
 from mae.models.mae import SIZES
-from mae.options import ToolParser
+from mae.options import ToolParser, plural
 from mae.runtime.device_clock import wait_for
 from mae.runtime.machine import available_cores, machine_details
 from mae.runtime.memory import GIB, keep_freed_memory

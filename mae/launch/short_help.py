@@ -11,7 +11,7 @@ WIDTH = 100
 COLUMN = 38  # where the meaning of a setting begins
 
 
-class Setting(NamedTuple):
+class HelpLine(NamedTuple):
     option: str
     default: str | None  # as YAML; None: the text says what holds
     meaning: str
@@ -19,27 +19,27 @@ class Setting(NamedTuple):
 
 class StageHelp(NamedTuple):
     purpose: str
-    groups: dict[str, list[Setting]]
+    groups: dict[str, list[HelpLine]]
     examples: list[str]
 
 
-LABELS = Setting("--data.labels_per_class", None, "use only so many labelled images of each class")
+LABELS = HelpLine("--data.labels_per_class", None, "use only so many labelled images of each class")
 RUN = [
-    Setting("--config", None, "a packaged config's name (`mae configs`) or a file; repeatable"),
-    Setting("--run_dir", None, "folder of the run; by default runs/ and the config's name"),
-    Setting("--ckpt_path", None, "`last` resumes the run in --run_dir; or a .ckpt file"),
-    Setting("--seed_everything", "0", "seed of weights, image order, crops and masks"),
+    HelpLine("--config", None, "a packaged config's name (`mae configs`) or a file; repeatable"),
+    HelpLine("--run_dir", None, "folder of the run; by default runs/ and the config's name"),
+    HelpLine("--ckpt_path", None, "`last` resumes the run in --run_dir; or a .ckpt file"),
+    HelpLine("--seed_everything", "0", "seed of weights, image order, crops and masks"),
 ]
-ROOT = Setting("--data.root", None, "folder with train/CLASS/* and val/CLASS/*, or packed shards")
-BATCH = Setting("--data.batch_size_per_device", "64", "images per device and forward pass")
-WORKERS = Setting("--data.num_workers", None, "loader processes per device; by default one a spare core")
+ROOT = HelpLine("--data.root", None, "folder with train/CLASS/* and val/CLASS/*, or packed shards")
+BATCH = HelpLine("--data.batch_size_per_device", "64", "images per device and forward pass")
+WORKERS = HelpLine("--data.num_workers", None, "loader processes per device; by default one a spare core")
 HARDWARE = [
-    Setting("--trainer.devices", "auto", "GPUs or processes on each node"),
-    Setting("--trainer.num_nodes", "1", "nodes"),
-    Setting("--trainer.precision", None, "by default mixed precision on GPUs, float32 on CPUs"),
-    Setting("--trainer.accumulate_grad_batches", "1", "batches per optimiser step, on each device"),
+    HelpLine("--trainer.devices", "auto", "GPUs or processes on each node"),
+    HelpLine("--trainer.num_nodes", "1", "nodes"),
+    HelpLine("--trainer.precision", None, "by default mixed precision on GPUs, float32 on CPUs"),
+    HelpLine("--trainer.accumulate_grad_batches", "1", "batches per optimiser step, on each device"),
 ]
-WANDB = Setting("--wandb.mode", "auto", "auto (by account), online, offline or disabled")
+WANDB = HelpLine("--wandb.mode", "auto", "auto (by account), online, offline or disabled")
 ENCODER = "weights of any format, see `mae inspect`"
 
 HELP_TEXTS = {
@@ -49,16 +49,16 @@ HELP_TEXTS = {
             "Run": RUN,
             "Data": [ROOT, BATCH, WORKERS],
             "Model": [
-                Setting("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
-                Setting("--model.patch_size", "16", "pixels, one number or [height, width]"),
-                Setting("--model.mask_ratio", "0.75", "fraction of patches that are hidden"),
-                Setting("--model.norm_pix_loss", "true", "predict patches normalised one by one"),
-                Setting("--model.init", None, "weights to start from; not the way to resume a run"),
+                HelpLine("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
+                HelpLine("--model.patch_size", "16", "pixels, one number or [height, width]"),
+                HelpLine("--model.mask_ratio", "0.75", "fraction of patches that are hidden"),
+                HelpLine("--model.norm_pix_loss", "true", "predict patches normalised one by one"),
+                HelpLine("--model.init", None, "weights to start from; not the way to resume a run"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "1.5e-4", "learning rate per 256 images of a step"),
-                Setting("--model.warmup_epochs", "40", "epochs of warm-up, before the cosine decay"),
-                Setting("--trainer.max_epochs", "800", "epochs; --trainer.max_steps ends earlier"),
+                HelpLine("--model.base_lr", "1.5e-4", "learning rate per 256 images of a step"),
+                HelpLine("--model.warmup_epochs", "40", "epochs of warm-up, before the cosine decay"),
+                HelpLine("--trainer.max_epochs", "800", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
         },
@@ -70,16 +70,16 @@ HELP_TEXTS = {
     "linprobe": StageHelp(
         "Linear probe of frozen features (arXiv:2111.06377, Sec. A.1).",
         {
-            "Run": [*RUN, Setting("--mode", "recipe", "recipe (the paper's), cached (fast, on features), both")],
+            "Run": [*RUN, HelpLine("--mode", "recipe", "recipe (the paper's), cached (fast, on features), both")],
             "Data": [ROOT, LABELS, BATCH, WORKERS],
             "Model": [
-                Setting("--model.encoder", None, f"required: {ENCODER}"),
-                Setting("--model.pool", "class", "what the probe sees: class token or mean of patches"),
+                HelpLine("--model.encoder", None, f"required: {ENCODER}"),
+                HelpLine("--model.pool", "class", "what the probe sees: class token or mean of patches"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "0.1", "learning rate of LARS per 256 images of a step"),
-                Setting("--model.warmup_epochs", "10", "epochs of warm-up, before the cosine decay"),
-                Setting("--trainer.max_epochs", "90", "epochs; --trainer.max_steps ends earlier"),
+                HelpLine("--model.base_lr", "0.1", "learning rate of LARS per 256 images of a step"),
+                HelpLine("--model.warmup_epochs", "10", "epochs of warm-up, before the cosine decay"),
+                HelpLine("--trainer.max_epochs", "90", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
         },
@@ -94,16 +94,16 @@ HELP_TEXTS = {
             "Run": RUN,
             "Data": [ROOT, LABELS, BATCH],
             "Model": [
-                Setting("--model.encoder", None, f"required: {ENCODER}, or `scratch`: random"),
-                Setting("--model.blocks", None, "train only the last blocks; 0.5: the last MLP"),
-                Setting("--model.lora_rank", None, "train low-rank updates of the attention; needs peft"),
-                Setting("--model.drop_path", "0.1", "stochastic depth of the last block"),
+                HelpLine("--model.encoder", None, f"required: {ENCODER}, or `scratch`: random"),
+                HelpLine("--model.blocks", None, "train only the last blocks; 0.5: the last MLP"),
+                HelpLine("--model.lora_rank", None, "train low-rank updates of the attention; needs peft"),
+                HelpLine("--model.drop_path", "0.1", "stochastic depth of the last block"),
             ],
             "Optimisation": [
-                Setting("--model.base_lr", "1.0e-3", "learning rate per 256 images of a step"),
-                Setting("--model.layer_decay", "0.75", "learning rate of a layer relative to the next"),
-                Setting("--model.warmup_epochs", "5", "epochs of warm-up, before the cosine decay"),
-                Setting("--trainer.max_epochs", "100", "epochs; --trainer.max_steps ends earlier"),
+                HelpLine("--model.base_lr", "1.0e-3", "learning rate per 256 images of a step"),
+                HelpLine("--model.layer_decay", "0.75", "learning rate of a layer relative to the next"),
+                HelpLine("--model.warmup_epochs", "5", "epochs of warm-up, before the cosine decay"),
+                HelpLine("--trainer.max_epochs", "100", "epochs; --trainer.max_steps ends earlier"),
             ],
             "Hardware and logging": [*HARDWARE, WANDB],
         },

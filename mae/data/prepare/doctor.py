@@ -26,7 +26,7 @@ from mae.data.prepare.survey import (
 )
 from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
-from mae.options import check_ranges, out_file
+from mae.options import check_ranges, out_file, plural
 from mae.runtime.storage import Place
 
 # The most names that are printed: of unreadable images, of other examples, of copies of one image.
@@ -139,7 +139,7 @@ def other_problems(
         split = splits[key]
         what = f"in {key} with a side below {TINY} pixels"
         advice = "perhaps thumbnails or icons; remove, unless the model is for such sizes"
-        yield new_finding(summary["small"][TINY], "image", what, advice, first_names(split, split.below(TINY)))
+        yield new_finding(summary["small"][TINY], "image", what, advice, example_names(split, split.below(TINY)))
         ignored = {suffix: count for suffix, count in summary["other_files"].items() if suffix in IGNORED_SUFFIXES}
         what = f"in {key} in formats that are not read"
         advice = "images by their suffix, left out; convert to JPEG or PNG, and name JPEGs .jpg"
@@ -147,12 +147,12 @@ def other_problems(
         misnamed = split.marked("other suffix")
         what = f"in {key} under another format's suffix"
         advice = "read by content here, but not by every program; rename"
-        yield new_finding(int(misnamed.sum()), "image", what, advice, first_names(split, misnamed))
+        yield new_finding(int(misnamed.sum()), "image", what, advice, example_names(split, misnamed))
         links = summary["dangling_links"]
         yield new_finding(len(links), "dangling link", f"in {key}", "remove, or restore what it points to", links)
 
 
-def first_names(split: SplitSurvey, which: np.ndarray) -> list[str]:
+def example_names(split: SplitSurvey, which: np.ndarray) -> list[str]:
     return [split.source.name(int(i)) for i in np.flatnonzero(which)[:MAX_EXAMPLES]]
 
 
@@ -252,13 +252,6 @@ def summary_rows(split: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "same bytes", f"{plural(split['copies'], 'copy')} of other images" if split["copies"] else ""
     yield "other files", format_counts({suffix or "no suffix": count for suffix, count in split["other_files"].items()})
     yield "unreadable", f"{len(split['unreadable']):,}" if split["unreadable"] else ""
-
-
-def plural(count: int, noun: str) -> str:
-    """3, "class" -> "3 classes"."""
-    if count != 1:
-        noun = noun[:-1] + "ies" if noun.endswith("y") else noun + ("es" if noun.endswith("s") else "s")
-    return f"{count:,} {noun}"
 
 
 def format_counts(counts: dict[str, int]) -> str:
