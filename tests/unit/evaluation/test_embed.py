@@ -530,7 +530,7 @@ def test_memory_holds_no_features_but_those_of_a_part(tmp_path: Path, suffix: st
         pytest.importorskip("pyarrow")
     network = save_encoder(tmp_path / "encoder", width=96)
     # Not ru_maxrss, which begins with the peak of the process that started this one.
-    program = "import sys; from mae.evaluation.embed import embed; embed(sys.argv[1:])"
+    program = "import sys; from mae.evaluation.embed import embed_command; embed_command(sys.argv[1:])"
     report = "; print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     peaks = []
     for count in (1000, 50_000):
