@@ -71,9 +71,7 @@ def panel(columns: Columns, path: Path) -> None:
     factor = max(1, 112 // max(height, width))
     strips = []
     for title, images in columns.items():
-        # The first three channels; with fewer than three, the first as grey.
-        rgb = images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
-        rgb = rgb.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+        rgb = displayable(images).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
         bordered = F.pad(rgb, (BORDER, BORDER, BORDER, BORDER), value=1.0)  # (B, 3, h, w) on white
         pixels = (bordered * 255).round().byte().permute(0, 2, 3, 1).flatten(0, 1).numpy()
         font = ImageFont.load_default(size=13)
@@ -83,6 +81,11 @@ def panel(columns: Columns, path: Path) -> None:
         strip.paste(Image.fromarray(pixels), (0, 34))
         strips.append(np.asarray(strip))
     Image.fromarray(np.hstack(strips)).save(path, format="PNG")
+
+
+def displayable(images: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, 3, H, W): the first three channels, or with fewer than three the first as grey."""
+    return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
 
 
 def wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
