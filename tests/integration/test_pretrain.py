@@ -117,6 +117,7 @@ def killed_at(step: int, run_dir: Path, *settings: str) -> None:
 
     def die(*_: Any) -> None:
         if cli.model.global_step == step:
+            cli.trainer.strategy.checkpoint_io.wait()  # a thread of this process goes on writing, unlike a killed one's
             raise Killed
 
     cli.model.on_before_zero_grad = die  # type: ignore[method-assign]

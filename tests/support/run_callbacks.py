@@ -54,6 +54,7 @@ class SignalAt(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         if trainer.is_global_zero and trainer.global_step == self.step:
+            trainer.strategy.checkpoint_io.wait()  # which checkpoints there are does not depend on the disk's speed
             os.kill(os.getpid(), self.number)
 
 
