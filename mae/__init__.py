@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from mae.data.datamodule import ImageData
     from mae.errors import UserError
     from mae.finetune import Finetune
+    from mae.launch.api import embed_images, run_linprobe, run_pretrain
     from mae.linprobe import LinearProbe
     from mae.models.mae import MaskedAutoencoder
     from mae.pretrain import Pretrain
@@ -19,8 +20,11 @@ __all__ = [
     "MaskedAutoencoder",
     "Pretrain",
     "UserError",
+    "embed_images",
     "load",
     "load_encoder",
+    "run_linprobe",
+    "run_pretrain",
 ]
 __version__ = "0.1.0"
 
@@ -33,8 +37,11 @@ _MODULES = {
     "MaskedAutoencoder": "models.mae",
     "Pretrain": "pretrain",
     "UserError": "errors",
+    "embed_images": "launch.api",
     "load": "weights.load",
     "load_encoder": "weights.load",
+    "run_linprobe": "launch.api",
+    "run_pretrain": "launch.api",
 }
 
 

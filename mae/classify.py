@@ -16,6 +16,7 @@ from mae.models.vit import Head, Pool, build
 from mae.runtime.processes import gather
 from mae.training.fsdp import full_state
 from mae.training.module import Stage
+from mae.training.throughput import images_per_device
 from mae.weights.classifier import encoder_config, load_pretrained
 from mae.weights.load import read_weights
 
@@ -61,7 +62,8 @@ class Classify(Stage):
     def on_validation_epoch_start(self) -> None:
         self.val_error = ""
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = self.to_batch(batch, batch_idx)
         if batch.errors:
             self.val_error = str(batch.errors[0])
             return
@@ -79,10 +81,38 @@ class Classify(Stage):
             # Where there is an average, its scores come last: it is the model that is kept, and so is its report.
             self.report = scores.report(self.classes)
             values = {"acc1": self.report.acc1, "acc5": self.report.acc5, "loss": self.report.loss}
-            metrics |= {f"val/{key}{suffix}": value for key, value in values.items()}
+            metrics |= {f"{self.split}/{key}{suffix}": value for key, value in values.items()}
         self.report_step = self.global_step
-        if not self.trainer.sanity_checking:
-            self.log_row(metrics)
+        self.log_row(metrics)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """(B, classes): the logits, of the moving average of the weights where there is one."""
+        network = self.model if self.ema is None else self.ema.module
+        logits: Tensor = network(self.to_batch(batch, batch_idx).images)
+        return logits
+
+    def to_batch(self, batch: Any, batch_idx: int) -> Batch:
+        first = not self.first_batch_shown and not self.trainer.predicting
+        made = super().to_batch(batch, batch_idx)
+        if first and self.first_batch_shown:  # of a plain DataLoader; to look at each would make the device wait
+            low, high = int(made.labels.min()), int(made.labels.max())
+            if low < 0 or high >= len(self.classes):
+                raise UserError(
+                    f"the batch's labels are {low} to {high} (-1: it has none), the classes 0 to "
+                    f"{len(self.classes) - 1}: let the data set return (image, label)"
+                )
+        return made
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        # Whoever loads the checkpoint has the weights, and need not have the file that the encoder came from.
+        own = {key: self.config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
+        checkpoint["hyper_parameters"] |= {"encoder": SCRATCH, "size": None, **own}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self.encoder = checkpoint["mae"]["recipe"]["model.encoder"]
+        self.start_note = "weights of a checkpoint"
 
     def recipe_notes(self) -> dict[str, str]:
         return {"start": self.start_note, "pool": f"{self.pool}; {len(self.classes)} classes"}
@@ -92,20 +122,22 @@ class Classify(Stage):
 
     def describe(self) -> dict[str, Any]:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        # Of images that a plain DataLoader has cropped nothing is known.
+        crop_pct = data.crop_pct if isinstance(data, ImageData) else 1.0
         about = {
             "classes": self.classes,
             "pool": self.pool,
             "head": self.head,
-            "crop_pct": data.crop_pct,
+            "crop_pct": crop_pct,
             "lora_scale": self.lora_scale,
         }
         return {"model": self.config, "classifier": about}
 
-    def settings(self, trainer: Trainer, data: ImageData) -> dict[str, Any]:
+    def settings(self, trainer: Trainer, data: Any) -> dict[str, Any]:
         # Unlike in pre-training, results depend on how a step is divided: see `elastic`.
         split = {
             "number of devices": trainer.world_size,
-            "data.batch_size_per_device": data.batch_size,
+            "data.batch_size_per_device": images_per_device(trainer, data),
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
         }
         return split | super().settings(trainer, data)

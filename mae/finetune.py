@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mae.classify import Classify
-from mae.data.datasets import Batch
 from mae.data.sampling import hashed, seeded
 from mae.errors import UserError
 from mae.evaluation.metrics import Scores
@@ -20,6 +19,7 @@ from mae.models.vit import Head, Pool, add_lora, train_last
 from mae.options import check_ranges
 from mae.training.optim import adamw_by_layer
 from mae.training.recipe_audit import ExpectedGroups
+from mae.training.throughput import images_per_device
 
 
 class Finetune(Classify):
@@ -61,7 +61,9 @@ class Finetune(Classify):
         allow_finetuned: Start from the encoder of a classifier, too.
         image_size: Of the data; set by it. Positions are resampled from the size of pre-training.
         in_chans: Of the data; set by it.
-        classes: Of the data; set by it.
+        classes: Names of the classes; of the data, set by it.
+        mean: Of each channel in [0, 1], by which a plain DataLoader's integer images are normalised; set by the data.
+        std: As mean.
         seed: Of drop path and mixing; follows seed_everything.
     """
 
@@ -102,9 +104,11 @@ class Finetune(Classify):
         image_size: int | Pair = 224,
         in_chans: int = 3,
         classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile)
+        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile, mean=mean, std=std)
         self.blocks, self.lora_rank, self.lora_alpha = blocks, lora_rank, lora_alpha
         self.layer_decay, self.betas, self.drop_path = layer_decay, betas, drop_path
         self.mixup, self.cutmix, self.mix_prob, self.switch_prob = mixup, cutmix, mix_prob, switch_prob
@@ -172,7 +176,8 @@ class Finetune(Classify):
             )
         super().configure_model()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.to_batch(batch, batch_idx)
         # A function of (seed, step, micro-batch, rank): a resumed run draws the same, and ranks, which share a seed
         # under Lightning, draw differently.
         accumulate = self.trainer.accumulate_grad_batches
@@ -199,7 +204,7 @@ class Finetune(Classify):
         return ExpectedGroups(self.weight_decay, self.layer_decay, self.drop_path)
 
     def on_fit_start(self) -> None:
-        batch = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        batch = images_per_device(self.trainer)
         if self.mixing and batch % 2:
             raise UserError(f"--data.batch_size_per_device {batch}: mixup and cutmix mix pairs, so it must be even")
         super().on_fit_start()

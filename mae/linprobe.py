@@ -1,17 +1,19 @@
 """The linear probe (arXiv:2111.06377, Sec. 4.1, A.1)."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
 from mae.classify import Classify
-from mae.data.datasets import Batch
 from mae.errors import UserError
 from mae.models.mae import Pair
 from mae.models.vit import Head, Pool, frozen_features
 from mae.options import check_ranges
 from mae.training.optim import lars
 from mae.training.recipe_audit import ExpectedGroups
+from mae.training.throughput import images_per_device
 
 # How far the weight of the linear layer should be able to move, in multiples of its norm; below it the recipe warns.
 MIN_REACH = 20
@@ -36,7 +38,9 @@ class LinearProbe(Classify):
         allow_finetuned: Probe the encoder of a classifier, too.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
-        classes: Of the data; set by it.
+        classes: Names of the classes; of the data, set by it.
+        mean: Of each channel in [0, 1], by which a plain DataLoader's integer images are normalised; set by the data.
+        std: As mean.
         seed: Follows seed_everything.
     """
 
@@ -61,9 +65,11 @@ class LinearProbe(Classify):
         image_size: int | Pair = 224,
         in_chans: int = 3,
         classes: list[str] = [],  # noqa: B006  # never changed; a parser shows it
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(base_lr, 0.0, warmup_epochs, min_lr, seed)
+        super().__init__(base_lr, 0.0, warmup_epochs, min_lr, seed, mean=mean, std=std)
         check_ranges("model", "[0, 1)", momentum=momentum)
         check_ranges("model", "(0, inf)", trust_coefficient=trust_coefficient)
         self.momentum, self.trust_coefficient = momentum, trust_coefficient
@@ -83,11 +89,12 @@ class LinearProbe(Classify):
         return self
 
     def on_fit_start(self) -> None:
-        if self.trainer.datamodule.batch_size < 2:  # type: ignore[attr-defined]
+        if images_per_device(self.trainer) < 2:
             raise UserError("--data.batch_size_per_device 1: BatchNorm needs at least 2 images")
         super().on_fit_start()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.to_batch(batch, batch_idx)
         logits = self.model.head(frozen_features(self.model, batch.images))
         return self.mean_loss(F.cross_entropy(logits.float(), batch.labels, reduction="none"), batch)
 

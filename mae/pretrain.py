@@ -16,6 +16,7 @@ from mae.options import check_ranges
 from mae.runtime.processes import all_reduce, gather
 from mae.training.module import Stage
 from mae.training.optim import adamw
+from mae.training.plain_batch import NOT_REPLAYED
 from mae.training.recipe_audit import ExpectedGroups
 
 HELD_OUT_SEED = 0  # of the masks in validation: the same in every run, so that runs can be compared
@@ -49,10 +50,13 @@ class Pretrain(Stage):
             that is --ckpt_path.
         image_size: Of the data; set by it.
         in_chans: Of the data; set by it.
+        mean: Of each channel in [0, 1], by which a plain DataLoader's integer images are normalised; set by the data.
+        std: As mean.
         seed: Of the masks; follows seed_everything.
     """
 
     model: MaskedAutoencoder
+    network: type[MaskedAutoencoder] = MaskedAutoencoder  # a subclass may have its own target, loss or decoder
     recipe_keys = ("mask_ratio", "betas")
 
     def __init__(
@@ -78,15 +82,17 @@ class Pretrain(Stage):
         init: str | None = None,
         image_size: int | Pair = 224,
         in_chans: int = 3,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
         seed: int = 0,
     ):
-        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile, cuda_graphs)
+        super().__init__(base_lr, weight_decay, warmup_epochs, min_lr, seed, compile, cuda_graphs, mean, std)
         if size not in SIZES:
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
         check_ranges("model", "[0, 1)", betas=list(betas))
         encoder = SIZES[size]
         try:
-            self.model = MaskedAutoencoder(
+            self.model = self.network(
                 image_size=image_size,
                 patch_size=patch_size,
                 in_chans=in_chans,
@@ -109,19 +115,48 @@ class Pretrain(Stage):
             raise UserError(f"--model.{error}; some must be visible and some hidden") from None
         self.mask_ratio, self.betas = mask_ratio, betas
 
-    def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+    def mask_noise(self, seed: int, epochs: list[int], indices: list[int]) -> Tensor:
+        """(B, N) float on the CPU: a score per patch, of which the highest are hidden; override it for own masks.
+
+        Args:
+            seed: Of the run, or of the fixed masks of validation.
+            epochs: Of each image.
+            indices: Of each image in its data set. A mask should depend on these three alone, so that it is replayed.
+        """
+        return sample_noise(seed, epochs, indices, self.model.num_patches)
+
+    def with_noise(self, batch: Batch, epochs: list[int], indices: list[int]) -> Batch:
         # On the CPU whatever the device: a CUDA run hides the same patches as a CPU run.
         seed = self.seed if self.trainer.training else HELD_OUT_SEED
+        return batch._replace(noise=self.mask_noise(seed, epochs, indices))
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        noise = sample_noise(seed, batch.epochs.tolist(), batch.indices.tolist(), self.model.num_patches)
-        return batch._replace(noise=noise)
+        if not isinstance(batch, Batch):
+            return batch
+        return self.with_noise(batch, batch.epochs.tolist(), batch.indices.tolist())
+
+    def to_batch(self, batch: Any, batch_idx: int) -> Batch:
+        batch = super().to_batch(batch, batch_idx)
+        if batch.noise is not None:
+            return batch
+        epochs, indices = batch.epochs.tolist(), batch.indices.tolist()
+        if epochs and epochs[0] == NOT_REPLAYED:  # the loader does not say which images these are
+            accumulate = self.trainer.accumulate_grad_batches
+            place = self.global_step * accumulate + batch_idx % accumulate if self.trainer.training else batch_idx
+            first = (place * self.trainer.world_size + self.global_rank) * len(indices)
+            epochs, indices = [NOT_REPLAYED] * len(indices), [first + row for row in indices]
+        batch = self.with_noise(batch, epochs, indices)
+        assert batch.noise is not None
+        return batch._replace(noise=batch.noise.to(batch.images.device))
 
     def loss_for_flops(self, network: Callable[..., Any], images: Tensor) -> Tensor:
         noise = images.new_empty(len(images), self.model.num_patches)
         loss: Tensor = network(images, noise, self.mask_ratio).loss
         return loss
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        batch = self.to_batch(batch, batch_idx)
         out = self.model(batch.images, batch.noise, self.mask_ratio)
         return self.mean_loss(out.per_image, batch)
 
@@ -129,7 +164,8 @@ class Pretrain(Stage):
         self.val_sum = torch.zeros(2, device=self.device, dtype=torch.float64)  # loss, images
         self.val_error = ""
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        batch = self.to_batch(batch, batch_idx)
         if batch.errors:
             self.val_error = str(batch.errors[0])
         else:
@@ -141,8 +177,11 @@ class Pretrain(Stage):
             raise UserError(f"held-out images must all be readable: {errors[0]}")
         all_reduce(self.val_sum)
         loss, images = self.val_sum.tolist()
-        if not self.trainer.sanity_checking:
-            self.log_row({"val/loss": loss / images})
+        self.log_row({f"{self.split}/loss": loss / images})
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """(B, D): the encoder's class token for unmasked images."""
+        return self.model.encode(self.to_batch(batch, batch_idx).images)[:, 0]
 
     def make_optimizer(self, lr: float) -> Optimizer:
         return adamw(self.model, lr, self.weight_decay, self.betas, self.fused)

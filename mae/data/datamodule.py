@@ -160,20 +160,41 @@ class ImageData(LightningDataModule):
 
     def load(self) -> None:
         """Find the images, once. Called before any process is started, so that a wrong folder is reported early."""
-        if self.train_source is not None:
-            return
+        if self.train_source is None:
+            self.train_source, self.val_source = self.sources()
+
+    def sources(self) -> tuple[Source, Source | None]:
+        """The training and the held-out images; override it for a data set of your own (`DatasetSource`)."""
         if self.dataset == "digits":
-            self.train_source, self.val_source = load_digits()
-        elif self.dataset == "folder":
-            places = split_places(self.require_root(), self.train_dir, self.val_dir)
-            self.train_source = images = open_images(places["train"], self.in_chans)
-            if "val" in places:
-                self.val_source = open_images(places["val"], self.in_chans)
-                if images.classes and self.val_source.classes:
-                    relabel(self.val_source, images.classes, str(places["train"]))
-        else:
-            root = self.require_root().path
-            self.train_source, self.val_source = load_torchvision(self.dataset, root, self.download)
+            return load_digits()
+        if self.dataset != "folder":
+            return load_torchvision(self.dataset, self.require_root().path, self.download)
+        places = split_places(self.require_root(), self.train_dir, self.val_dir)
+        train = open_images(places["train"], self.in_chans)
+        val = open_images(places["val"], self.in_chans) if "val" in places else None
+        if val is not None and train.classes and val.classes:
+            relabel(val, train.classes, str(places["train"]))
+        return train, val
+
+    def augment(self, image: Tensor) -> Tensor:
+        """An augmentation of your own for each training image; override it. The default changes nothing.
+
+        Args:
+            image: (C, H, W) uint8 or uint16, cropped, resized and flipped; after RandAugment in fine-tuning. Draw from
+                the global generators of Python, numpy or torch: they are seeded by (seed, epoch, index), so that a
+                resumed run draws the same.
+
+        Returns:
+            The same shape and type.
+        """
+        return image
+
+    def distortion(self) -> Distort | None:
+        """What is done to each flipped crop, None if nothing is."""
+        own = self.augment if type(self).augment is not ImageData.augment else None
+        if self.distort is None or own is None:
+            return own or self.distort
+        return lambda image: own(self.distort(image))  # type: ignore[misc]
 
     def require_root(self) -> Place:
         if self.root is None:
@@ -237,7 +258,7 @@ class ImageData(LightningDataModule):
         """The training samples of a source; `jpeg_scaling` replaces the setting of this name."""
         scaling = self.jpeg_scaling if jpeg_scaling is None else jpeg_scaling
         return TrainSamples(
-            source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip, self.distort, scaling
+            source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip, self.distortion(), scaling
         )
 
     def augmentations(self) -> list[str]:
@@ -245,7 +266,8 @@ class ImageData(LightningDataModule):
         crop = "centre crop" if self.crop is None else str(self.crop)
         if self.jpeg_scaling:
             crop += f" of JPEG decoded at reduced size ({self.scaling_difference():.2f} of 255 levels off)"
-        return [f"{crop}, bicubic"] + ([f"flip with probability {self.hflip:g}"] if self.hflip else [])
+        own = [f"{type(self).__name__}.augment"] if type(self).augment is not ImageData.augment else []
+        return [f"{crop}, bicubic", *([f"flip with probability {self.hflip:g}"] if self.hflip else []), *own]
 
     def settings(self) -> dict[str, Any]:
         """The settings that a resumed run must not change, by their keys on the command line."""
@@ -277,6 +299,14 @@ class ImageData(LightningDataModule):
                 f"{len(self.val_source)} held-out images are fewer than the {world} devices: use fewer devices"
             )
         return self.whole(self.val_source, rank, world)
+
+    def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The held-out images, as in validation: `trainer.test`."""
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """The held-out images, as in validation: `trainer.predict`."""
+        return self.val_dataloader()
 
     def whole(self, source: Source, rank: int = 0, world_size: int = 1) -> DataLoader[Batch]:
         """A pass over a source for evaluation: no randomness, each image once over all ranks."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -321,11 +322,36 @@ def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
     # their side; here they are turned upright. Hardly any file of ImageNet has one.
     turn = _UPRIGHT.get(_orientation(image))
     image = _with_channels(_eight_bit(image, data), in_chans)
-    if turn is not None:
-        image = image.transpose(turn)
+    return _as_picture(image if turn is None else image.transpose(turn), in_chans)
 
+
+def _as_picture(image: Image.Image, in_chans: int) -> Picture:
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return Picture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1), "Pillow")
+
+
+def from_item(image: Any, where: str, in_chans: int) -> Picture:
+    """An image as data sets of torchvision and Hugging Face give it.
+
+    Args:
+        image: A Pillow image of 8 bits a channel, or a (C, H, W) tensor of uint8 or uint16.
+        where: For messages.
+
+    Raises:
+        BadImage: It is something else, or has another number of channels.
+    """
+    if isinstance(image, torch.Tensor):
+        if image.ndim != 3 or image.dtype not in (torch.uint8, torch.uint16) or len(image) != in_chans:
+            raise BadImage(
+                where, f"is a tensor {tuple(image.shape)} {image.dtype}, wanted uint8 or uint16 ({in_chans}, H, W)"
+            )
+        return Picture(image)
+    if not isinstance(image, Image.Image):
+        raise BadImage(where, f"is {type(image).__name__}, wanted a Pillow image or a uint8 tensor")
+    if in_chans not in _MODES:
+        raise BadImage(where, f"is a Pillow image, which gives 1, 3 or 4 channels, not {in_chans}")
+    with _errors_as_bad_image(where):
+        return _as_picture(_with_channels(_eight_bit(image, b""), in_chans), in_chans)
 
 
 def _orientation(image: Image.Image) -> int:

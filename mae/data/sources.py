@@ -4,15 +4,15 @@ import functools
 import gzip
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mae.data.decode import BadImage, Picture, find_images, open_image, read_file
+from mae.data.decode import BadImage, Picture, find_images, from_item, open_image, read_file
 from mae.errors import UserError
 
 
@@ -68,6 +68,51 @@ class ArraySource(Source):
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         return (Picture(self.images[index]) for index in indices)
+
+
+class DatasetSource(Source):
+    """Any map-style data set, of torchvision, Hugging Face or your own; augmentations are left to the data module.
+
+    Args:
+        dataset: Its items are an image, (image, label), or a dict with `image` or `pixel_values` and perhaps `label`;
+            an image is a Pillow image or a (C, H, W) tensor of uint8 or uint16.
+        in_chans: Channels that Pillow images are converted to.
+        labels: Class number of each image, known without opening it; None: no labels.
+        classes: Names of the classes, by class number.
+    """
+
+    def __init__(
+        self, dataset: Any, in_chans: int = 3, labels: Sequence[int] | None = None, classes: Sequence[str] = ()
+    ):
+        if labels is not None and len(labels) != len(dataset):
+            raise UserError(f"{len(labels)} labels for {len(dataset)} images of {type(dataset).__name__}")
+        self.dataset, self.in_chans, self.classes = dataset, in_chans, list(classes)
+        self.labels = None if labels is None else [int(label) for label in labels]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def where(self, index: int) -> str:
+        return f"item {index} of {type(self.dataset).__name__}"
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        for index in indices:
+            try:
+                item = self.dataset[index]
+            except Exception as error:  # as with files: whatever one image raises is that image's reason
+                yield BadImage(self.where(index), f"{type(error).__name__}: {error}")
+                continue
+            if isinstance(item, Mapping):
+                item = next((item[key] for key in ("image", "pixel_values", "img") if key in item), None)
+            elif isinstance(item, list | tuple):
+                item = item[0]
+            try:
+                yield from_item(item, self.where(index), self.in_chans)
+            except BadImage as error:
+                yield error
 
 
 class FileSource(Source):

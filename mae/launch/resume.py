@@ -145,7 +145,11 @@ class ResumePoint:
         Args:
             recipe: Of this start, as `Stage.settings` gives it and a checkpoint stores it.
         """
-        for key, before in self.description.get("recipe", {}).items():
+        stored = self.description.get("recipe", {})
+        # Earlier versions had their own classes only, and did not say so.
+        own = {key: recipe[key] for key in ("model_class", "data_class") if recipe[key].startswith("mae.")}
+        stock = {"model_class": "a class of this package", "data_class": "a class of this package"}
+        for key, before in ({**stock, **own, **stored} if stored else {}).items():
             if recipe.get(key) != before:
                 self.reject_changed_setting(key, recipe.get(key), before, f"the run that {self.path} belongs to")
 

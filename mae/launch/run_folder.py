@@ -28,6 +28,7 @@ class RunFolder(Callback):
     def __init__(self, resume: ResumePoint, metrics: MetricsCSV, write_config: Callable[[], None]) -> None:
         self.resume, self.metrics, self.write_config = resume, metrics, write_config
         self.planned_steps: int | None = None  # the length of the run when its checkpoint was written
+        self.warmup_steps: float | None = None  # of its schedule then
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -40,6 +41,7 @@ class RunFolder(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self.planned_steps = checkpoint["mae_counts"].get("total_steps")
+        self.warmup_steps = checkpoint["mae_counts"].get("warmup_steps")
 
     def before_first_step(self, trainer: Trainer, stage: Stage) -> None:
         self.check_length(trainer, stage)
@@ -55,6 +57,11 @@ class RunFolder(Callback):
         if before is None or now == before:
             return
         message = f"the run is to have {now} optimiser steps, and was to have {before}"
+        if self.warmup_steps not in (None, stage.warmup_steps) and not self.resume.allow_changes:
+            raise UserError(
+                f"{message}; its warm-up was shortened to {self.warmup_steps:g} steps and would have "
+                f"{stage.warmup_steps:g}: start a new run in another --run_dir; --allow_changes true goes on"
+            )
         if now < before and not self.resume.allow_changes:
             raise UserError(
                 f"{message}: give --trainer.max_epochs and --trainer.max_steps as before; --allow_changes true goes on"

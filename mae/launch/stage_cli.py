@@ -2,6 +2,7 @@
 
 import atexit
 import re
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,7 @@ from mae.callbacks.progress_bar import Progress
 from mae.callbacks.wandb_logger import RunLogger, WandbSettings, wandb_logger
 from mae.data.datamodule import ImageData
 from mae.errors import TrainingFailed, UserError
-from mae.launch import out_of_memory
+from mae.launch import out_of_memory, own_class
 from mae.launch.resume import ResumePoint
 from mae.launch.run_errors import translated_errors
 from mae.launch.run_folder import RunFolder
@@ -49,7 +50,6 @@ HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next st
 WHOLE_STEPS_ONLY = {
     "limit_train_batches": 1.0,
     "overfit_batches": 0.0,
-    "fast_dev_run": False,
     "use_distributed_sampler": False,
     "min_epochs": None,
     "min_steps": None,
@@ -68,6 +68,9 @@ class StageCLI(LightningCLI):
     epochs: int  # of the paper
 
     def __init__(self, args: Sequence[str]):
+        args = own_class.with_class_options(args)
+        self.stage = own_class.resolve(args, "model_class", self.stage)
+        self.data = own_class.resolve(args, "data_class", self.data)
         try:
             super().__init__(
                 self.stage,
@@ -105,6 +108,13 @@ class StageCLI(LightningCLI):
         parser.add_argument(
             "--ckpt_path", type=str | None, default=None, help="`last`: go on with the run in run_dir; or a .ckpt file."
         )
+        for key in ("model", "data"):
+            parser.add_argument(
+                f"--{key}_class",
+                type=str | None,
+                default=None,
+                help=f"Subclass of the stage's {key} to use, my.module.MyClass; the same as --{key} my.module.MyClass.",
+            )
         parser.add_argument(
             "--allow_changes",
             type=bool,
@@ -128,7 +138,8 @@ class StageCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
-        parser.link_arguments("data.in_chans", "model.in_chans", apply_on="instantiate")
+        for key in ("in_chans", "mean", "std"):
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         try:
@@ -144,6 +155,11 @@ class StageCLI(LightningCLI):
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
         if config.seed_everything < 0:
             raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")
+        if config.trainer.fast_dev_run:
+            self.scratch = tempfile.TemporaryDirectory(prefix="mae_fast_dev_run_")
+            config.run_dir = self.scratch.name
+            if is_first_rank():
+                print("fast_dev_run: a few batches of training and validation; nothing is kept of them", flush=True)
         self.config = config
         self.run_dir = Path(config.run_dir)
 
@@ -254,6 +270,8 @@ class StageCLI(LightningCLI):
     def train(self) -> None:
         path = str(self.resume.path) if self.resume.path else None
         self.trainer.fit(self.model, datamodule=self.datamodule, ckpt_path=path, weights_only=True)
+        if self.config.trainer.fast_dev_run:
+            return
         try:
             self.finish()
         except OSError as error:

@@ -266,7 +266,7 @@ class MaskedAutoencoder(nn.Module):
             block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True) for _ in range(decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, ph * pw * in_chans)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_values)
         self.init_weights()
 
     @torch.no_grad()
@@ -357,11 +357,25 @@ class MaskedAutoencoder(nn.Module):
 
     def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
         """Target and loss: squared error between `pred` (B, N - K, P) and the hidden ones of `patches` (B, N, P)."""
-        target = take(patches, masking.ids_hide)  # (B, N - K, P)
-        if self.norm_pix_loss:
-            target = normalize_patches(target)
-        per_image = (pred.float() - target).square().mean(dim=(1, 2))  # (B,)
+        per_image = self.loss(pred, self.target(take(patches, masking.ids_hide)))  # (B,)
         return Loss(per_image.mean(), masking.mask, per_image)
+
+    def target(self, patches: Tensor) -> Tensor:
+        """(B, n, P) -> (B, n, P): what the decoder predicts of patches; override it, and `target_values`, for another.
+
+        `predict` returns patches in this space, and pictures of reconstructions undo `norm_pix_loss` alone.
+        """
+        return normalize_patches(patches) if self.norm_pix_loss else patches
+
+    def loss(self, pred: Tensor, target: Tensor) -> Tensor:
+        """(B, n, P), (B, n, P) -> (B,): the loss of each image over its hidden patches; override it for another."""
+        return (pred.float() - target).square().mean(dim=(1, 2))
+
+    @property
+    def target_values(self) -> int:
+        """Values that the decoder predicts of a patch: those of its pixels."""
+        ph, pw = self.patch_size
+        return ph * pw * self.in_chans
 
     def make_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
         """Check the shapes, then choose the hidden patches by `random_masking`; without noise, draw it."""

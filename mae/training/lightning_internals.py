@@ -4,13 +4,38 @@ Each function says what it is for. tests/unit/training/test_lightning_internals.
 Lightning and says what has changed where one no longer does its job.
 """
 
+import inspect
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
+from lightning.pytorch.utilities.parsing import save_hyperparameters
+
+
+def save_arguments(module: LightningModule) -> None:
+    """As `module.save_hyperparameters()` in a constructor that the constructors of subclasses call, and always plain.
+
+    Lightning's command line would put its own instantiator into the hyper-parameters, which needs jsonargparse and
+    leaves out what is linked to the data; `load_from_checkpoint` then builds another network or none.
+    """
+    frame = inspect.currentframe()
+    assert frame is not None
+    module._log_hyperparams = True
+    save_hyperparameters(module, frame=frame.f_back)
+
+
+def attached_trainer(module: LightningModule) -> Trainer | None:
+    """The trainer of a module, None where it has none: `module.trainer` raises then."""
+    return module._trainer
+
+
+def training_batches(trainer: Trainer) -> float:
+    """Micro-batches of an epoch on this rank, infinite where the loader has no length; sets up the loader."""
+    trainer.fit_loop.setup_data()
+    return float(trainer.num_training_batches)
 
 
 def remove_limits(trainer: Trainer) -> None:

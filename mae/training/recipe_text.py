@@ -8,31 +8,46 @@ from torch import nn
 from mae.data.datamodule import ImageData
 from mae.training import recipe_audit
 from mae.training.optim import WarmupCosine, scaled_lr
-from mae.training.throughput import images_per_step
+from mae.training.throughput import images_per_device, images_per_step
 
 
 def report_recipe(
-    trainer: Trainer, network: nn.Module, schedule: WarmupCosine, base_lr: float, flops: float, notes: dict[str, str]
+    trainer: Trainer,
+    network: nn.Module,
+    schedule: WarmupCosine,
+    base_lr: float,
+    flops: float,
+    notes: dict[str, str],
+    folder: str | None,
 ) -> None:
-    """Print the recipe, and write it to recipe.txt in the run folder with the name of every tensor; first rank only.
+    """Print the recipe; first rank only.
 
     Args:
         flops: Of an image, forward and backward.
         notes: Lines that belong to this stage alone, by their first word.
+        folder: Where recipe.txt is written, which also has the name of every tensor; None: nowhere.
     """
-    data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-    assert data.train_source is not None
-    images, batch, per_epoch = len(data.train_source), images_per_step(trainer), schedule.steps_per_epoch
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    batch, per_epoch = images_per_step(trainer), schedule.steps_per_epoch
     steps = round(schedule.epochs * per_epoch)
     parameters = [p.numel() for p in network.parameters()]
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
-    held_out = f"{len(data.val_source)} held out" if data.val_source else "none held out: no held-out figures"
+    left_out = ""
+    if isinstance(data, ImageData):
+        assert data.train_source is not None
+        images = len(data.train_source)
+        held_out = f"{len(data.val_source)} held out" if data.val_source else "none held out: no held-out figures"
+        about = {"images": f"{images} for training, {held_out}", "augmentation": "; ".join(data.augmentations())}
+        left_out = f"; {images - per_epoch * batch} images of each epoch's order left out"
+    else:
+        about = {
+            "images": "as the DataLoader gives them: masks are replayed by (seed, step, rank, row), images are not"
+        }
     lines = {
-        "images": f"{images} for training, {held_out}",
-        "augmentation": "; ".join(data.augmentations()),
-        "batch": f"{data.batch_size} a device x {trainer.accumulate_grad_batches} accumulated x {trainer.world_size} "
-        f"devices = {batch} an optimiser step",
-        "epoch": f"{per_epoch} optimiser steps; {images - per_epoch * batch} images of each epoch's order left out",
+        **about,
+        "batch": f"{images_per_device(trainer)} a device x {trainer.accumulate_grad_batches} accumulated x "
+        f"{trainer.world_size} devices = {batch} an optimiser step",
+        "epoch": f"{per_epoch} optimiser steps{left_out}",
         "learning rate": f"{base_lr:g} x {batch} / 256 = {scaled_lr(base_lr, batch):g} at its peak, after "
         f"{schedule.warmup_epochs * per_epoch:g} steps of warm-up; {steps} steps in all",
         "parameters": f"{sum(parameters) / 1e6:.2f} M, of which {trained / 1e6:.2f} M are trained",
@@ -46,7 +61,9 @@ def report_recipe(
     text = f"{arithmetic}\n\n{recipe_audit.table(groups)}\ndrop path by block: {rates}\n"
     print(text, flush=True)
     names = ("\n".join([f"group {i}", *(f"  {name}" for name in group.names)]) for i, group in enumerate(groups))
-    path = Path(trainer.default_root_dir) / "recipe.txt"
+    if folder is None:
+        return
+    path = Path(folder) / "recipe.txt"
     try:
         path.write_text(text + "\n" + "\n\n".join(names) + "\n")
     except OSError as error:  # it has been printed, at least

@@ -15,6 +15,7 @@ from mae.models.flops import peak_rate
 from mae.runtime import memory
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.processes import all_reduce, gather
+from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.optim import WarmupCosine
 from mae.training.throughput import DataWait, images_per_step
 
@@ -153,7 +154,7 @@ class StepMetrics:
         if step.isfinite():
             self.stop_at_bad_loss(int(step))
         paths = self.all_bad_images() if bad else {}
-        allowed: int = self.trainer.datamodule.max_bad_images  # type: ignore[attr-defined]
+        allowed: int = getattr(self.trainer.datamodule, "max_bad_images", 0)  # type: ignore[attr-defined]
         if len(paths) > allowed:
             listed = "; ".join(f"{path}: {reason}" for path, reason in list(paths.items())[:20])
             raise UserError(f"{len(paths)} unreadable training images, --data.max_bad_images is {allowed}: {listed}")
@@ -165,9 +166,12 @@ class StepMetrics:
 
     def stop_at_bad_loss(self, step: int) -> None:
         lr = self.schedule.lr_at(step - 1, float(self.schedule.base_lrs[0]))
-        self.trainer.strategy.checkpoint_io.wait()  # type: ignore[attr-defined]
-        path = last_checkpoint(self.trainer.default_root_dir)
-        last = path.resolve() if path.is_file() else "none was written"
+        files = self.trainer.strategy.checkpoint_io
+        last: Any = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written"
+        if isinstance(files, CheckpointFiles):
+            files.wait()
+            path = last_checkpoint(self.trainer.default_root_dir)
+            last = path.resolve() if path.is_file() else "none was written"
         raise TrainingFailed(
             f"the loss is not finite at step {step} (learning rate {lr:g}); last good checkpoint: {last}. "
             "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"

@@ -6,13 +6,36 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 
+from mae.errors import UserError
 from mae.runtime.device_clock import Clock, idle
 
 
-def images_per_step(trainer: Trainer) -> int:
+def images_per_device(trainer: Trainer, data: Any = None) -> int:
+    """Images of a micro-batch on one device, by the data module, the DataLoader or the module.
+
+    Args:
+        data: The data module, where the trainer has none yet.
+
+    Raises:
+        UserError: None of them says it.
+    """
+    data = data or trainer.datamodule  # type: ignore[attr-defined]
+    module = trainer.lightning_module
+    loader = trainer.train_dataloader
+    size = getattr(data, "batch_size", None) or getattr(module, "batch_size_per_device", None)
+    size = size or getattr(loader, "batch_size", None)
+    size = size or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if not isinstance(size, int):
+        raise UserError(
+            "the training DataLoader does not say its batch size, which the learning rate is scaled by: set "
+            "`module.batch_size_per_device = N` before trainer.fit"
+        )
+    return size
+
+
+def images_per_step(trainer: Trainer, data: Any = None) -> int:
     """The global batch: images of an optimiser step, over all devices and accumulated micro-batches."""
-    per_device: int = trainer.datamodule.batch_size  # type: ignore[attr-defined]
-    return per_device * trainer.accumulate_grad_batches * trainer.world_size
+    return images_per_device(trainer, data) * trainer.accumulate_grad_batches * trainer.world_size
 
 
 class DataWait:

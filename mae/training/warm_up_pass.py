@@ -9,12 +9,12 @@ from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from mae.data.datamodule import ImageData
 from mae.data.datasets import blank_batch
 from mae.errors import UserError
 from mae.models import compilation
 from mae.models.compilation import Choice
 from mae.runtime.processes import gather
+from mae.training.throughput import images_per_device
 
 
 def dry_run_step(module: LightningModule, backward: Callable[[Tensor], Any], through_ddp: bool) -> None:
@@ -27,8 +27,8 @@ def dry_run_step(module: LightningModule, backward: Callable[[Tensor], Any], thr
     """
     trainer = module.trainer
     buffers = [buffer.clone() for buffer in module.buffers()]
-    data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-    batch = module.on_before_batch_transfer(blank_batch(data.batch_size, data.in_chans, data.image_size), 0)
+    channels, *size = module.image_shape  # type: ignore[misc]
+    batch = module.on_before_batch_transfer(blank_batch(images_per_device(trainer), channels, (size[0], size[1])), 0)
     batch = trainer.strategy.batch_to_device(batch._replace(images=batch.images.to(module.dtype)))
     if through_ddp:
         loss = trainer.strategy.training_step(batch, 0)
