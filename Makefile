@@ -6,8 +6,8 @@
 # Of the slow ones a file stays together; those that measure time run alone.
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --maxprocesses 8
-FAST = $(PARALLEL) --dist worksteal -m "not slow and not gpu and not bench"
-SLOW = $(PARALLEL) --dist loadfile -m "slow and not bench"
+FAST = $(PARALLEL) --dist worksteal -m "not slow and not soak and not gpu and not bench"
+SLOW = $(PARALLEL) --dist loadfile -m "slow and not soak and not bench"
 
 # The first candidate that is at least Python 3.11 and can make environments; else the first that is at least 3.11.
 find = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
@@ -46,7 +46,8 @@ test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, noteb
 test-bench: .venv/stamp ## the tests of mae bench, one after the other
 	.venv/bin/python -m pytest -m "bench and not gpu" $(ARGS)
 
-soak: .venv/stamp ## kill a small run 25 times, signal a Slurm job 20 times: the same bits
+soak: .venv/stamp ## the longest tests; kill a small run 25 times, signal a Slurm job 20 times: the same bits
+	.venv/bin/python -m pytest -m soak
 	.venv/bin/python tests/soak/kill_soak.py --kills 25 $(ARGS)
 	.venv/bin/python tests/soak/slurm_soak.py --signals 20
 

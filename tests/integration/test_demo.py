@@ -37,7 +37,7 @@ def test_demo_gives_the_same_figures_again_and_removes_no_folder_that_the_user_n
     assert (tmp_path / "first" / "encoder.safetensors").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_full_demo_beats_raw_pixels_and_the_random_encoder(tmp_path: Path) -> None:
     done = mae("demo", "--run_dir", tmp_path / "demo", timeout=3000)  # one thread: others would wait for cores
     assert done.returncode == 0, done.stderr

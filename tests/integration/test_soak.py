@@ -18,7 +18,7 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert soak.soak(soak.Case(processes=1, workers=0, accumulate=2, steps=40), kills, tmp_path) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @needs_proc
 def test_two_stopped_processes_end_with_the_same_bits(tmp_path: Path) -> None:
     kills = [soak.Kill("KILL", "rank 1", "random", 17, 0.5), soak.Kill("TERM", "group", "epoch", 25, 0.1)]

@@ -456,7 +456,7 @@ def command(program: list[str], args: list[str], timeout: float = 200) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_ten_thousand_images_killed_half_way(encoder: Path, tmp_path: Path) -> None:
     root = many_images(tmp_path / "root", 10_000)
     more = ["--batch_size=64", "--num_workers=1"]

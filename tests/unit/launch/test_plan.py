@@ -209,15 +209,14 @@ SMALL = ["--model.size=tiny", "--data.image_size=112"]
 @pytest.mark.parametrize(
     ("config", "batch", "more"),
     [
-        pytest.param(CIFAR, 96, [], marks=pytest.mark.slow),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((PRETRAIN, 16, SMALL), (FINETUNE, 48, SMALL))),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, marks=pytest.mark.soak)
             for case in (
-                (PRETRAIN, 16, SMALL),
+                (CIFAR, 96, []),
                 (PRETRAIN, 16, [*SMALL, "--model.activation_checkpointing=true", "--model.decoder_depth=1"]),
                 (CIFAR, 96, ["--compile", "true"]),
                 (PRETRAIN, 8, ["--model.mask_ratio=0.5", "--model.norm_pix_loss=false"]),
-                (FINETUNE, 48, SMALL),  # matrix products of the library take some 20 MiB of their own
                 (FINETUNE, 4, ["--model.size=small"]),
             )
         ),
