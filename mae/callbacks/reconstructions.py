@@ -1,5 +1,6 @@
 """Pictures of reconstructions while a run trains."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import WholeSamples
-from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
+from mae.data.sampling import HELD_OUT_EPOCH
 from mae.data.sources import spread
 from mae.evaluation.plots import panel, reconstruction_columns
 from mae.options import check_ranges
@@ -32,7 +33,13 @@ class Panels(Callback):
         self.drawn = -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Pretrain)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
+        if pl_module.model.decoder_pred.out_features != math.prod(pl_module.model.patch_size) * data.in_chans:
+            self.batches = []
+            if trainer.is_global_zero:
+                print("no pictures of reconstructions: the target of this network is not a patch's pixels", flush=True)
+            return
         source = data.val_source or data.train_source
         assert source is not None
         samples = WholeSamples(source, data.image_size, data.crop_pct)
@@ -67,7 +74,7 @@ class Panels(Callback):
             return  # drawn a moment ago, at the end of the last epoch; or nothing to draw
         self.drawn = trainer.global_step
         indices = [int(batch.indices) for batch in self.batches]
-        noise = sample_noise(HELD_OUT_SEED, [HELD_OUT_EPOCH] * len(indices), indices, module.model.num_patches)
+        noise = module.mask_noise(HELD_OUT_SEED, [HELD_OUT_EPOCH] * len(indices), indices)
         model = module.model
         was_training = model.training
         model.eval()

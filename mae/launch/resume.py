@@ -77,7 +77,12 @@ class ResumePoint:
             if path.suffix == ".safetensors":
                 raise load.not_a_checkpoint(path)
             if problem := checkpoint_files.damage(path):
-                raise UserError(f"--ckpt_path {path} is damaged: {problem}")
+                plain = (
+                    ""
+                    if checkpoint_files.is_sealed(path)
+                    else "; one of a plain Trainer goes on by its fit(ckpt_path=)"
+                )
+                raise UserError(f"--ckpt_path {path} is damaged: {problem}{plain}")
             return path
         newest, complaints = checkpoint_files.newest(self.run_dir)
         for complaint in complaints if is_first_rank() else ():
