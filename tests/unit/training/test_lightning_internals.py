@@ -171,3 +171,41 @@ def test_the_state_of_a_run_can_be_had_without_a_file(tmp_path: Path) -> None:
     trained(Recorder(each=lambda trainer: states.append(internals.dump_checkpoint(trainer))), tmp_path, max_steps=1)
     wanted = {"state_dict", "optimizer_states", "lr_schedulers", "loops", "global_step", "callbacks"}
     assert wanted <= states[0].keys(), "Lightning's dump_checkpoint leaves out what a run needs to go on"
+
+
+class Base(LightningModule):
+    def __init__(self, width: int = 1) -> None:
+        super().__init__()
+        internals.save_arguments(self)
+
+
+class Derived(Base):
+    def __init__(self, depth: int = 2, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
+
+def test_the_arguments_of_all_constructors_are_saved_whoever_calls_them() -> None:
+    from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters_context
+
+    with _given_hyperparameters_context({"width": 9, "_instantiator": "x"}, "x"):  # as the command line does
+        module = Derived(depth=3, width=4)
+    assert dict(module.hparams) == {"depth": 3, "width": 4}, "save_hyperparameters() no longer takes given_hparams=None"
+
+
+def test_a_module_without_trainer_has_none_attached(tmp_path: Path) -> None:
+    assert internals.attached_trainer(BoringModel()) is None, "a module keeps its trainer under another name"
+    trainer = trained(Recorder(), tmp_path)
+    assert internals.attached_trainer(trainer.lightning_module) is trainer
+
+
+def test_micro_batches_of_an_epoch_are_known_before_it_begins(tmp_path: Path) -> None:
+    found = []
+
+    class Counting(BoringModel):
+        def configure_optimizers(self) -> Any:
+            found.append(internals.training_batches(self.trainer))
+            return super().configure_optimizers()
+
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, max_steps=1, limit_train_batches=7)
+    trainer.fit(Counting())
+    assert found == [7.0], "trainer.fit_loop.setup_data() no longer counts the batches of an epoch"
