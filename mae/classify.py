@@ -114,6 +114,11 @@ class Classify(Stage):
         self.encoder = checkpoint["mae"]["recipe"]["model.encoder"]
         self.start_note = "weights of a checkpoint"
 
+    def metric_names(self) -> list[str]:
+        suffixes = [""] if self.ema is None else ["", "_ema"]
+        scores = [f"val/{key}{suffix}" for suffix in suffixes for key in ("acc1", "acc5", "loss")]
+        return list(dict.fromkeys([*super().metric_names(), *scores]))
+
     def recipe_notes(self) -> dict[str, str]:
         return {"start": self.start_note, "pool": f"{self.pool}; {len(self.classes)} classes"}
 

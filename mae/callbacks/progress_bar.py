@@ -62,6 +62,8 @@ class Progress(ProgressBar):
         latest, lr = module.step_metrics.latest, module.step_metrics.lr
         formats = {"train/loss": "loss {:.4f}", "val/loss": "held-out {:.4f}", "val/acc1": "top-1 {:.2f} %"}
         formats["images_per_s"] = "{:.0f} images/s"
+        if self.bar is None:  # of this step on this rank; reading it makes the device wait, once a line
+            latest = {**latest, "train/loss": float(module.step_metrics.step_loss)}
         return " | ".join(
             [text.format(latest[key]) for key, text in formats.items() if key in latest] + [f"lr {lr:.2e}"]
         )

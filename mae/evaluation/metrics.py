@@ -94,7 +94,8 @@ class Scores(nn.Module):
 def score_line(title: str, report: Report) -> str:
     """The result in one line, to quote."""
     worst = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy, _ in report.worst(3))
+    top5 = f", top-5 {report.acc5:.2f} %" if len(report.classes) > 5 else ""  # of five classes it says nothing
     return (
-        f"{title} top-1 {report.acc1:.2f} %, top-5 {report.acc5:.2f} %, loss {report.loss:.4f} on {report.images} "
+        f"{title} top-1 {report.acc1:.2f} %{top5}, loss {report.loss:.4f} on {report.images} "
         f"held-out images; worst classes: {worst}"
     )

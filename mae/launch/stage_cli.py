@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from jsonargparse import Namespace
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -29,6 +28,7 @@ from mae.launch.resume import ResumePoint
 from mae.launch.run_errors import translated_errors
 from mae.launch.run_folder import RunFolder
 from mae.launch.stage_parser import StageParser
+from mae.launch.trainer_settings import check_callbacks, check_trainer_settings, set_ddp_options
 from mae.options import check_ranges, run_name
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
@@ -39,23 +39,9 @@ from mae.runtime.run_lock import RunLock
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
-from mae.training.lightning_internals import ddp_options
 from mae.training.module import Stage
 
 HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next start sends what is missing
-
-
-# Settings of Lightning that would make an epoch something other than one pass over the images, and the only value that
-# each may have.
-WHOLE_STEPS_ONLY = {
-    "limit_train_batches": 1.0,
-    "overfit_batches": 0.0,
-    "use_distributed_sampler": False,
-    "min_epochs": None,
-    "min_steps": None,
-    "max_time": None,
-    "val_check_interval": 1.0,
-}
 
 
 class StageCLI(LightningCLI):
@@ -166,7 +152,7 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the settings, take the lock of the run folder, choose the checkpoint; nothing is built yet."""
         config = self.config
-        check_trainer_settings(config.trainer)
+        check_trainer_settings(config.trainer, precision.device_type(config.trainer.accelerator))
         check_ranges("", "(0, inf)", watchdog_minutes=config.watchdog_minutes)
         device = precision.device_type(config.trainer.accelerator)
         advice = precision.check_precision(config.trainer.precision, device)
@@ -232,6 +218,7 @@ class StageCLI(LightningCLI):
     def make_callbacks(self) -> list[Callback]:
         """Those of the settings, and those that every run has; checkpoints and pictures have settings of their own."""
         callbacks = as_list(self.config_init.trainer.callbacks)
+        check_callbacks(callbacks, self.model, self.datamodule, self.config.trainer.limit_val_batches)
         if self.config_init.trainer.enable_progress_bar is not False:
             callbacks.append(Progress())
         self.alive = Alive(self.lock, self.config.watchdog_minutes)
@@ -305,45 +292,6 @@ class StageCLI(LightningCLI):
         """Write config.yaml, whole or not at all."""
         with atomic_write(self.run_dir / "config.yaml") as partial:
             self.parser.save(self.config, str(partial), overwrite=True, multifile=False)
-
-
-def check_trainer_settings(trainer: Namespace) -> None:
-    """
-    Raises:
-        UserError: A setting of Lightning's would cut or repeat epochs, or is out of its range.
-    """
-    for key, usual in WHOLE_STEPS_ONLY.items():
-        # As text: 1 is one batch, 1.0 is all of them.
-        if str(value := trainer[key]) not in ("None", str(usual)):
-            raise UserError(f"--trainer.{key} {value} would cut or repeat epochs; shorten with --trainer.max_steps")
-    if str(limit := trainer.limit_val_batches) not in ("None", "1.0", "0", "0.0"):
-        raise UserError(
-            f"--trainer.limit_val_batches {limit} would judge by the first held-out images only; 0 leaves it out"
-        )
-    if trainer.enable_checkpointing is False:
-        raise UserError(
-            "--trainer.enable_checkpointing false: every run keeps checkpoints; see --checkpoint.every_n_epochs"
-        )
-    keys = ("accumulate_grad_batches", "log_every_n_steps")
-    check_ranges("trainer", "[1, inf)", **{key: trainer[key] for key in keys})
-
-
-def set_ddp_options(strategy: DDPStrategy, accumulate: int) -> None:
-    """Have DDP leave out what our networks do not need, unless the settings of the strategy say otherwise.
-
-    Raises:
-        UserError: They ask for what torch cannot do.
-    """
-    options = ddp_options(strategy)
-    if options.get("static_graph") and accumulate > 1:
-        raise UserError(
-            f"--trainer.strategy: static_graph true does not go with --trainer.accumulate_grad_batches {accumulate}: "
-            "leave it out"
-        )
-    options.setdefault("gradient_as_bucket_view", True)  # no second copy of the gradients
-    options.setdefault("find_unused_parameters", False)
-    # With accumulation only the last micro-batch exchanges gradients, so the graph is not static.
-    options.setdefault("static_graph", accumulate == 1 and not options["find_unused_parameters"])
 
 
 def as_list(value: Any) -> list[Any]:

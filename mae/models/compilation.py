@@ -26,7 +26,8 @@ def too_short(device: torch.device, flops: float) -> str:
     if device.type not in WORTHWHILE:
         return f"not tried on {device.type}"
     if flops < (worth := WORTHWHILE[device.type]):
-        return f"the run's {flops:.1e} FLOP would not win back the time, {worth:.0e} would; true does it all the same"
+        need = f"{flops:.1e} FLOP where {worth:.0e} would"
+        return f"the run is too short to pay for it, {need} (--model.compile true forces it)"
     return ""
 
 

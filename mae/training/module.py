@@ -121,6 +121,10 @@ class Stage(LightningModule):
         """Plain types that are stored with the weights, besides what all stages store."""
         raise NotImplementedError
 
+    def metric_names(self) -> list[str]:
+        """The metrics that callbacks can watch: those of steps, and of held-out images, which begin with val/."""
+        return ["train/loss", "val/loss", *self.step_metrics.NAMES]
+
     def recipe_notes(self) -> dict[str, str]:
         """Lines of the printed recipe that belong to this stage alone, by their first word."""
         return {}

@@ -38,6 +38,8 @@ class StepMetrics:
         peak_rate: FLOP/s of the device at its best, in this precision.
     """
 
+    NAMES = ("lr", "epoch", "images_seen", "images_per_s", "data_wait", "peak_memory_gib")  # besides losses
+
     def __init__(self) -> None:
         self.lr = 0.0
         self.skipped_steps = 0

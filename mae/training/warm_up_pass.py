@@ -77,8 +77,10 @@ def compile_network(
     if reason and choice is True:
         raise UserError(f"--model.compile true: {reason}; --model.compile auto goes on without")
     if module.trainer.is_global_zero:
-        result = f"not compiled: {reason}" if reason else f"compiled in {time.perf_counter() - start:.0f} s"
-        print(f"{result} (--model.compile {choice})", flush=True)
+        if reason:
+            print(f"torch.compile skipped: {reason}", flush=True)
+        else:
+            print(f"torch.compile took {time.perf_counter() - start:.0f} s (--model.compile {choice})", flush=True)
 
 
 def reason_against(module: LightningModule, network: nn.Module, choice: Choice, cuda_graphs: bool, work: float) -> str:

@@ -212,7 +212,7 @@ def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch:
 def test_a_short_run_is_not_compiled_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cli = PretrainCLI([*TINY, f"--run_dir={tmp_path}", "--trainer.max_steps=1"])
     cli.fit()
-    assert "not compiled: the run's " in capsys.readouterr().out
+    assert "torch.compile skipped: the run is too short to pay for it" in capsys.readouterr().out
     assert all(block._compiled_call_impl is None for block in compilation.blocks(cli.model))
 
 
@@ -234,9 +234,9 @@ def test_where_compiling_fails_auto_goes_on_and_true_ends(
     monkeypatch.setattr(compilation, "compile_blocks", broken)
     monkeypatch.setitem(compilation.WORTHWHILE, "cpu", 0.0)
     PretrainCLI([*TINY, f"--run_dir={tmp_path / 'auto'}", "--trainer.max_steps=2"]).fit()
-    lines = [line for line in capsys.readouterr().out.splitlines() if "compiled" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "torch.compile skipped" in line]
     wanted = "torch.compile needs a C++ compiler that works: install g++, or name one by CXX"
-    assert lines == [f"not compiled: {wanted} (--model.compile auto)"]
+    assert lines == [f"torch.compile skipped: {wanted}"]
     weights = [torch.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"] for name in ("eager", "auto")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])  # the attempt leaves nothing
     with pytest.raises(UserError, match=r"--model.compile true: .*C\+\+"):

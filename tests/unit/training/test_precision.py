@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import DDPStrategy
 
 from mae.errors import UserError
 from mae.launch import out_of_memory, stage_cli
-from mae.launch.stage_cli import set_ddp_options
 from mae.launch.stages import PretrainCLI
+from mae.launch.trainer_settings import set_ddp_options
 from mae.runtime import memory
 from mae.runtime.checkpoint_files import damage, saved, step_file
 from mae.runtime.memory import is_out_of_memory
