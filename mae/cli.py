@@ -19,7 +19,7 @@ from mae.runtime.environment import environment_rank, is_first_rank
 
 ALONE_SECONDS = 7.0
 TRAINING = ("pretrain", "linprobe", "finetune")
-WITHOUT_WANDB = ("reconstruct", "inspect", "convert", "predict", "embed")
+WITHOUT_WANDB = ("attention", "reconstruct", "inspect", "convert", "predict", "embed")
 ALIASES = {"probe": "linprobe"}  # old names of commands
 
 # Name: (what it does, where its function is).
@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "original, masked and reconstructed images as a PNG",
         "evaluation.reconstruct:reconstruct_command",
     ),
+    "attention": ("where the class token looks, as a PNG", "evaluation.attention:attention_command"),
     "embed": ("features of a folder of any images, as Parquet or npz", "evaluation.embed:embed_command"),
     "inspect": (
         "what a file of weights is, what it can be used for, what is wrong with it",

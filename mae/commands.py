@@ -49,6 +49,15 @@ def reconstruct_parser() -> ToolParser:
     return parser
 
 
+def attention_parser() -> ToolParser:
+    parser = ToolParser(prog="mae attention", description="Where the class token of an encoder looks, as a PNG.")
+    parser.add_argument("images", type=str, nargs="+", metavar="IMAGE", help="Image files: a row each.")
+    parser.add_argument("--model", type=str, required=True, help=SRC_HELP)
+    parser.add_argument("--out", type=str, required=True, help="The PNG to write.")
+    parser.add_argument("--block", type=int, default=-1, help="Block: 0 is the first, -1 the last.")
+    return parser
+
+
 def embed_parser() -> ToolParser:
     parser = ToolParser(prog="mae embed", description="Features of a folder of any images, as Parquet or npz.")
     parser.add_argument("--config", action="config")
@@ -201,6 +210,7 @@ PARSERS: dict[str, Callable[[], ToolParser]] = {
     "predict": predict_parser,
     "report": report_parser,
     "reconstruct": reconstruct_parser,
+    "attention": attention_parser,
     "embed": embed_parser,
     "inspect": inspect_parser,
     "convert": convert_parser,

@@ -14,7 +14,7 @@ from torch import Tensor
 import mae.data.datamodule
 import mae.pretrain
 from mae.data.decode import BadImage, Picture
-from mae.data.sampling import EpochSampler
+from mae.data.sampling import HELD_OUT_EPOCH, EpochSampler, sample_noise
 from mae.data.sources import ArraySource, load_digits
 from mae.errors import TrainingFailed, UserError
 from mae.launch.stages import PretrainCLI
@@ -49,6 +49,8 @@ def test_fifty_steps_of_the_official_run(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(EpochSampler, "__iter__", stored_order)
 
     def stored_noise(seed: int, epochs: list[int], indices: list[int], num_patches: int) -> Tensor:
+        if epochs[0] == HELD_OUT_EPOCH:  # of pictures
+            return sample_noise(seed, epochs, indices, num_patches)
         return tensors["noise"][10 * epochs[0] + indices[0] // 16]
 
     monkeypatch.setattr(mae.pretrain, "sample_noise", stored_noise)

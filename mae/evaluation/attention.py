@@ -1,0 +1,44 @@
+"""`mae attention`: where the class token of an encoder looks."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mae.commands import attention_parser
+from mae.data.crops import center_box, resized_crop
+from mae.data.datasets import normalize
+from mae.data.decode import BadImage, decode_image
+from mae.errors import UserError
+from mae.evaluation import plots
+from mae.models.attention_maps import attention_maps
+from mae.options import out_file
+from mae.weights.load import read_weights, trained_data_settings
+
+
+def attention_command(args: Sequence[str]) -> None:
+    config = attention_parser().parse_args(list(args))
+    weights = read_weights(config.model)
+    out_file(config.out)
+    encoder, trained = weights.encoder(), trained_data_settings(weights.description)
+    height, width = trained["image_size"]
+    try:
+        pixels = [decode_image(path, trained["in_chans"]) for path in config.images]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    size = height, width
+    cropped = torch.stack([resized_crop(p, center_box(p.shape[1], p.shape[2], size), size) for p in pixels])
+    images = normalize(cropped, torch.tensor(trained["mean"]), torch.tensor(trained["std"]))
+    try:
+        maps = attention_maps(encoder, images, config.block)  # (B, heads, rows, columns)
+    except ValueError as error:
+        raise UserError(f"--model {config.model}, --block {config.block}: {error}") from None
+    original = cropped.float() / (255 if cropped.dtype == torch.uint8 else 65535)
+    columns = {"original": original}
+    shown = {"mean of heads": maps.mean(dim=1)} | {f"head {i + 1}": maps[:, i] for i in range(maps.shape[1])}
+    for title, values in shown.items():
+        light = F.interpolate(values[:, None], size, mode="nearest")  # (B, 1, H, W), a square a patch
+        columns[title] = original * light / light.amax(dim=(2, 3), keepdim=True)
+    plots.panel(columns, Path(config.out))
+    print(f"wrote {config.out}: attention of the class token, {', '.join(columns)}; block {config.block}")
