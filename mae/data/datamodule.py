@@ -189,9 +189,14 @@ class ImageData(LightningDataModule):
         """
         return image
 
+    @property
+    def own_augment(self) -> Distort | None:
+        """`augment` where a subclass has overridden it."""
+        return None if type(self).augment is ImageData.augment else self.augment
+
     def distortion(self) -> Distort | None:
         """What is done to each flipped crop, None if nothing is."""
-        own = self.augment if type(self).augment is not ImageData.augment else None
+        own = self.own_augment
         if self.distort is None or own is None:
             return own or self.distort
         return lambda image: own(self.distort(image))  # type: ignore[misc]
@@ -266,7 +271,7 @@ class ImageData(LightningDataModule):
         crop = "centre crop" if self.crop is None else str(self.crop)
         if self.jpeg_scaling:
             crop += f" of JPEG decoded at reduced size ({self.scaling_difference():.2f} of 255 levels off)"
-        own = [f"{type(self).__name__}.augment"] if type(self).augment is not ImageData.augment else []
+        own = [f"{type(self).__name__}.augment"] if self.own_augment else []
         return [f"{crop}, bicubic", *([f"flip with probability {self.hflip:g}"] if self.hflip else []), *own]
 
     def settings(self) -> dict[str, Any]:

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from mae.commands import attention_parser
-from mae.data.crops import center_box, resized_crop
 from mae.data.datasets import normalize
-from mae.data.decode import BadImage, decode_image
 from mae.errors import UserError
 from mae.evaluation import plots
+from mae.evaluation.reconstruct import read_images
 from mae.models.attention_maps import attention_maps
+from mae.models.mae import as_pair
 from mae.options import out_file
 from mae.weights.load import read_weights, trained_data_settings
 
@@ -22,13 +22,8 @@ def attention_command(args: Sequence[str]) -> None:
     weights = read_weights(config.model)
     out_file(config.out)
     encoder, trained = weights.encoder(), trained_data_settings(weights.description)
-    height, width = trained["image_size"]
-    try:
-        pixels = [decode_image(path, trained["in_chans"]) for path in config.images]
-    except BadImage as error:
-        raise UserError(str(error)) from None
-    size = height, width
-    cropped = torch.stack([resized_crop(p, center_box(p.shape[1], p.shape[2], size), size) for p in pixels])
+    size = as_pair(trained["image_size"])
+    cropped = read_images(config.images, trained["in_chans"], size)
     images = normalize(cropped, torch.tensor(trained["mean"]), torch.tensor(trained["std"]))
     try:
         maps = attention_maps(encoder, images, config.block)  # (B, heads, rows, columns)

@@ -12,7 +12,7 @@ from mae.data.decode import BadImage, decode_image
 from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
 from mae.errors import UserError
 from mae.evaluation import plots
-from mae.models.mae import MaskedAutoencoder
+from mae.models.mae import MaskedAutoencoder, Pair
 from mae.options import out_file
 from mae.weights.load import read_weights
 
@@ -25,11 +25,7 @@ def reconstruct_command(args: Sequence[str]) -> None:
     out_file(config.out)
     if config.mask and config.mask_ratio is not None:
         raise UserError("--mask and --mask_ratio exclude each other: a mask says how much is hidden")
-    try:
-        pixels = [decode_image(path, model.in_chans) for path in config.images]
-    except BadImage as error:
-        raise UserError(str(error)) from None
-    cropped = [resized_crop(p, center_box(p.shape[1], p.shape[2], model.image_size), model.image_size) for p in pixels]
+    cropped = read_images(config.images, model.in_chans, model.image_size)
     count = len(cropped)
     if config.mask:
         noise, ratio = load_mask(Path(config.mask), model)
@@ -38,7 +34,7 @@ def reconstruct_command(args: Sequence[str]) -> None:
         noise = sample_noise(config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.num_patches)
         ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
     mean, std = weights.description["mean"], weights.description["std"]
-    images = normalize(torch.stack(cropped), torch.tensor(mean), torch.tensor(std))
+    images = normalize(cropped, torch.tensor(mean), torch.tensor(std))
     try:
         with torch.no_grad():
             columns = plots.reconstruction_columns(model, images, noise, ratio, mean, std)
@@ -46,6 +42,19 @@ def reconstruct_command(args: Sequence[str]) -> None:
         raise UserError(f"--mask_ratio: {error}") from None
     plots.panel(columns, Path(config.out))
     print(f"wrote {config.out}: {', '.join(columns)}")
+
+
+def read_images(paths: Sequence[str], in_chans: int, size: Pair) -> torch.Tensor:
+    """Image files, resized and centre-cropped: (B, C, H, W), uint8 or uint16.
+
+    Raises:
+        UserError: One of them cannot be read.
+    """
+    try:
+        pixels = [decode_image(path, in_chans) for path in paths]
+    except BadImage as error:
+        raise UserError(str(error)) from None
+    return torch.stack([resized_crop(p, center_box(p.shape[1], p.shape[2], size), size) for p in pixels])
 
 
 def load_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:

@@ -97,16 +97,15 @@ def run(
     given |= {key.replace("__", "."): value for key, value in settings.items()}
     cli = kind([f"--{key}={as_yaml(value)}" for key, value in given.items()])
     cli.fit()
-    if kind is LinearProbeCLI and cli.config.mode == "cached":
-        raise UserError("mode=cached trains no module: `mae linprobe --mode cached`")
     return Run(cli.run_dir, cli.model, dict(cli.model.step_metrics.latest))
 
 
 def as_yaml(value: Any) -> str:
     """A value as the command line takes it."""
-    return (
-        str(value) if isinstance(value, str | Path) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
-    )
+    if isinstance(value, str | Path):
+        return str(value)
+    text: str = yaml.safe_dump(value, default_flow_style=True)  # "..." on a second line ends a plain number
+    return text.split("\n")[0]
 
 
 def embed_images(encoder: str | Path, images: str | Path, batch_size: int = 64, num_workers: int = 0) -> Features:

@@ -9,7 +9,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -20,6 +20,13 @@ from mae.options import find_config
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
+def with_values(args: Sequence[str]) -> Iterator[tuple[str, str, str]]:
+    """Each argument, its option, and the value, which stands behind a "=" or is the next argument."""
+    for arg, following in zip(args, [*args[1:], ""], strict=False):  # without arguments there is none
+        option, equals, value = arg.partition("=")
+        yield arg, option, value if equals else following
+
+
 def with_class_options(args: Sequence[str]) -> list[str]:
     """The arguments, with `--model CLASS` written as `--model_class CLASS`, and so for --data.
 
@@ -27,15 +34,13 @@ def with_class_options(args: Sequence[str]) -> list[str]:
         UserError: What follows is no class path.
     """
     out: list[str] = []
-    for i, arg in enumerate(args):
-        option, equals, value = arg.partition("=")
+    for arg, option, value in with_values(args):
         if option in ("--model", "--data"):
-            value = value if equals else args[i + 1] if i + 1 < len(args) else ""
             if not CLASS_PATH.fullmatch(value):
                 raise UserError(
                     f"{option} {value}: wanted is a class, {option} my.module.MyClass; settings are {option}.KEY VALUE"
                 )
-            arg = f"{option}_class{equals}{value if equals else ''}"
+            arg = arg.replace(option, f"{option}_class", 1)
         out.append(arg)
     return out
 
@@ -43,9 +48,7 @@ def with_class_options(args: Sequence[str]) -> list[str]:
 def chosen(args: Sequence[str], key: str) -> str | None:
     """The class path that the arguments give for `key`, or the last configuration file that has one."""
     path: str | None = None
-    for i, arg in enumerate(args):
-        option, equals, value = arg.partition("=")
-        value = value if equals else args[i + 1] if i + 1 < len(args) else ""
+    for _, option, value in with_values(args):
         if option == f"--{key}":
             return value
         if option == "--config":

@@ -77,12 +77,9 @@ class ResumePoint:
             if path.suffix == ".safetensors":
                 raise load.not_a_checkpoint(path)
             if problem := checkpoint_files.damage(path):
-                plain = (
-                    ""
-                    if checkpoint_files.is_sealed(path)
-                    else "; one of a plain Trainer goes on by its fit(ckpt_path=)"
-                )
-                raise UserError(f"--ckpt_path {path} is damaged: {problem}{plain}")
+                if not checkpoint_files.is_sealed(path):
+                    problem += "; one of a plain Trainer goes on by its fit(ckpt_path=)"
+                raise UserError(f"--ckpt_path {path} is damaged: {problem}")
             return path
         newest, complaints = checkpoint_files.newest(self.run_dir)
         for complaint in complaints if is_first_rank() else ():
@@ -152,9 +149,11 @@ class ResumePoint:
         """
         stored = self.description.get("recipe", {})
         # Earlier versions had their own classes only, and did not say so.
-        own = {key: recipe[key] for key in ("model_class", "data_class") if recipe[key].startswith("mae.")}
-        stock = {"model_class": "a class of this package", "data_class": "a class of this package"}
-        for key, before in ({**stock, **own, **stored} if stored else {}).items():
+        classes = {
+            key: recipe[key] if recipe[key].startswith("mae.") else "a class of this package"
+            for key in ("model_class", "data_class")
+        }
+        for key, before in ({**classes, **stored} if stored else {}).items():
             if recipe.get(key) != before:
                 self.reject_changed_setting(key, recipe.get(key), before, f"the run that {self.path} belongs to")
 

@@ -123,8 +123,7 @@ class StageCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("seed_everything", "model.seed")
-        parser.link_arguments("data.image_size", "model.image_size", apply_on="instantiate")
-        for key in ("in_chans", "mean", "std"):
+        for key in ("image_size", "in_chans", "mean", "std"):
             parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -152,9 +151,9 @@ class StageCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Check the settings, take the lock of the run folder, choose the checkpoint; nothing is built yet."""
         config = self.config
-        check_trainer_settings(config.trainer, precision.device_type(config.trainer.accelerator))
-        check_ranges("", "(0, inf)", watchdog_minutes=config.watchdog_minutes)
         device = precision.device_type(config.trainer.accelerator)
+        check_trainer_settings(config.trainer, device)
+        check_ranges("", "(0, inf)", watchdog_minutes=config.watchdog_minutes)
         advice = precision.check_precision(config.trainer.precision, device)
         if advice and is_first_rank():
             print(advice, flush=True)

@@ -157,9 +157,7 @@ class Stage(LightningModule):
         """The batch that a step works on, from what the DataLoader gave; a `Batch` stays as it is."""
         if isinstance(batch, Batch):
             return batch
-        made = to_batch(batch, self.image_shape[0], *self.statistics)
-        if tuple(made.images.shape[1:]) != self.image_shape:
-            raise UserError(f"the batch's images are {tuple(made.images.shape)}, the network takes {self.image_shape}")
+        made = to_batch(batch, self.image_shape, *self.statistics)
         if not self.first_batch_shown and self.trainer.is_global_zero:
             print(describe(batch, made.images), flush=True)
         self.first_batch_shown = True
@@ -200,8 +198,9 @@ class Stage(LightningModule):
         if self.exact:
             lightning_internals.remove_limits(trainer)
         warmup = self.warmup_epochs * per_epoch
-        self.warmup_shortened = warmup >= steps > 0
-        if self.warmup_shortened:
+        # warmup_epochs itself where it holds: the reference's order of operations, to the last bit
+        epochs = self.warmup_epochs
+        if warmup >= steps > 0:
             if trainer.is_global_zero:
                 print(
                     f"mae: warning: the warm-up of {self.warmup_epochs:g} epochs is {warmup:g} optimiser steps and the "
@@ -209,10 +208,9 @@ class Stage(LightningModule):
                     flush=True,
                 )
             warmup = steps // 10
+            epochs = warmup / per_epoch
         self.warmup_steps = warmup
         optimizer = self.make_optimizer(self.peak_lr)
-        # warmup_epochs itself where it holds: the reference's order of operations, to the last bit
-        epochs = warmup / per_epoch if self.warmup_shortened else self.warmup_epochs
         self.schedule = WarmupCosine(optimizer, per_epoch, steps / per_epoch, epochs, self.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self.schedule, "interval": "step"}}
 
@@ -393,11 +391,10 @@ class Stage(LightningModule):
         return self.global_step // self.steps_per_epoch % (trainer.check_val_every_n_epoch or 1) == 0
 
     def on_test_start(self) -> None:
-        self.gathered = ExitStack()
-        self.gathered.enter_context(whole(self.model))
+        self.on_validation_start()
 
     def on_test_end(self) -> None:
-        self.gathered.close()
+        self.on_validation_end()
 
     def test_step(self, batch: Any, batch_idx: int) -> Any:
         return self.validation_step(batch, batch_idx)

@@ -1,7 +1,7 @@
 """What any DataLoader gives, as the batches that the stages train on."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,34 +15,49 @@ LABEL_KEYS = ("label", "labels", "target", "targets")
 NOT_REPLAYED = -2  # the "epoch" of an image whose loader does not say which image it is
 
 
-def to_batch(batch: Any, in_chans: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Batch:
-    """A `Batch` of normalised images from what a DataLoader gives; a `Batch` is returned as it is.
+class Given(NamedTuple):
+    """The parts of a DataLoader's batch."""
+
+    images: Any
+    labels: Any  # None where there are none
+    fields: Mapping[Any, Any]  # of a dict, else empty
+
+
+def parts(batch: Any) -> Given:
+    """Find the images and labels of a batch, of any of the forms of `to_batch`.
+
+    Raises:
+        UserError: It is a dict without images.
+    """
+    if isinstance(batch, Mapping):
+        images, labels = (next((batch[key] for key in keys if key in batch), None) for keys in (IMAGE_KEYS, LABEL_KEYS))
+        if images is None:
+            raise UserError(f"the batch has the keys {', '.join(map(str, batch))}: none of {', '.join(IMAGE_KEYS)}")
+        return Given(images, labels, batch)
+    if isinstance(batch, list | tuple) and batch:
+        return Given(batch[0], batch[1] if len(batch) > 1 else None, {})
+    return Given(batch, None, {})
+
+
+def to_batch(
+    batch: Any, image_shape: tuple[int, int, int], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Batch:
+    """A `Batch` of normalised images from what a DataLoader gives.
 
     Args:
         batch: (B, C, H, W) images; a list or tuple that begins with images and may go on with (B,) labels; or a dict
             with the images under pixel_values, image, images or img, where it has them the labels under label, labels,
             target or targets, and `epoch` and `index`, (B,) each, from which masks are drawn as by our data module.
             uint8 and uint16 images are scaled to [0, 1] and normalised; float images are taken as normalised.
-        in_chans: Channels that the network takes.
+        image_shape: (channels, height, width) that the network takes.
         mean: Of each channel in [0, 1], for integer images.
         std: As mean.
 
     Raises:
         UserError: There are no images in it, or they are not of this form; or integer images have no mean and std.
     """
-    if isinstance(batch, Batch):
-        return batch
-    fields: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        fields = dict(batch)
-        images = next((fields[key] for key in IMAGE_KEYS if key in fields), None)
-        labels = next((fields[key] for key in LABEL_KEYS if key in fields), None)
-        if images is None:
-            raise UserError(f"the batch has the keys {', '.join(map(str, fields))}: none of {', '.join(IMAGE_KEYS)}")
-    elif isinstance(batch, list | tuple) and batch:
-        images, labels = batch[0], batch[1] if len(batch) > 1 else None
-    else:
-        images, labels = batch, None
+    images, labels, fields = parts(batch)
+    in_chans = image_shape[0]
     if isinstance(images, list) and images and all(isinstance(image, Tensor) for image in images):
         images = torch.stack(images)
     if not isinstance(images, Tensor) or images.ndim != 4:
@@ -56,6 +71,8 @@ def to_batch(batch: Any, in_chans: int, mean: Sequence[float] | None, std: Seque
             f"the batch's images are {tuple(images.shape)}: the network takes {in_chans} channels, (B, C, H, W) "
             "(in_chans of the module)"
         )
+    if tuple(images.shape[1:]) != image_shape:
+        raise UserError(f"the batch's images are {tuple(images.shape)}, the network takes {image_shape}")
     if not images.is_floating_point():
         if mean is None or std is None:
             raise UserError(
@@ -64,10 +81,10 @@ def to_batch(batch: Any, in_chans: int, mean: Sequence[float] | None, std: Seque
             )
         images = normalize(images, *(torch.tensor(values, device=images.device) for values in (mean, std)))
     n, device = len(images), images.device
-    numbers = torch.arange(n, device=device)
     labels = torch.full((n,), -1, device=device) if labels is None else torch.as_tensor(labels, device=device).long()
     known = "epoch" in fields and "index" in fields
-    index, epoch = (fields["index"], fields["epoch"]) if known else (numbers, torch.full((n,), NOT_REPLAYED))
+    # On the CPU, where masks are drawn: reading them from the device would make each step wait.
+    index, epoch = (fields["index"], fields["epoch"]) if known else (torch.arange(n), torch.full((n,), NOT_REPLAYED))
     zeros = torch.zeros(n, dtype=torch.bool, device=device)
     return Batch(images, labels, torch.as_tensor(index), torch.as_tensor(epoch), zeros, (~zeros).float(), [], {})
 
@@ -82,11 +99,7 @@ def describe(batch: Any, images: Tensor) -> str:
     values = images.float()
     low, high, mean, std = (float(v) for v in (values.min(), values.max(), values.mean(), values.std()))
     text = f"first batch   {tuple(images.shape)}, {low:.3g} to {high:.3g}, mean {mean:.3g}, std {std:.3g} (normalised)"
-    given = batch
-    if isinstance(batch, Mapping):
-        given = next(batch[key] for key in IMAGE_KEYS if key in batch)
-    elif isinstance(batch, list | tuple):
-        given = batch[0]
+    given = parts(batch).images
     if isinstance(given, Tensor) and given.is_floating_point() and 0 <= low and high <= 1:
         text += (
             "\nmae: warning: the float images of the first batch lie in [0, 1]: float images are taken as normalised. "

@@ -169,11 +169,12 @@ class StepMetrics:
     def stop_at_bad_loss(self, step: int) -> None:
         lr = self.schedule.lr_at(step - 1, float(self.schedule.base_lrs[0]))
         files = self.trainer.strategy.checkpoint_io
-        last: Any = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written"
         if isinstance(files, CheckpointFiles):
             files.wait()
             path = last_checkpoint(self.trainer.default_root_dir)
-            last = path.resolve() if path.is_file() else "none was written"
+            last: Any = path.resolve() if path.is_file() else "none was written"
+        else:
+            last = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written"
         raise TrainingFailed(
             f"the loss is not finite at step {step} (learning rate {lr:g}); last good checkpoint: {last}. "
             "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"

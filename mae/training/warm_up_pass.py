@@ -27,8 +27,8 @@ def dry_run_step(module: LightningModule, backward: Callable[[Tensor], Any], thr
     """
     trainer = module.trainer
     buffers = [buffer.clone() for buffer in module.buffers()]
-    channels, *size = module.image_shape  # type: ignore[misc]
-    batch = module.on_before_batch_transfer(blank_batch(images_per_device(trainer), channels, (size[0], size[1])), 0)
+    channels, height, width = module.image_shape  # type: ignore[misc]
+    batch = module.on_before_batch_transfer(blank_batch(images_per_device(trainer), channels, (height, width)), 0)
     batch = trainer.strategy.batch_to_device(batch._replace(images=batch.images.to(module.dtype)))
     if through_ddp:
         loss = trainer.strategy.training_step(batch, 0)
