@@ -88,8 +88,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("step", "hook"),
     [
         (10, "on_validation_epoch_start"),  # the checkpoint of that step is there, the look at held-out images is not
-        (20, "on_validation_epoch_end"),
-        (20, "on_train_epoch_start"),
+        pytest.param(20, "on_validation_epoch_end", marks=pytest.mark.slow),
+        pytest.param(20, "on_train_epoch_start", marks=pytest.mark.slow),
         (14, "on_train_batch_end"),  # after the step, before its row and checkpoint
         (28, "on_train_end"),  # all is saved but nothing exported
     ],

@@ -580,8 +580,15 @@ if sys.argv[2] == "finish":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["finish", "exit"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [
+        (signal.SIGKILL, "finish"),
+        (signal.SIGSTOP, "exit"),
+        pytest.param(signal.SIGKILL, "exit", marks=pytest.mark.soak),
+        pytest.param(signal.SIGSTOP, "finish", marks=pytest.mark.soak),
+    ],
+)
 def test_dead_or_frozen_helper_process_stops_neither_training_nor_exit(
     tmp_path: Path, number: signal.Signals, end: str
 ) -> None:

@@ -264,7 +264,7 @@ def test_no_compiler_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_compiled_it_has_the_same_loss_and_gradients(checkpointing: bool) -> None:
     torch._dynamo.reset()
     network = MaskedAutoencoder(**SMALL, activation_checkpointing=checkpointing)

@@ -277,7 +277,10 @@ def test_what_is_missing_is_named(package: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "patch", "free"), [("tiny", 16, True), ("small", 16, False), ("base", 16, True)])
+@pytest.mark.parametrize(
+    ("size", "patch", "free"),
+    [("tiny", 16, True), ("small", 16, False), pytest.param("base", 16, True, marks=pytest.mark.soak)],
+)
 def test_the_papers_shapes(size: str, patch: int, free: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     encoder = network(image_size=224, patch_size=patch, **SIZES[size]._asdict()).encoder
