@@ -101,7 +101,7 @@ def write_without_end(run_dir: Path, writing: Connection) -> None:
     files = CheckpointFiles(3)
     for step in range(1, 10_000):
         files.save_checkpoint(
-            {"w": torch.full((2_000_000,), float(step)), "global_step": step}, step_file(run_dir, step)
+            {"w": torch.full((500_000,), float(step)), "global_step": step}, step_file(run_dir, step)
         )
         if step == 1:
             files.wait()
