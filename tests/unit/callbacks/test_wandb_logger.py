@@ -243,6 +243,7 @@ def test_closed_port_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide() == ("offline", "http://127.0.0.1:9 is out of reach (ConnectionError)")
 
 
+@pytest.mark.slow
 def test_server_that_never_answers_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as blackhole:
         url = f"http://127.0.0.1:{blackhole.getsockname()[1]}"
