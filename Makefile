@@ -44,7 +44,7 @@ test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, noteb
 	.venv/bin/python -m pytest $(SLOW) $(ARGS)
 
 test-bench: .venv/stamp ## the tests of mae bench, one after the other
-	.venv/bin/python -m pytest -m "bench and not gpu" $(ARGS)
+	.venv/bin/python -m pytest -m "bench and not soak and not gpu" $(ARGS)
 
 soak: .venv/stamp ## the longest tests; kill a small run 25 times, signal a Slurm job 20 times: the same bits
 	.venv/bin/python -m pytest -m soak

@@ -27,7 +27,9 @@ TINY = [
 DIGITS = ["--data.dataset=digits", "--data.crop_scale=[0.5,1]", "--data.num_workers=0"]
 
 
-torch.set_num_threads(1)  # the networks here are too small for more
+# The networks here are too small for more threads, which would wait for each other's cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses

@@ -349,7 +349,7 @@ def test_evaluation_by_more_processes_than_images_or_of_a_bad_image_is_one_line(
     assert bad.name in fails()
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_two_processes_fine_tune_by_the_rule(tmp_path: Path, accumulate: int) -> None:
     settings = finetune(
         tmp_path / "run",

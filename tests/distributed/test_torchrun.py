@@ -146,6 +146,7 @@ def test_a_node_that_is_lost_and_comes_back(cluster: Callable[..., Cluster], who
     assert not processes(str(two.run_dir))
 
 
+@pytest.mark.soak
 def test_a_node_that_is_lost_for_good(cluster: Callable[..., Cluster], whole: Path) -> None:
     # Nodes and devices are torchrun's to tell: they change from one start to the next.
     one = cluster("1:2")

@@ -179,7 +179,14 @@ def test_stochastic_depth_rises_linearly() -> None:
 
 
 @pytest.mark.parametrize(
-    "blocks", [0, pytest.param(0.5, marks=SLOW), pytest.param(1, marks=SLOW), 1.5, pytest.param(3, marks=SLOW)]
+    "blocks",
+    [
+        pytest.param(0, marks=SLOW),
+        pytest.param(0.5, marks=SLOW),
+        pytest.param(1, marks=SLOW),
+        1.5,
+        pytest.param(3, marks=SLOW),
+    ],
 )
 def test_partial_fine_tuning_moves_the_top_and_nothing_else(tmp_path: Path, blocks: float) -> None:
     settings = ["--model.layer_decay=1"] if blocks < 1 else []

@@ -16,25 +16,34 @@ def demo(run_dir: Path, steps: int) -> str:
     return table
 
 
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("demo") / "run"
+    demo(run_dir, 60)
+    return run_dir
+
+
 @pytest.mark.slow
-def test_demo_ends_with_a_table_and_pictures(tmp_path: Path) -> None:
-    header, *rows = demo(tmp_path / "demo", 60).splitlines()
+def test_demo_ends_with_a_table_and_pictures(first: Path) -> None:
+    header, *rows = (first / "table.txt").read_text().splitlines()
     assert header.split() == ["features", "linear", "probe", "k-NN"]
     scores = {row.split()[0]: [float(x) for x in row.split()[1:]] for row in rows}
     assert list(scores) == ["raw", "random", "mae"]
     assert 88 < scores["raw"][0] < 94
     assert scores["mae"][0] > scores["random"][0]  # even after 60 steps
-    for path in (*(tmp_path / "demo" / "reconstructions").glob("*.png"), tmp_path / "demo" / "loss.png"):
+    for path in (*(first / "reconstructions").glob("*.png"), first / "loss.png"):
         assert min(Image.open(path).size) > 100
 
 
 @pytest.mark.slow
-def test_demo_gives_the_same_figures_again_and_removes_no_folder_that_the_user_named(tmp_path: Path) -> None:
-    assert demo(tmp_path / "first", 80) == demo(tmp_path / "second", 80)
-    again = mae("demo", "--steps", 80, "--run_dir", tmp_path / "first")
+def test_demo_gives_the_same_figures_again_and_removes_no_folder_that_the_user_named(
+    first: Path, tmp_path: Path
+) -> None:
+    assert demo(tmp_path / "second", 60) == (first / "table.txt").read_text()
+    again = mae("demo", "--steps", 60, "--run_dir", first)
     assert again.returncode == 2
     assert "holds a run" in again.stderr
-    assert (tmp_path / "first" / "encoder.safetensors").exists()
+    assert (first / "encoder.safetensors").exists()
 
 
 @pytest.mark.soak

@@ -115,7 +115,7 @@ def test_ruff_passes(task: list[str]) -> None:
 @needs_jupyter
 @pytest.mark.slow
 def test_the_notebook_runs_on_a_fresh_demo(tmp_path: Path) -> None:
-    done = mae("demo", "--steps", 200, "--run_dir", tmp_path / "demo")
+    done = mae("demo", "--steps", 20, "--run_dir", tmp_path / "demo")
     assert done.returncode == 0, done.stderr
     done = execute(tmp_path, tmp_path / "demo")
     assert done.returncode == 0, done.stderr

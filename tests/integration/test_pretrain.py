@@ -131,11 +131,11 @@ def killed_at(step: int, run_dir: Path, *settings: str) -> None:
     ("limit", "kills", "own"),
     [
         ("--trainer.max_epochs=3", [15, 17], ["--checkpoint.every_n_steps=7"]),  # within an epoch, twice
-        ("--trainer.max_steps=28", [12, 25], []),  # back to the end of an epoch, twice
-        ("--trainer.max_epochs=3", [15], ["--checkpoint.every_n_steps=7", "--data.num_workers=2"]),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                ("--trainer.max_epochs=3", [15], ["--checkpoint.every_n_steps=7", "--data.num_workers=2"]),
+                ("--trainer.max_steps=28", [12, 25], []),  # back to the end of an epoch, twice
                 ("--trainer.max_epochs=3", [12, 25], []),
                 ("--trainer.max_steps=28", [13], ["--trainer.check_val_every_n_epoch=2"]),
                 ("--trainer.max_steps=28", [15, 22], ["--checkpoint.every_n_steps=7", "--trainer.limit_val_batches=0"]),

@@ -88,10 +88,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("step", "hook"),
     [
         (10, "on_validation_epoch_start"),  # the checkpoint of that step is there, the look at held-out images is not
-        (20, "on_validation_epoch_end"),
-        (20, "on_train_epoch_start"),
+        pytest.param(20, "on_validation_epoch_end", marks=pytest.mark.slow),
+        pytest.param(20, "on_train_epoch_start", marks=pytest.mark.slow),
         (14, "on_train_batch_end"),  # after the step, before its row and checkpoint
-        (28, "on_train_end"),  # all is saved but nothing exported
+        pytest.param(28, "on_train_end", marks=pytest.mark.slow),  # all is saved but nothing exported
     ],
 )
 def test_killed_at_a_delicate_moment(tmp_path: Path, whole: Path, step: int, hook: str) -> None:
@@ -110,9 +110,8 @@ STEPS = (5, 9, 27)  # within an epoch; in the last step of an epoch; of the run
     ("number", "code", "steps"),
     [
         (signal.SIGTERM, 143, STEPS),
-        (signal.SIGUSR1, 143, STEPS[:1]),
         (signal.SIGINT, 130, STEPS[:1]),
-        pytest.param(signal.SIGUSR1, 143, STEPS[1:], marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, 143, STEPS, marks=pytest.mark.slow),
         pytest.param(signal.SIGINT, 130, STEPS[1:], marks=pytest.mark.slow),
     ],
 )

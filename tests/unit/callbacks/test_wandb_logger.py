@@ -243,6 +243,7 @@ def test_closed_port_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide() == ("offline", "http://127.0.0.1:9 is out of reach (ConnectionError)")
 
 
+@pytest.mark.slow
 def test_server_that_never_answers_is_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as blackhole:
         url = f"http://127.0.0.1:{blackhole.getsockname()[1]}"
@@ -580,8 +581,15 @@ if sys.argv[2] == "finish":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("end", ["finish", "exit"])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("number", "end"),
+    [
+        (signal.SIGKILL, "finish"),
+        (signal.SIGSTOP, "exit"),
+        pytest.param(signal.SIGKILL, "exit", marks=pytest.mark.soak),
+        pytest.param(signal.SIGSTOP, "finish", marks=pytest.mark.soak),
+    ],
+)
 def test_dead_or_frozen_helper_process_stops_neither_training_nor_exit(
     tmp_path: Path, number: signal.Signals, end: str
 ) -> None:

@@ -290,7 +290,7 @@ def die_while_tidying() -> None:
     embed_chunks.FeatureChunks.clear = clear  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".npz", pytest.param(".parquet", marks=pytest.mark.slow)])
 def test_killed_anywhere_and_started_again_it_is_the_same_file(
     encoder: Path, digits: Path, tmp_path: Path, suffix: str
 ) -> None:
@@ -492,7 +492,7 @@ def script(tmp_path: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("suffix", [".npz", pytest.param(".parquet", marks=pytest.mark.soak)])
 def test_two_processes_write_what_one_does(
     encoder: Path, digits: Path, tmp_path: Path, suffix: str, script: list[str]
 ) -> None:
@@ -524,7 +524,7 @@ def test_what_one_of_two_processes_finds_wrong_ends_both(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
+@pytest.mark.parametrize("suffix", [pytest.param(".npz", marks=pytest.mark.soak), ".parquet"])
 def test_memory_holds_no_features_but_those_of_a_part(tmp_path: Path, suffix: str) -> None:
     if suffix == ".parquet":
         pytest.importorskip("pyarrow")
@@ -533,10 +533,10 @@ def test_memory_holds_no_features_but_those_of_a_part(tmp_path: Path, suffix: st
     program = "import sys; from mae.evaluation.embed import embed_command; embed_command(sys.argv[1:])"
     report = "; print('peak', open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     peaks = []
-    for count in (1000, 50_000):
+    for count in (1000, 30_000):
         root, out = many_images(tmp_path / f"{count}", count), tmp_path / f"{count}{suffix}"
         more = ["--batch_size=64", "--num_workers=1", "--pool=both", "--layers=[-1,-2]"]
         said = command(["-c", program + report], [*settings(network, root, out), *more])
         peaks.append(int(said.split("peak")[1]) / 1024)
-    print(f"peak memory of 1,000 and 50,000 images, {suffix}: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
-    assert peaks[1] - peaks[0] < 40  # MiB; their features are 73, names and the reading of them some 10
+    print(f"peak memory of 1,000 and 30,000 images, {suffix}: {peaks[0]:.0f} and {peaks[1]:.0f} MiB")
+    assert peaks[1] - peaks[0] < 30  # MiB; their features are 44, names and the reading of them some 6

@@ -148,6 +148,7 @@ def test_a_cached_probe_is_not_overwritten_and_unused_settings_are_named(
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_both_modes_are_compared(pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     args = ["probe", f"--model.encoder={pretrained}", *ON_DIGITS, "--mode=both", "--trainer.max_epochs=2"]
     args += ["--model.warmup_epochs=0.1", "--data.labels_per_class=20", "--data.batch_size_per_device=50"]

@@ -153,7 +153,13 @@ def test_the_fewest_accumulated_batches_that_fit(tmp_path: Path, capsys: pytest.
     assert "0.0024" in said
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*/*_in1k*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=() if path.stem == "vitb16_in1k" else pytest.mark.slow)
+        for path in sorted(CONFIGS.glob("*/*_in1k*.yaml"))
+    ],
+)
 def test_every_published_recipe_is_planned(path: Path, tmp_path: Path) -> None:
     figures = planned(
         *(tmp_path, "--config", path, "--images_per_step", 1024, "--device_memory_gib", 80, "--devices", 8)

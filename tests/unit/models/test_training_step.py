@@ -264,7 +264,7 @@ def test_no_compiler_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_compiled_it_has_the_same_loss_and_gradients(checkpointing: bool) -> None:
     torch._dynamo.reset()
     network = MaskedAutoencoder(**SMALL, activation_checkpointing=checkpointing)
@@ -319,7 +319,7 @@ def test_compiled_on_two_processes_it_trains_as_one_does_as_written(tmp_path: Pa
         settings += [f"--trainer.accumulate_grad_batches={processes}", f"--model.compile={choice}"]
         done = mae("pretrain", *settings, timeout=600, OMP_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
-        assert ("compiled in" in done.stdout) == (choice == "true")
+        assert ("torch.compile took" in done.stdout) == (choice == "true")
         losses.append([row["train/loss"] for row in logged(tmp_path / choice)])
     assert losses[1] == pytest.approx(losses[0], rel=1e-6)
 

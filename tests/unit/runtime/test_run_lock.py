@@ -145,6 +145,7 @@ def test_ranks_share_the_folder_and_each_rank_is_one_process(tmp_path: Path) -> 
         assert "rank 1, that is still alive" in elsewhere(lambda: RunLock(tmp_path).take(1, wait=0))
 
 
+@pytest.mark.slow
 def test_of_eight_that_start_together_one_wins(tmp_path: Path) -> None:
     for folder in (tmp_path / "new", tmp_path / "new", tmp_path / "another"):
         gate = FORK.Barrier(8)

@@ -286,7 +286,7 @@ def divided(batch: int, accumulate: int) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.soak), 1])
 def test_the_rank_without_memory_says_so_and_the_others_end(tmp_path: Path, rank: int) -> None:
     done = little_memory(tmp_path, 700, rank, "--trainer.devices=2", "--trainer.max_steps=2", *divided(512, 1))
     own, *others = sorted(errors(done), key=lambda line: "out of memory" not in line)

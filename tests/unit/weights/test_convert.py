@@ -406,7 +406,7 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(
     ("size", "patch", "more"),
     [
         ("tiny", 16, {"depth": 2, "decoder_depth": 1}),
-        pytest.param("base", 16, {}, marks=pytest.mark.slow),
+        pytest.param("base", 16, {}, marks=pytest.mark.soak),
         pytest.param("huge", 14, {"depth": 2, "decoder_depth": 1}, marks=pytest.mark.slow),  # whole, it takes 10 GB
     ],
 )

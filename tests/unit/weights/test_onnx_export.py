@@ -146,7 +146,7 @@ def test_difference_sees_what_is_wrong() -> None:
     assert onnx_export.difference(one, one + float("nan")) == float("inf")
 
 
-@pytest.mark.parametrize("kind", some_fast("any size", "reconstruction"))
+@pytest.mark.parametrize("kind", some_fast("any size"))
 def test_an_exported_program_gives_the_same_for_any_batch(kind: str, tmp_path: Path) -> None:
     made, path = graph(kind), tmp_path / "graph.pt2"
     assert onnx_export.to_export(made, path, ABOUT) == [path]
@@ -163,6 +163,7 @@ def test_a_check_notices_other_weights(tmp_path: Path) -> None:
     assert onnx_export.check_export(path, made) == pytest.approx(0.01, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_files_name_no_path_of_the_machine_that_wrote_them(files: Files, tmp_path: Path) -> None:
     path = tmp_path / "graph.pt2"
     onnx_export.to_export(graph("encoder"), path, ABOUT)
@@ -277,7 +278,10 @@ def test_what_is_missing_is_named(package: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "patch", "free"), [("tiny", 16, True), ("small", 16, False), ("base", 16, True)])
+@pytest.mark.parametrize(
+    ("size", "patch", "free"),
+    [("tiny", 16, True), ("small", 16, False), pytest.param("base", 16, True, marks=pytest.mark.soak)],
+)
 def test_the_papers_shapes(size: str, patch: int, free: bool, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     encoder = network(image_size=224, patch_size=patch, **SIZES[size]._asdict()).encoder
