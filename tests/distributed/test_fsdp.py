@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import DIGITS, TINY, mae
-from forked import start_server
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -158,8 +157,7 @@ def parts_make_up_the_whole() -> None:
 
 @pytest.mark.slow
 def test_three_processes_hold_a_part_each_and_train_as_one(tmp_path: Path) -> None:
-    start_server()
-    torch.multiprocessing.start_processes(one_of_them, (3, tmp_path), nprocs=3, start_method="forkserver")
+    torch.multiprocessing.spawn(one_of_them, (3, tmp_path), nprocs=3)
 
 
 SHARDED = "--trainer.strategy=fsdp2"

@@ -2,8 +2,8 @@
 
 A fresh interpreter takes some ten seconds of CPU time for its imports. A server process, one for each process of
 pytest, imports them once and forks: the child gets its own arguments, environment, folder, output files and signal
-handlers, so that exit codes, signals and what is printed are those of the real command. Where it starts the command
-again, for the second rank of two or a stage of a report, that process is forked from it.
+handlers, so that exit codes, signals and what is printed are those of the real command. Processes that a run itself
+starts, such as the second rank of two, are fresh interpreters as ever.
 """
 
 import atexit
@@ -14,17 +14,15 @@ import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 Result = TypeVar("Result")
 
@@ -49,11 +47,6 @@ def run_command(args: Sequence[str], environ: Mapping[str, str], folder: str, ou
         os.close(file)
     # This process was told to start its own by the server, too; a fresh interpreter starts them in the usual way.
     multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)
-    mock.patch.object(subprocess, "Popen", ForkingPopen).start()
-    become(args, environ, folder)
-
-
-def become(args: Sequence[str], environ: Mapping[str, str], folder: str) -> None:
     os.environ.clear()
     os.environ.update(environ)
     os.chdir(folder)
@@ -73,53 +66,6 @@ def become(args: Sequence[str], environ: Mapping[str, str], folder: str) -> None
         sys.exit(main())
     finally:
         atexit._run_exitfuncs()  # a forked process ends without them
-
-
-class ForkingPopen(subprocess.Popen[Any]):
-    """Forks for `python -m mae.cli ARGS`, instead of starting an interpreter; all else is started as ever."""
-
-    def _execute_child(self, args: Any, *more: Any) -> None:
-        command = [sys.executable, "-m", "mae.cli"]
-        if list(args[:3]) != command:
-            super()._execute_child(args, *more)  # type: ignore[misc]
-            return
-        preexec, folder, environ, pipes, new_session = more[1], more[4], more[5], more[9:15], more[20]
-        sys.stdout.flush()
-        sys.stderr.flush()
-        self.pid = os.fork()
-        if self.pid:
-            self._child_created = True
-            self._close_pipe_fds(*pipes)  # type: ignore[attr-defined]
-            return
-        code = 1
-        try:
-            # What a new program would not have: others' open files, their locks and pipes, and what waits for an end.
-            for descriptor, pipe in zip((0, 1, 2), (pipes[0], pipes[3], pipes[5]), strict=True):
-                if pipe != -1:
-                    os.dup2(pipe, descriptor)
-            os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 10_000 else 10_000)
-            resource_tracker._resource_tracker._fd = None  # type: ignore[attr-defined]
-            multiprocessing.util._finalizer_registry.clear()  # type: ignore[attr-defined]
-            multiprocessing.process._children.clear()  # type: ignore[attr-defined]
-            atexit._clear()
-            for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGPIPE, signal.SIGXFSZ}:
-                if signal.getsignal(number) not in (signal.SIG_DFL, signal.SIG_IGN, None):
-                    signal.signal(number, signal.SIG_DFL)
-            if new_session:
-                os.setsid()
-            if preexec:
-                preexec()
-            environ = dict(os.environ if environ is None else environ)
-            rank_zero_only.rank = int(environ.get("LOCAL_RANK", 0))
-            become(args[3:], environ, folder or os.getcwd())
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
 
 
 class ForkedCommand:
