@@ -109,6 +109,8 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes = figure.add_subplot()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):
         points = [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
+        if len(points) == 1:
+            style = "o"  # a line of one point would not be seen
         if points:
             axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key)
     axes.set_xlabel("images seen")
