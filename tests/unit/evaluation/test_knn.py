@@ -2,12 +2,12 @@
 
 import csv
 import json
-import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import DIGITS, TINY
 from PIL import Image
 from run_folders import few_digits
@@ -23,11 +23,11 @@ from mae.weights.load import load_encoder, read_weights
 
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 training and 50 held-out digits as files."""
+    """400 training and 100 held-out digits as files."""
     root = tmp_path_factory.mktemp("digits")
     for split, source in zip(("train", "val"), load_digits(), strict=True):
         assert source.labels is not None
-        for i in range(0, len(source), 20):
+        for i in range(0, len(source), 10):
             folder = root / split / source.classes[source.labels[i]]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(source.open(i).pixels()[0].numpy()).save(folder / f"{i}.png")
@@ -57,14 +57,14 @@ def test_knn_is_of_features_as_they_are_and_the_others_stand_beside_it_by_name(
     expected = scores(load_encoder(pretrained), labelled, pretrained)
     assert expected["knn"] != expected["knn_whitened"]
     figures = f"{expected['knn']:.2f} % knn, {expected['knn_whitened']:.2f} % knn_whitened"
-    assert line == f"k-NN top-1 {figures} (k 20, T 0.07; 200 training images, 50 test images)"
+    assert line == f"k-NN top-1 {figures} (k 20, T 0.07; 400 training images, 100 test images)"
     untrained = scores(baseline.untrained_encoder(read_weights(pretrained))[0], labelled, pretrained)
     figures = f"{untrained['knn']:.2f} % knn, {untrained['knn_whitened']:.2f} % knn_whitened"
     assert second == f"untrained  {figures} (the run's weights before its first step, seed 0)"
     assert json.loads((tmp_path / "knn.json").read_text()) == {
         "acc1": expected["knn"],
         **expected,
-        "images": 50,
+        "images": 100,
         **{f"untrained_{name}": score for name, score in untrained.items()},
     }
     knn(pretrained, labelled, "--baseline=false")
@@ -93,7 +93,9 @@ def test_the_untrained_network_is_the_run_before_its_first_step(tmp_path: Path) 
     assert which == "random weights, seed 0"
     assert not torch.equal(encoder.blocks[0].mlp.fc1.weight, before["blocks.0.mlp.fc1.weight"])
     config = tmp_path / "config.yaml"
-    config.write_text(re.sub(r"\n  init: null", f"\n  init: {alone}", config.read_text()))
+    settings = yaml.safe_load(config.read_text())
+    settings["model"]["init"] = str(alone)
+    config.write_text(yaml.safe_dump(settings))
     assert baseline.untrained_encoder(read_weights(tmp_path))[1] == "random weights, seed 0"
     config.write_text("no: [settings")
     assert baseline.untrained_encoder(read_weights(tmp_path))[1] == "random weights, seed 0"
