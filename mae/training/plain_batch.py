@@ -1,4 +1,4 @@
-"""Batches of any DataLoader, as PyTorch users write them, into the batches that the stages train on."""
+"""What any DataLoader gives, as the batches that the stages train on."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
