@@ -200,6 +200,8 @@ class StageCLI(LightningCLI):
                 default_root_dir=str(self.run_dir),
                 **kwargs,
             )
+        except UserError:
+            raise
         except (MisconfigurationException, ModuleNotFoundError, ValueError) as error:
             raise UserError(f"--trainer: {error}") from None
 

@@ -367,10 +367,10 @@ class Stage(LightningModule):
     def log_row(self, metrics: dict[str, float]) -> None:
         """Write a row of metrics, and tell Lightning of it for callbacks that watch a metric.
 
-        Not through Lightning's loggers, which would count steps from 0 after a restart. Outside of `fit` Lightning
-        logs, and returns the metrics from `trainer.validate` and `trainer.test`.
+        Not through Lightning's loggers, which would count steps from 0 after a restart. Outside of `fit` a plain
+        Trainer logs, and returns the metrics from `trainer.validate` and `trainer.test`.
         """
-        if self.trainer.state.fn != TrainerFn.FITTING:
+        if self.trainer.state.fn != TrainerFn.FITTING and not self.exact:
             self.log_dict(metrics)
         elif not self.trainer.sanity_checking:
             self.log_dict(self.step_metrics.write(metrics), logger=False)

@@ -399,3 +399,10 @@ def test_settings_without_effect_stop_the_run(tmp_path: Path) -> None:
         digits_run(FinetuneCLI, tmp_path / "b", "--model.blocks=0", "--model.layer_decay=1")
     with pytest.raises(UserError, match=r"batch_size_per_device 5: .* even"):
         digits_run(FinetuneCLI, tmp_path / "c", "--data.batch_size_per_device=5")
+
+
+def test_the_validation_after_the_last_step_has_a_whole_row(tmp_path: Path) -> None:
+    digits_run(FinetuneCLI, tmp_path, "--trainer.max_epochs=1", "--trainer.check_val_every_n_epoch=5")
+    (row,) = [row for row in rows(tmp_path) if row["val/acc1"]]
+    assert float(row["images_seen"]) > 0
+    assert row["step"] == rows(tmp_path)[-1]["step"]

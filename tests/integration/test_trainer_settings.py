@@ -18,7 +18,7 @@ from mae.launch.stages import PretrainCLI
         (["--trainer.devices=-1"], "on a CPU it is a number of processes"),
         (["--trainer.devices=[0,1]"], "on a CPU it is a number of processes"),
         (["--trainer.callbacks=LearningRateFinder"], "LearningRateFinder: the rate follows from --model.base_lr"),
-        (["--trainer.callbacks=BatchSizeFinder"], "BatchSizeFinder: .* mae plan"),
+        (["--trainer.callbacks=BatchSizeFinder"], "^--trainer.callbacks BatchSizeFinder: .*mae plan"),
         (["--trainer.callbacks=StochasticWeightAveraging", "--trainer.callbacks.swa_lrs=0.1"], "replaces the learning"),
         (
             ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/los"],
