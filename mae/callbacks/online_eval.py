@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -25,6 +26,9 @@ class Online(Callback):
     Features are the mean of the patch tokens; the encoder sees whole images, unmasked, in eval mode. No gradient and no
     random number of the training is touched. Off where a split has no labels, or where there is only one class.
 
+    `online/knn` and `online/knn_whitened` are the figures of these names of `mae knn`. In a run that was started when
+    `online/knn` was of whitened features it stays that, the only one, so that its curve keeps one meaning.
+
     Args:
         every_n_epochs: Evaluate at the end of each so many epochs.
         train_images: How many of the training images vote in k-NN and fit the probe; they are spread over all of them.
@@ -38,6 +42,14 @@ class Online(Callback):
         check_ranges("online", "[1, inf)", every_n_epochs=every_n_epochs, train_images=train_images)
         check_ranges("online", "[1, inf)", held_out_images=held_out_images)
         self.every_n_epochs, self.train_images, self.held_out_images = every_n_epochs, train_images, held_out_images
+        self.knn_is_plain = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"knn_is_plain": self.knn_is_plain}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Checkpoints of before hold no state of this callback, which load_state_dict would not hear of.
+        self.knn_is_plain = checkpoint["callbacks"].get(self.state_key, {}).get("knn_is_plain", False)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pretrain)
@@ -59,8 +71,9 @@ class Online(Callback):
             probe = linear_heads.fit_and_score(
                 train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
             )
+            knn = features.knn_scores(both) if self.knn_is_plain else {"knn": features.knn_scores(both)["knn_whitened"]}
             pl_module.step_metrics.write(
-                {"online/knn": features.knn_accuracy(features.rescale(both, "whiten")), "online/probe": probe}
+                {f"online/{name}": score for name, score in knn.items()} | {"online/probe": probe}
             )
         pl_module.step_metrics.exclude(time.perf_counter() - start)
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 from mae.commands import attention_parser
 from mae.data.datasets import normalize
@@ -31,9 +30,11 @@ def attention_command(args: Sequence[str]) -> None:
         raise UserError(f"--model {config.model}, --block {config.block}: {error}") from None
     original = cropped.float() / (255 if cropped.dtype == torch.uint8 else 65535)
     columns = {"original": original}
-    shown = {"mean of heads": maps.mean(dim=1)} | {f"head {i + 1}": maps[:, i] for i in range(maps.shape[1])}
+    shown = {"mean of heads": maps.mean(dim=1)} | {f"head {i}": maps[:, i] for i in range(maps.shape[1])}
     for title, values in shown.items():
-        light = F.interpolate(values[:, None], size, mode="nearest")  # (B, 1, H, W), a square a patch
-        columns[title] = original * light / light.amax(dim=(2, 3), keepdim=True)
+        columns[title] = plots.heat(values, original, float(maps.max()))
     plots.panel(columns, Path(config.out))
-    print(f"wrote {config.out}: attention of the class token, {', '.join(columns)}; block {config.block}")
+    print(
+        f"wrote {config.out}: {', '.join(columns)}; block {config.block}; weights from 0 (black) to "
+        f"{float(maps.max()):.2f} (yellow)"
+    )

@@ -83,6 +83,19 @@ def panel(columns: Columns, path: Path) -> None:
     Image.fromarray(np.hstack(strips)).save(path, format="PNG")
 
 
+def heat(values: Tensor, images: Tensor, top: float) -> Tensor:
+    """Values 0 to `top`, (B, rows, columns), as colours over faint images (B, C, H, W) in [0, 1]; (B, 3, H, W).
+
+    Colours are matplotlib's "magma" by the square root of the value, so that small ones can be told apart.
+    """
+    import matplotlib
+
+    colours = torch.tensor(matplotlib.colormaps["magma"](range(256))[:, :3], dtype=torch.float32)
+    picture = colours[(values.cpu() / top).sqrt().mul(255).round().long()].permute(0, 3, 1, 2)
+    picture = F.interpolate(picture, images.shape[2:], mode="nearest")  # a square a patch
+    return 0.8 * picture + 0.2 * displayable(images)
+
+
 def displayable(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, 3, H, W): the first three channels, or with fewer than three the first as grey."""
     return images[:, :3] if images.shape[1] >= 3 else images[:, :1].expand(-1, 3, -1, -1)
@@ -109,6 +122,8 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes = figure.add_subplot()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):
         points = [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
+        if len(points) == 1:
+            style = "o"  # a line of one point would not be seen
         if points:
             axes.plot(*zip(*points, strict=True), style, markersize=3, linewidth=1, label=key)
     axes.set_xlabel("images seen")

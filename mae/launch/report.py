@@ -5,6 +5,7 @@ import csv
 import html
 import io
 import json
+import math
 import platform
 import shlex
 import shutil
@@ -39,6 +40,8 @@ TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "f
 IDENTITY = ("dataset", "root", "train_dir", "val_dir", "image_size", "in_chans", "mean", "std", "num_workers")
 
 PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # set for each run here; a run's config.yaml has them, too
+
+MOST_OF_TOP5 = 5  # classes; of so few top-5 says nothing
 
 STOP_SECONDS = 30.0  # in which a stage that is to stop may end by itself
 
@@ -203,7 +206,15 @@ class StageRun(NamedTuple):
                 result = json.loads(path.read_text())
             except (OSError, ValueError):  # absent, or cut off while it was written
                 return {}
-            names = {"top-1": "acc1", "top-5": "acc5", "images": "images"}
+            names = {"top-1": "acc1", "top-5": "acc5"}
+            if self.stage == "knn":
+                if "knn" not in result:  # a file of before, with one figure, of whitened features
+                    return {}
+                names = {f"top-1 ({name})": name for name in ("knn", "knn_whitened")}
+                names |= {f"untrained ({name})": f"untrained_{name}" for name in ("knn", "knn_whitened")}
+            elif classes_of(path) <= MOST_OF_TOP5:
+                del names["top-5"]
+            names["images"] = "images"
             figures |= {f"{name}{suffix}": result[key] for name, key in names.items() if key in result}
         return figures
 
@@ -327,6 +338,14 @@ def machine() -> str:
     return "; ".join([*parts, time.strftime("%Y-%m-%d")])
 
 
+def classes_of(results: Path) -> float:
+    """The number of classes of which results.json tells, from the table beside it; infinity where there is none."""
+    try:
+        return len(results.with_name("per_class.csv").read_text(encoding="utf-8").splitlines()) - 1
+    except OSError:
+        return math.inf
+
+
 # ---- the page ----------------------------------------------------------------------------------------------------
 
 
@@ -337,14 +356,19 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
     heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
     counts = sorted({int(figures[key]) for figures in finished.values() for key in figures if key.startswith("images")})
     notes = [f"Top-1 and top-5: percent of {' or '.join(map(str, counts))} held-out images."] if counts else []
-    notes.append("±: sample standard deviation (n - 1) over the seeds. –: not run.")
-    if plan.published:
-        notes.append("Published figures are quoted, not run here; the difference is our mean less theirs.")
     header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in figure_rows(plan, seeds, finished)]
     table = [header, ["---"] * len(header), *rows]
+    if any(stage == "knn" for stage, _ in finished):
+        notes.append("knn: weighted k-NN by cosines of the features as they are; knn_whitened: of whitened features.")
+    notes.append("±: sample standard deviation (n - 1) over the seeds.")
+    if any("–" in row for row in rows):
+        notes.append("–: not run.")
+    if "published" in header:
+        notes.append("Published figures are quoted, not run here; the difference is our mean less theirs.")
+    stages, ran = ({key[i] for key in finished} for i in (0, 1))
     blocks = [
-        f"# {run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages)}",
-        f"Config {plan.path.name}; seeds {', '.join(map(str, seeds))}. What ran, and where:",
+        f"# {run_name(plan.path)}: {', '.join(TITLES[stage] for stage in plan.stages if stage in stages)}",
+        f"Config {plan.path.name}; seeds {', '.join(str(seed) for seed in seeds if seed in ran)}. What ran, and where:",
         *sorted({head[1] for head in heads}),
         "## Figures",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
@@ -375,7 +399,8 @@ def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> No
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, points, colour in lines:
-        axes.plot(*zip(*points, strict=True), "-" if "train/" in name else "o-", color=f"C{colour}", ms=3, label=name)
+        style = "-" if "train/" in name and len(points) > 1 else "o-"  # a line of one point would not be seen
+        axes.plot(*zip(*points, strict=True), style, color=f"C{colour}", ms=3, label=name)
     axes.set_xlabel("images seen")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
@@ -384,15 +409,17 @@ def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> No
 
 
 def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:
-    """A header, and a row for each figure of each stage."""
+    """A header, and a row for each figure of each stage; stages, seeds and columns without any figure are left out."""
+    seeds = [seed for seed in seeds if any(key[1] == seed for key in finished)]
     rows = [["stage", "figure", *(f"seed {seed}" for seed in seeds), "mean ± std", "published", "difference"]]
     for stage in plan.stages:
         of_seeds = [finished.get((stage, seed), {}) for seed in seeds]
         names = dict.fromkeys(name for figures in of_seeds for name in figures if not name.startswith("images"))
-        for name in names or ["–"]:
+        for name in names:
             values = [figures.get(name) for figures in of_seeds]
             known, digits = [value for value in values if value is not None], 4 if "loss" in name else 2
-            quoted = [entry for entry in plan.published if entry["stage"] == stage and name.startswith("top-1")]
+            comparable = name.startswith("top-1") and "whitened" not in name
+            quoted = [entry for entry in plan.published if entry["stage"] == stage and comparable]
             rows.append(
                 [
                     TITLES[stage],
@@ -403,7 +430,7 @@ def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int]
                     "; ".join(f"{statistics.mean(known) - entry['value']:+.2f}" for entry in quoted),
                 ]
             )
-    return rows
+    return rows if any(row[-1] for row in rows[1:]) else [row[:-2] for row in rows]
 
 
 def mean_std(values: Sequence[float], digits: int) -> str:

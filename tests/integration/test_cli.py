@@ -13,6 +13,7 @@ from PIL import Image
 
 import mae
 from mae.cli import COMMANDS, TRAINING, main
+from mae.data.datamodule import DEFAULTS
 from mae.errors import UserError
 
 
@@ -203,7 +204,7 @@ def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["knn", f"--encoder={finished}", *data]) == 0
     said = capsys.readouterr().out
     assert "200 training images, 50 test images" in said
-    for setting in ("--scaling=none", "--scaling=standardize", "--k=200", "--temperature=5", "--pool=class"):
+    for setting in ("--k=200", "--temperature=5", "--pool=class"):
         assert main(["knn", f"--encoder={finished}", *data, setting]) == 0
         assert capsys.readouterr().out != said
     assert float(said.split("top-1 ")[1].split(" %")[0]) > 20  # of ten classes; the encoder is all but random
@@ -212,11 +213,26 @@ def test_knn_and_probe(finished: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert float(capsys.readouterr().out.split("top-1 ")[1].split(" %")[0]) > 40
 
 
-def test_stats_can_be_pasted(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stats_can_be_pasted_and_are_those_of_doctor(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tall = np.zeros((90, 12, 3), np.uint8)
+    tall[30:60] = 255  # a centre crop would be white
+    Image.fromarray(tall).save(next((image_folder / "train").glob("*/*.png")).with_name("tall.png"))
     assert main(["stats", f"--data.root={image_folder}", "--data.image_size=12", "--data.num_workers=0"]) == 0
     mean, std = capsys.readouterr().out.strip().splitlines()
     assert mean.startswith("--data.mean '[0.4")
-    assert std.startswith("--data.std '[0.2")
+    assert std.startswith("--data.std '[0.")
+    assert main(["doctor", str(image_folder), "--num_workers=0"]) == 0
+    assert f"\n{mean} {std}\n" in capsys.readouterr().out
+    (image_folder / "train" / "broken.png").write_bytes(b"not an image")
+    bad = fails(["stats", f"--data.root={image_folder}", "--data.num_workers=0"], capsys)
+    assert "broken.png" in bad
+    assert "mae doctor" in bad
+
+
+def test_stats_of_a_bundled_data_set_are_its_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["stats", "--data.dataset=digits"]) == 0
+    values = [float(line.split("[")[1].split("]")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert values == pytest.approx([*DEFAULTS["digits"].mean, *DEFAULTS["digits"].std], abs=5e-4)
 
 
 def test_reconstruct_hides_what_the_mask_says(finished: Path, tmp_path: Path) -> None:

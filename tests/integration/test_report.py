@@ -16,6 +16,7 @@ from PIL import Image
 
 from mae.cli import main
 from mae.errors import UserError
+from mae.evaluation import plots
 from mae.launch import report
 
 CONFIG = ROOT / "configs" / "report" / "cifar10.yaml"
@@ -67,7 +68,10 @@ def finish(out: Path, plan: report.Plan, seed: int, **top1: float) -> None:
         folder = out / f"seed_{seed}"
         (folder / stage).mkdir(parents=True)
         (folder / f"{stage}.yaml").write_text(f"# mae {stage}\n# a machine\n{yaml.safe_dump(settings)}")
-        result = json.dumps({"acc1": top1.get(stage, 0), "images": 10})
+        score = top1.get(stage, 0)
+        result = json.dumps(
+            {"knn": score, "knn_whitened": score + 5} if stage == "knn" else {"acc1": score, "images": 10}
+        )
         (folder / ("knn.json" if stage == "knn" else f"{stage}/results.json")).write_text(result)
         (folder / stage / "metrics.csv").write_text(
             "step,images_seen,train/loss,val/loss,val/acc1\n5,50,0.9,,\n10,100,0.8,0.75,61.5\n"
@@ -204,6 +208,31 @@ def test_figures_of_both_probes_and_of_half_written_files(tmp_path: Path) -> Non
     fast = {"top-1 (cached features)": 62, "top-5 (cached features)": 99, "images (cached features)": 10}
     assert figures("cached") == fast
     assert figures("both") == figures("recipe") | fast
+    names = "class,images,acc1\n" + "a,2,50\n" * 5
+    cached.with_name("per_class.csv").write_text(names)
+    assert figures("cached") == {key: value for key, value in fast.items() if "top-5" not in key}  # of five classes
+    cached.with_name("per_class.csv").write_text(names + "f,2,50\n")
+    assert figures("cached") == fast
+    of_knn = report.StageRun("knn", 0, tmp_path / "seed_0", {})
+    assert of_knn.figures() == {"top-1 (knn)": 0, "top-1 (knn_whitened)": 5}
+    (tmp_path / "seed_0" / "knn.json").write_text('{"acc1": 62, "images": 10}')  # one figure, of whitened features
+    assert of_knn.figures() == {}
+
+
+@pytest.mark.parametrize("points", [1, 2])
+def test_a_curve_of_one_point_can_be_seen(points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.axes import Axes
+
+    styles = []
+    monkeypatch.setattr(Axes, "plot", lambda self, x, y, style, **more: styles.append(style) or [])
+    monkeypatch.setattr(Axes, "legend", lambda self, **more: None)
+    values = [(50.0 * i, 1.0) for i in range(points)]
+    report.draw([("seed 0 train/loss", values, 0)], "loss", tmp_path / "loss.png")
+    rows = "".join(f"{i},{seen},{loss},\n" for i, (seen, loss) in enumerate(values))
+    (tmp_path / "metrics.csv").write_text(f"step,images_seen,train/loss,val/loss\n{rows}")
+    plots.loss_curve(tmp_path / "metrics.csv", tmp_path / "loss.png")
+    assert all(("o" in style) == (points == 1) for style in styles)
+    assert len(styles) == 2
 
 
 # ---- the page ------------------------------------------------------------------------------------------------------
@@ -219,11 +248,21 @@ def test_statistics_are_those_of_a_pocket_calculator(tmp_path: Path) -> None:
         {"knn": {}, "probe": {}},
         [{"stage": "knn", "value": 60, "source": "a"}, {"stage": "knn", "value": 70.5, "source": "b"}],
     )
-    finished = {("knn", 3): {"top-1": 62.0, "images": 9.0}, ("knn", 5): {"top-1": 64.0, "images": 9.0}}
-    header, knn, probe = report.figure_rows(plan, [3, 4, 5], finished)
+    finished = {
+        ("knn", 3): {"top-1 (knn)": 62.0, "images": 9.0},
+        ("knn", 5): {"top-1 (knn)": 64.0, "top-1 (knn_whitened)": 66.0, "images": 9.0},
+    }
+    finished["probe", 4] = {"top-1": 60.0}
+    header, plain, whitened, probe = report.figure_rows(plan, [3, 4, 5, 6], finished)
     assert header == ["stage", "figure", "seed 3", "seed 4", "seed 5", "mean ± std", "published", "difference"]
-    assert knn == ["k-NN", "top-1", "62.00", "–", "64.00", "63.00 ± 1.41", "60 (a); 70.5 (b)", "+3.00; -7.50"]
-    assert probe == ["linear probe", "–", "–", "–", "–", "–", "", ""]
+    assert plain == ["k-NN", "top-1 (knn)", "62.00", "–", "64.00", "63.00 ± 1.41", "60 (a); 70.5 (b)", "+3.00; -7.50"]
+    assert whitened == ["k-NN", "top-1 (knn_whitened)", "–", "–", "66.00", "66.00 (one seed)", "", ""]
+    assert probe == ["linear probe", "top-1", "–", "60.00", "–", "60.00 (one seed)", "", ""]
+    # What was not run, or not published, has neither row nor column.
+    del finished["probe", 4]
+    header, *rows = report.figure_rows(plan._replace(published=[]), [3, 4, 5], finished)
+    assert header == ["stage", "figure", "seed 3", "seed 5", "mean ± std"]
+    assert [row[0] for row in rows] == ["k-NN", "k-NN"]
 
 
 def test_the_page_is_escaped_and_its_pictures_are_there(tmp_path: Path) -> None:
@@ -263,7 +302,10 @@ def test_the_whole_report_and_that_it_goes_on(tmp_path: Path) -> None:
         return {path: path.stat().st_mtime for seed in ("seed_0", "seed_1") for path in (out / seed).rglob("*.*")}
 
     said = go("--stages", "pretrain", "knn")
-    assert "| linear probe | – | – | – | – |" in (out / "report.md").read_text()
+    partial = (out / "report.md").read_text()
+    assert partial.startswith("# tiny: pre-training, k-NN\n")
+    assert "linear probe" not in partial
+    assert "fine-tuning" not in partial.lower()
     said = go()
     assert said.count("(finished before)") == 4
     assert said.count("log: ") == 4
@@ -272,7 +314,9 @@ def test_the_whole_report_and_that_it_goes_on(tmp_path: Path) -> None:
     rows = [line.strip("| ").split(" | ") for line in markdown.splitlines() if line.startswith("| ")]
     figures = {(row[0], row[1]): [float(cell) for cell in row[2:4]] for row in rows[2:]}
     for stage, name, key, file in (
-        ("k-NN", "top-1", "acc1", "knn.json"),
+        ("k-NN", "top-1 (knn)", "knn", "knn.json"),
+        ("k-NN", "top-1 (knn_whitened)", "knn_whitened", "knn.json"),
+        ("k-NN", "untrained (knn)", "untrained_knn", "knn.json"),
         ("linear probe", "top-1", "acc1", "probe/results.json"),
         ("linear probe", "top-1 (cached features)", "acc1", "probe/cached/results.json"),
         ("fine-tuning", "top-1", "acc1", "finetune/results.json"),
@@ -283,7 +327,7 @@ def test_the_whole_report_and_that_it_goes_on(tmp_path: Path) -> None:
         mean = sum(results) / 2
         std = abs(results[0] - results[1]) / 2**0.5
         assert f"| {mean:.2f} ± {std:.2f} |" in markdown
-    assert figures["k-NN", "top-1"][0] != figures["k-NN", "top-1"][1]
+    assert figures["k-NN", "top-1 (knn)"][0] != figures["k-NN", "top-1 (knn)"][1]
     for seed in (0, 1):
         assert f"mae finetune --config {out}/seed_{seed}/finetune.yaml" in markdown
     assert markdown.count("\n![") == 3
