@@ -282,10 +282,11 @@ def wandb_logger(
 def _run_id(run_dir: Path, new: bool) -> str:
     """The id of the run in W&B, which is kept in the run folder."""
     path = run_dir / "wandb" / "id"
-    if not new and path.is_file() and re.fullmatch("[0-9a-f]+", run_id := path.read_text().strip()):
+    if not new and path.is_file() and re.fullmatch("[0-9a-z]+", run_id := path.read_text().strip()):
         return run_id
     path.parent.mkdir(parents=True, exist_ok=True)  # without the folder, W&B would record in a temporary one
-    run_id = secrets.token_hex(5)
+    # An agent of a sweep has chosen the id already, and W&B takes no other.
+    run_id = os.environ["WANDB_RUN_ID"] if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(5)
     atomic_write_text(path, run_id)
     return run_id
 

@@ -18,6 +18,7 @@ from mae.data.decode import BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
 from mae.errors import UserError
+from mae.runtime.machine import available_cores
 
 # The path of a socket has at most 107 characters, of which Python needs "/pymp-xxxxxxxx/listener-xxxxxxxx". With a
 # longer one a thread of the loader process fails, and training would wait for it forever.
@@ -76,9 +77,16 @@ class WorkerProgress:
         return None
 
 
-def default_workers() -> int:
-    """The number of loader processes: one for each spare core, at most 8."""
-    return min(8, len(os.sched_getaffinity(0)) - 1)
+def default_workers(threads: int | None = None) -> int:
+    """The number of loader processes of one thread each: one for each core that this process leaves, at most 8.
+
+    Args:
+        threads: Cores that this process keeps busy itself; by default 1 beside a GPU, else those of torch.
+    """
+    if threads is None:
+        threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine, which share its cores
+    return max(0, min(8, available_cores() // processes - threads))
 
 
 class Samples(Dataset[Any]):

@@ -25,9 +25,8 @@ def too_short(device: torch.device, flops: float) -> str:
     """The reason not to compile a run of this many FLOPs; empty if compiling is worth it."""
     if device.type not in WORTHWHILE:
         return f"not tried on {device.type}"
-    if flops < (worth := WORTHWHILE[device.type]):
-        need = f"{flops:.1e} FLOP where {worth:.0e} would"
-        return f"the run is too short to pay for it, {need} (--model.compile true forces it)"
+    if flops < WORTHWHILE[device.type]:
+        return "the run is too short to pay for it (--model.compile true forces it)"
     return ""
 
 

@@ -1,6 +1,7 @@
 """The machine that a measurement was made on."""
 
 import contextlib
+import math
 import os
 import platform
 from importlib.metadata import version
@@ -13,9 +14,50 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "simplejpeg", "numpy")  # those that decide about speed
 
 
+CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
 def available_cores() -> int:
-    """The number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """The number of cores that this process may use: those it may run on, or fewer by the quota of its container."""
+    return max(1, math.ceil(min(len(os.sched_getaffinity(0)), cpu_quota())))
+
+
+def cpu_quota() -> float:
+    """Cores' worth of time that the cgroups of this process may take (versions 1 and 2); infinite without a limit."""
+    limits = [math.inf]
+    with contextlib.suppress(OSError, ValueError):
+        own = next((line[3:] for line in OWN_CGROUP.read_text().splitlines() if line.startswith("0::")), "/")
+        folder = CGROUPS / own.strip("/")
+        for path in (folder, *folder.parents):
+            if path.is_relative_to(CGROUPS) and (path / "cpu.max").is_file():
+                quota, period = (path / "cpu.max").read_text().split()
+                limits.append(math.inf if quota == "max" else int(quota) / int(period))
+    with contextlib.suppress(OSError, ValueError):
+        used, whole = (int((CGROUPS / "cpu" / f"cpu.cfs_{key}_us").read_text()) for key in ("quota", "period"))
+        limits.append(used / whole if used > 0 else math.inf)
+    return min(limits)
+
+
+def crowding(threads: int, processes: int = 1) -> str:
+    """What makes a run on this CPU slow by having more threads than free cores, and the way out; empty if nothing does.
+
+    Threads that wait for each other at the end of each matrix product wait for the one that has no core.
+
+    Args:
+        threads: Of each process.
+        processes: Of the run, on this machine.
+    """
+    cores, load, machine = available_cores(), os.getloadavg()[0], os.cpu_count() or 1
+    if threads * processes > cores:
+        what, fitting = f"{threads * processes} threads on {cores} cores", max(1, cores // processes)
+    elif threads * processes > 1 and load > machine / 2:
+        what = f"{threads * processes} threads on a machine of {machine} cores with a load of {load:.1f} already"
+        fitting = max(1, int(cores * max(0.0, 1 - load / machine)) // processes)
+    else:
+        return ""
+    if fitting >= threads:
+        return f"{what}: this can be several times slower; use fewer processes"
+    return f"{what}: this can be 10 times slower; set the environment variable OMP_NUM_THREADS={fitting}"
 
 
 def cpu_name() -> str:

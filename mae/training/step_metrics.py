@@ -35,7 +35,7 @@ class StepMetrics:
         latest: Each metric as it was last written, for the progress bar.
         seconds: Duration of the training with validation, without what was lost by kills; complete when training ends.
         clock: Start of the interval of which `measure` gives the rate.
-        peak_rate: FLOP/s of the device at its best, in this precision.
+        peak_rate: FLOP/s of the device in this precision, by its maker; None: not known, and no MFU.
     """
 
     NAMES = ("lr", "epoch", "images_seen", "images_per_s", "data_wait", "peak_memory_gib")  # besides losses
@@ -114,7 +114,8 @@ class StepMetrics:
         now, step = time.perf_counter(), self.trainer.global_step
         rate = (step - self.clock_step) * images_per_step(self.trainer) / (now - self.clock)
         metrics["images_per_s"] = rate
-        metrics["mfu"] = rate * self.flops / self.trainer.world_size / self.peak_rate
+        if self.peak_rate is not None:
+            metrics["mfu"] = rate * self.flops / self.trainer.world_size / self.peak_rate
         assert self.data_wait is not None
         metrics["data_wait"] = self.data_wait.seconds() / (now - self.clock)
         metrics["peak_memory_gib"] = memory.peak(self.device) / memory.GIB

@@ -27,7 +27,7 @@ def rows(run_dir: Path) -> list[dict[str, str]]:
         found = list(csv.DictReader(file))
     for row in found:
         for key in ("images_per_s", "mfu", "data_wait", "peak_memory_gib"):
-            row.pop(key)
+            row.pop(key, None)
     return found
 
 

@@ -58,7 +58,7 @@ class Finding:
 
 def doctor_command(args: Sequence[str]) -> None:
     config = doctor_parser().parse_args(list(args))
-    workers = default_workers() if config.num_workers is None else config.num_workers
+    workers = default_workers(1) if config.num_workers is None else config.num_workers
     check_ranges("", "[1, inf)", in_chans=config.in_chans)
     check_ranges("", "[0, inf)", num_workers=workers)
     for key in ("json", "list"):

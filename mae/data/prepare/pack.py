@@ -155,7 +155,7 @@ def encode(pixels: Tensor, size: tuple[int, int], quality: int) -> bytes:
 
 def pack_images(config: Namespace) -> None:
     src, dst = local_path(config.src, "SRC"), local_path(config.dst, "DST")
-    workers = default_workers() if config.num_workers is None else config.num_workers
+    workers = default_workers(1) if config.num_workers is None else config.num_workers
     check_ranges("", "(0, inf)", shard_mb=config.shard_mb)
     check_ranges("", "[1, inf)", in_chans=config.in_chans, short_side=config.short_side)
     check_ranges("", "[0, inf)", max_bad_images=config.max_bad_images, num_workers=workers)

@@ -23,6 +23,7 @@ from mae.models.flops import peak_rate, product_rates, training_flops
 from mae.models.meta_device import meta_parameters
 from mae.models.vit import build
 from mae.pretrain import Pretrain
+from mae.training import step_metrics
 from mae.training.optim import adamw
 
 SMALL = {
@@ -175,7 +176,7 @@ def test_fused_adamw_follows_the_same_rule() -> None:
 def test_rates_of_products() -> None:
     rates = product_rates(CPU, torch.float32, seconds=0.01, tries=1)
     assert all(rate > 1e8 for rate in rates)
-    assert peak_rate(CPU, torch.float32) > 1e8
+    assert peak_rate(CPU, torch.float32) is None  # no maker's figure: no MFU
 
 
 # ---- in a run --------------------------------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
 
 def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, usual = {}, ArraySource.open_all
+    monkeypatch.setattr(step_metrics, "peak_rate", lambda device, dtype: 1e12)  # as if the maker named it
     for slow in (False, True):
         if slow:
             monkeypatch.setattr(
@@ -198,10 +200,7 @@ def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch:
         cli = PretrainCLI([*settings, "--trainer.accumulate_grad_batches=2", "--data.batch_size_per_device=4"])
         cli.fit()
         for row in logged(run_dir):
-            stage = cli.model
-            assert row["mfu"] == pytest.approx(
-                row["images_per_s"] * stage.flops / stage.step_metrics.peak_rate, rel=1e-6
-            )
+            assert row["mfu"] == pytest.approx(row["images_per_s"] * cli.model.flops / 1e12, rel=1e-6)
             assert 0.05 < row["peak_memory_gib"] < 64
         waits[slow] = [row["data_wait"] for row in logged(run_dir)]
     assert all(wait >= 0 for wait in waits[False])
