@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -79,7 +80,7 @@ class ImageData(LightningDataModule):
             encoder or model; else that of the data set, ImageNet's for folders of 3 channels).
         std: Standard deviation of each channel in [0, 1], to divide by; defaults as for mean.
         batch_size_per_device: Images per device in one forward pass. The global batch is this x devices x accumulation.
-        num_workers: Loader processes per device (default: one for each spare core, at most 8).
+        num_workers: Loader processes per device (default: one for each core that is left for it, at most 8).
         crop_scale: Smallest and largest area of the random resized crop, as fractions of the image; null: centre crop.
         crop_pct: Side of the centre crop in evaluation, as a fraction of the side of the resized image (default:
             224/256, as is usual, for images of 128 to 224 pixels; 1 for smaller and larger ones).
@@ -125,6 +126,7 @@ class ImageData(LightningDataModule):
         self.in_chans = defaults.in_chans if in_chans is None else in_chans
         if dataset != "folder" and self.in_chans != defaults.in_chans:
             raise UserError(f"--data.in_chans {in_chans}: the images of {dataset} have {defaults.in_chans}")
+        self.shares_cores = num_workers is None
         if num_workers is None:
             num_workers = default_workers()
         if crop_pct is None:
@@ -232,6 +234,10 @@ class ImageData(LightningDataModule):
                 f"--data.mean and --data.std are needed for {self.in_chans} channels; "
                 "`mae stats` with the same --data settings computes them"
             )
+        # Processes that Lightning itself starts see all cores of the machine, each of them; Slurm's have their own.
+        environment = getattr(self.trainer.strategy, "cluster_environment", None) if self.trainer else None
+        if self.shares_cores and self.trainer and isinstance(environment, LightningEnvironment):
+            self.num_workers = default_workers(processes=self.trainer.num_devices)
 
     def train_sampler(self) -> EpochSampler:
         """The sampler of this rank, for the world size and the accumulation of the trainer."""

@@ -77,15 +77,17 @@ class WorkerProgress:
         return None
 
 
-def default_workers(threads: int | None = None) -> int:
+def default_workers(threads: int | None = None, processes: int | None = None) -> int:
     """The number of loader processes of one thread each: one for each core that this process leaves, at most 8.
 
     Args:
         threads: Cores that this process keeps busy itself; by default 1 beside a GPU, else those of torch.
+        processes: Of the run on this machine, which share the cores that this process may use; by default torchrun's.
     """
     if threads is None:
         threads = 1 if torch.cuda.is_available() else torch.get_num_threads()
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # of torchrun on this machine, which share its cores
+    if processes is None:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return max(0, min(8, available_cores() // processes - threads))
 
 

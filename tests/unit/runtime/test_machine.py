@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 
+from mae.data.datamodule import ImageData
 from mae.data.datasets import default_workers
 from mae.runtime import machine
 from mae.runtime.machine import available_cores, cpu_quota, crowding
@@ -58,6 +60,15 @@ def test_loaders_and_torch_together_have_no_more_threads_than_cores(
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
         assert default_workers() == workers
     assert default_workers(1) == 8  # where torch computes nothing
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    data = ImageData("digits")
+    data.trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False)  # starts the second process
+    data.setup("fit")
+    assert data.num_workers == 6
+    chosen = ImageData("digits", num_workers=5)
+    chosen.trainer = data.trainer
+    chosen.setup("fit")
+    assert chosen.num_workers == 5
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert default_workers() == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
