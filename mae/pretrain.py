@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae.data.datasets import Batch
@@ -36,6 +36,9 @@ class Pretrain(Stage):
         embed_dim: Encoder width, where it differs from that of `size`.
         depth: Encoder blocks, where they differ from those of `size`.
         num_heads: Encoder attention heads, where they differ from those of `size`.
+        encoder: Another encoder than the paper's: the name of a timm model that can see a subset of its patches, such
+            as vit_small_patch16_rope_224 (in Python also such a model). It has its own size, positions and start.
+        encoder_args: Arguments of that timm model, such as {reg_tokens: 4, embed_dim: 320, patch_size: 8}.
         base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the global batch.
         weight_decay: Of AdamW, for everything but biases and norms.
         betas: Of AdamW.
@@ -71,6 +74,8 @@ class Pretrain(Stage):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
+        encoder: Any = None,
+        encoder_args: dict[str, Any] | None = None,
         base_lr: float = 1.5e-4,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -90,22 +95,29 @@ class Pretrain(Stage):
         if size not in SIZES:
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
         check_ranges("model", "[0, 1)", betas=list(betas))
-        encoder = SIZES[size]
+        widths = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
+        self.check_encoder(encoder, encoder_args, size, widths)
+        own = SIZES[size]
         try:
             self.model = self.network(
                 image_size=image_size,
                 patch_size=patch_size,
                 in_chans=in_chans,
-                embed_dim=encoder.embed_dim if embed_dim is None else embed_dim,
-                depth=encoder.depth if depth is None else depth,
-                num_heads=encoder.num_heads if num_heads is None else num_heads,
+                embed_dim=own.embed_dim if embed_dim is None else embed_dim,
+                depth=own.depth if depth is None else depth,
+                num_heads=own.num_heads if num_heads is None else num_heads,
                 decoder_embed_dim=decoder_embed_dim,
                 decoder_depth=decoder_depth,
                 decoder_num_heads=decoder_num_heads,
                 norm_pix_loss=norm_pix_loss,
                 activation_checkpointing=activation_checkpointing,
+                encoder=encoder,
+                encoder_args=encoder_args,
             )
         except ValueError as error:
+            if encoder is not None:
+                name = encoder if isinstance(encoder, str) else type(encoder).__name__
+                raise UserError(f"--model.encoder {name}: {error}") from None
             raise UserError(
                 f"{error} (--data.image_size, --model.patch_size, --model.*embed_dim, *num_heads)"
             ) from None
@@ -114,6 +126,20 @@ class Pretrain(Stage):
         except ValueError as error:
             raise UserError(f"--model.{error}; some must be visible and some hidden") from None
         self.mask_ratio, self.betas = mask_ratio, betas
+
+    def check_encoder(self, encoder: Any, arguments: dict[str, Any] | None, size: str, widths: dict[str, Any]) -> None:
+        """Refuse settings that an encoder of timm's would leave without effect, and arguments without an encoder."""
+        if encoder is None:
+            if arguments:
+                raise UserError("--model.encoder_args are those of --model.encoder NAME, which is not set")
+            return
+        if not isinstance(encoder, str | nn.Module):
+            raise UserError(f"--model.encoder {encoder}: it is the name of a timm model (in Python, or the model)")
+        if arguments and not isinstance(encoder, str):
+            raise UserError("--model.encoder_args are for a model by name, not for one that is made already")
+        set_too = [f"size {size}"] if size != "base" else [f"{k} {v}" for k, v in widths.items() if v is not None]
+        if set_too:
+            raise UserError(f"--model.{set_too[0]}: --model.encoder has a size; --model.encoder_args can change it")
 
     def mask_noise(self, seed: int, epochs: list[int], indices: list[int]) -> Tensor:
         """(B, N) float on the CPU: a score per patch, of which the highest are hidden; override it for own masks.
@@ -180,18 +206,23 @@ class Pretrain(Stage):
         self.log_row({f"{self.split}/loss": loss / images})
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """(B, D): the encoder's class token for unmasked images."""
-        return self.model.encode(self.to_batch(batch, batch_idx).images)[:, 0]
+        """(B, D): the encoder's class token for unmasked images; the mean of patch tokens where it has none."""
+        tokens = self.model.encode(self.to_batch(batch, batch_idx).images)
+        return tokens.mean(dim=1) if self.model.encoder.num_prefix_tokens == 0 else tokens[:, 0]
 
     def make_optimizer(self, lr: float) -> Optimizer:
-        return adamw(self.model, lr, self.weight_decay, self.betas, self.fused)
+        undecayed: set[str] = set()
+        if self.model.is_timms:
+            undecayed = {f"encoder.{name}" for name in self.model.encoder.no_weight_decay()}
+        return adamw(self.model, lr, self.weight_decay, self.betas, self.fused, undecayed)
 
     def expected_groups(self) -> ExpectedGroups:
         return ExpectedGroups(weight_decay=self.weight_decay)
 
     def recipe_notes(self) -> dict[str, str]:
         encoder = sum(p.numel() for p in self.model.encoder.parameters())
-        return {"encoder": f"{encoder / 1e6:.2f} M parameters; {self.mask_ratio:.0%} of the patches hidden"}
+        name = f"timm's {self.model.config['encoder']}, " if self.model.is_timms else ""
+        return {"encoder": f"{name}{encoder / 1e6:.2f} M parameters; {self.mask_ratio:.0%} of the patches hidden"}
 
     def architecture(self) -> dict[str, Any]:
         return self.model.config

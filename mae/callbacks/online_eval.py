@@ -85,6 +85,7 @@ class Online(Callback):
         was_training = module.model.training
         module.model.eval()
         mine, errors = [], list[str]()
+        prefix = module.model.encoder.num_prefix_tokens
         with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
             for batch in data.whole(part, trainer.global_rank, trainer.world_size):
                 watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
@@ -92,7 +93,7 @@ class Online(Callback):
                 if not len(batch.images):
                     continue
                 found, labels = features.extract_features(
-                    lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype))),
+                    lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype)), prefix),
                     data,
                     [batch._replace(errors=[])],
                     module.device,

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import Batch
+from mae.errors import UserError
 
 if TYPE_CHECKING:
     from sklearn.linear_model import LogisticRegression
@@ -30,17 +31,35 @@ class Features(NamedTuple):
     num_classes: int
 
 
-def mean_of_patches(tokens: Tensor) -> Tensor:
-    """(B, 1 + N, D) -> (B, D), without the class token."""
-    return tokens[:, 1:].mean(dim=1)
+def mean_of_patches(tokens: Tensor, prefix: int = 1) -> Tensor:
+    """(B, prefix + N, D) -> (B, D), without the class token or whatever tokens stand before the patches."""
+    return tokens[:, prefix:].mean(dim=1)
 
 
-# Tokens (B, 1 + N, D) -> (B, D), or (B, 2 * D) for both.
-POOLS: dict[str, Callable[[Tensor], Tensor]] = {
+# Tokens (B, prefix + N, D) and the number of those before the patches -> (B, D), or (B, 2 * D) for both.
+POOLS: dict[str, Callable[..., Tensor]] = {
     "mean": mean_of_patches,
-    "class": lambda tokens: tokens[:, 0],
-    "both": lambda tokens: torch.cat([mean_of_patches(tokens), tokens[:, 0]], dim=1),
+    "class": lambda tokens, prefix=1: tokens[:, 0],
+    "both": lambda tokens, prefix=1: torch.cat([mean_of_patches(tokens, prefix), tokens[:, 0]], dim=1),
 }
+
+
+def pooled(encoder: VisionTransformer, pool: str) -> Callable[[Tensor], Tensor]:
+    """The function (B, C, H, W) -> (B, D), or (B, 2 * D), of images to features.
+
+    Args:
+        pool: One of POOLS.
+
+    Raises:
+        UserError: The encoder has no class token, which the pool takes.
+    """
+    check_pool(encoder, pool)
+    return lambda images: POOLS[pool](encoder.forward_features(images), encoder.num_prefix_tokens)
+
+
+def check_pool(encoder: VisionTransformer, pool: str) -> None:
+    if pool != "mean" and encoder.cls_token is None:
+        raise UserError(f"pool {pool}: this encoder has no class token; use mean")
 
 
 def multi_layer_features(
@@ -57,7 +76,10 @@ def multi_layer_features(
 
     Raises:
         ValueError: There is no such layer.
+        UserError: The encoder has no class token, which a pool takes.
     """
+    for pool in pools:
+        check_pool(encoder, pool)
     depth = len(encoder.blocks)
     if not layers or not all(-depth <= layer <= -1 for layer in layers):
         raise ValueError(f"layers {list(layers)}: -1 is the last block and -{depth} the first")
@@ -73,8 +95,11 @@ def multi_layer_features(
             output_fmt="NLC",
             intermediates_only=True,
         )
-        layers_tokens = [torch.cat([prefix, patches], dim=1) for patches, prefix in tokens]  # type: ignore[misc, str-unpack, list-item]
-        return torch.stack([POOLS[pool](t) for t in layers_tokens for pool in pools], dim=1)
+        count = encoder.num_prefix_tokens
+        if count:
+            tokens = [torch.cat([prefix, patches], dim=1) for patches, prefix in tokens]  # type: ignore[misc, str-unpack, list-item]
+        layers_tokens = cast(list[Tensor], tokens)
+        return torch.stack([POOLS[pool](t, count) for t in layers_tokens for pool in pools], dim=1)
 
     return names, encode
 

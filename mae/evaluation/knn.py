@@ -50,8 +50,8 @@ def knn_command(args: Sequence[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def scores(encoder: VisionTransformer) -> dict[str, float]:
-        encoder, pool = encoder.to(device), features.POOLS[config.pool]
-        encoded = features.extract_splits(lambda images: pool(encoder.forward_features(images)), data, device)
+        encode = features.pooled(encoder.to(device), config.pool)
+        encoded = features.extract_splits(encode, data, device)
         return features.knn_scores(encoded, config.k, config.temperature)
 
     found = scores(weights.encoder())

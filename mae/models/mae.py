@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae.models.blocks import Block, CheckpointedBlock
+from mae.models.timm_encoder import A_MODULE, encode_visible, timm_encoder
 
 Pair = tuple[int, int]  # (height, width)
 
@@ -166,6 +167,9 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.reshape(b * n, d).index_select(0, rows.flatten()).view(b, -1, d)
 
 
+NOT_COUNTS = ("mlp_ratio", "norm_pix_loss", "encoder", "encoder_args")  # of the arguments below
+
+
 def check_config(config: dict[str, Any]) -> None:
     """Check the arguments of a `MaskedAutoencoder`.
 
@@ -173,7 +177,7 @@ def check_config(config: dict[str, Any]) -> None:
         ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width.
     """
     for name, value in config.items():
-        if name not in ("mlp_ratio", "norm_pix_loss") and min(value if isinstance(value, list) else [value]) < 1:
+        if name not in NOT_COUNTS and min(value if isinstance(value, list) else [value]) < 1:
             raise ValueError(f"{name} {value} must be at least 1")
     (h, w), (ph, pw) = config["image_size"], config["patch_size"]
     if h % ph or w % pw:
@@ -188,7 +192,8 @@ class MaskedAutoencoder(nn.Module):
     """A ViT encoder that sees only the visible patches, and a light decoder that reconstructs the hidden ones.
 
     `encoder` is a timm VisionTransformer without a head: its state_dict loads strictly into `timm.create_model`.
-    The defaults are the ViT-B/16 of the paper (Sec. 4, Table 1).
+    The defaults are the ViT-B/16 of the paper (Sec. 4, Table 1). With an encoder of timm's, tokens before the patches
+    (none, a class token, registers) all go through the decoder, with the class token's position.
 
     Args:
         image_size: Pixels, one side of a square or (height, width).
@@ -204,9 +209,13 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: Reconstruct pixels normalised within each patch; otherwise the pixels of the input.
         activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
             keeping them.
+        encoder: Instead of the paper's: the name of a timm model, or a timm model without a head. embed_dim, depth and
+            num_heads are then its own.
+        encoder_args: Arguments for the model of that name.
 
     Raises:
-        ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width.
+        ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width; or the
+            encoder cannot be used.
     """
 
     def __init__(
@@ -223,10 +232,17 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = True,
         activation_checkpointing: bool = False,
+        encoder: str | nn.Module | None = None,
+        encoder_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
         self.patch_size = ph, pw = as_pair(patch_size)
+        self.is_timms = encoder is not None
+        if encoder is not None:
+            made = timm_encoder(encoder, self.image_size, self.patch_size, in_chans, encoder_args)
+            made.set_grad_checkpointing(activation_checkpointing)
+            embed_dim, depth, num_heads = made.embed_dim, len(made.blocks), made.blocks[0].attn.num_heads
         # Everything that is needed to build this network again, in plain types; stored with every checkpoint.
         self.config: dict[str, Any] = {
             "image_size": [h, w],
@@ -241,6 +257,9 @@ class MaskedAutoencoder(nn.Module):
             "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
         }
+        if encoder is not None:
+            name = encoder if isinstance(encoder, str) else f"{A_MODULE}{type(encoder).__name__}"
+            self.config |= {"encoder": name, "encoder_args": encoder_args}
         check_config(self.config)
         self.in_chans = in_chans
         self.grid = h // ph, w // pw
@@ -248,17 +267,20 @@ class MaskedAutoencoder(nn.Module):
         self.norm_pix_loss = norm_pix_loss
 
         block = CheckpointedBlock if activation_checkpointing else Block
-        self.encoder = VisionTransformer(
-            img_size=self.image_size,
-            patch_size=self.patch_size,
-            in_chans=in_chans,
-            num_classes=0,
-            embed_dim=embed_dim,
-            depth=depth,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            block_fn=block,
-        )
+        if self.is_timms:
+            self.encoder: VisionTransformer = made
+        else:
+            self.encoder = VisionTransformer(
+                img_size=self.image_size,
+                patch_size=self.patch_size,
+                in_chans=in_chans,
+                num_classes=0,
+                embed_dim=embed_dim,
+                depth=depth,
+                num_heads=num_heads,
+                mlp_ratio=mlp_ratio,
+                block_fn=block,
+            )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, decoder_embed_dim))
@@ -271,13 +293,21 @@ class MaskedAutoencoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise all parameters as the reference code does; the position embeddings stay fixed."""
-        init_linear(self)
-        init_stem(self.encoder, self.grid)
+        """Initialise all parameters as the reference code does, but for an encoder of timm's; positions stay fixed."""
+        for name, module in self.named_children():
+            if name != "encoder" or not self.is_timms:
+                init_linear(module)
+        if not self.is_timms:
+            init_stem(self.encoder, self.grid)
         nn.init.normal_(self.mask_token, std=0.02)
         self.decoder_pos_embed.copy_(sincos_positions(self.decoder_pos_embed.shape[2], self.grid))
-        for positions in (self.pos_embed, self.decoder_pos_embed):
-            positions.requires_grad_(False)
+        self.fix_positions()
+
+    def fix_positions(self) -> None:
+        """Leave the position embeddings out of training; those of an encoder of timm's are trained as timm does."""
+        self.decoder_pos_embed.requires_grad_(False)
+        if not self.is_timms:
+            self.pos_embed.requires_grad_(False)
 
     @property
     def cls_token(self) -> Tensor:
@@ -300,7 +330,7 @@ class MaskedAutoencoder(nn.Module):
         """
         masking = self.make_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
+        latent = self.latent(images, patches, masking)  # (B, 1 + K, D)
         pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
         return self.hidden_loss(pred, patches, masking)
 
@@ -308,9 +338,15 @@ class MaskedAutoencoder(nn.Module):
         """The reconstruction of every patch, visible ones included; arguments as in `forward`."""
         masking = self.make_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
-        latent = self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)  # (B, 1 + K, D)
+        latent = self.latent(images, patches, masking)  # (B, 1 + K, D)
         pred = self.decoder_pred(self.decode(latent, masking))  # (B, N, P), in the order [visible, hidden]
         return Prediction(take(pred, masking.ids_restore), masking.mask)
+
+    def latent(self, images: Tensor, patches: Tensor, masking: Masking) -> Tensor:
+        """(B, C, H, W), (B, N, P) -> (B, 1 + K, D): the encoder's output for the visible patches, class token first."""
+        if self.is_timms:
+            return encode_visible(self.encoder, images, masking.ids_keep)
+        return self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, D): the encoder's output for unmasked images, class token first."""
@@ -345,14 +381,15 @@ class MaskedAutoencoder(nn.Module):
         positions = self.decoder_pos_embed  # (1, 1 + N, E)
         x = self.decoder_embed(latent)  # (B, 1 + K, E)
         hidden = self.mask_token + positions[0, 1:][masking.ids_hide]  # (B, N - K, E)
-        seen = torch.cat([positions[:, :1].expand(len(x), -1, -1), positions[0, 1:][masking.ids_keep]], dim=1)
+        prefix = self.encoder.num_prefix_tokens
+        seen = torch.cat([positions[:, :1].expand(len(x), prefix, -1), positions[0, 1:][masking.ids_keep]], dim=1)
         x = torch.cat([x + seen, hidden], dim=1)  # (B, 1 + N, E)
         first = x.shape[1] - masking.ids_hide.shape[1] if hidden_only else 0
         *blocks, last = self.decoder_blocks
         for block in blocks:
             x = block(x)
         x = last(x, first=first)  # (B, 1 + N - first, E)
-        tokens: Tensor = self.decoder_norm(x if hidden_only else x[:, 1:])
+        tokens: Tensor = self.decoder_norm(x if hidden_only else x[:, prefix:])
         return tokens
 
     def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:

@@ -25,3 +25,14 @@ def meta_parameters() -> Iterator[None]:
     """
     with torch.device("meta"), _LinspaceOnCPU():
         yield
+
+
+@contextmanager
+def to_be_loaded(config: dict[str, Any]) -> Iterator[None]:
+    """Create a network that `load_state_dict(..., assign=True)` fills, without touching torch's global generator.
+
+    Args:
+        config: Of the network. An encoder of timm's is created with values, since some are in no file: RoPE's table.
+    """
+    with torch.random.fork_rng(devices=[]) if "encoder" in config else meta_parameters():
+        yield

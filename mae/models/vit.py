@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mae.errors import UserError
 from mae.models.blocks import Block, CheckpointedBlock
 from mae.models.mae import as_pair, init_linear, init_stem
+from mae.models.timm_encoder import timm_encoder
 
 Pool = Literal["mean", "class"]  # how tokens are pooled before the head
 
@@ -38,8 +39,11 @@ def build(
 ) -> VisionTransformer:
     """A timm VisionTransformer with the initialisation of the reference code.
 
+    An encoder of timm's, that `config` names, keeps its own initialisation and its final norm before the pooling.
+
     Args:
-        config: The encoder: image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio.
+        config: The encoder: image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio; encoder and
+            encoder_args of one of timm's.
         pool: "mean" averages the patch tokens; "class" takes the class token.
         head: "linear" is for fine-tuning; with mean pooling the norm follows the pooling (fc_norm) and the encoder's
             final norm is dropped (Sec. A.1). "batchnorm" is for linear probing: BatchNorm without affine parameters,
@@ -49,24 +53,35 @@ def build(
         activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
             keeping them.
     """
-    network = LayeredViT(
-        img_size=as_pair(config["image_size"]),
-        patch_size=as_pair(config["patch_size"]),  # type: ignore[arg-type]  # a pair is fine
-        in_chans=config["in_chans"],
-        num_classes=num_classes,
-        global_pool=POOLING[pool],  # type: ignore[arg-type]
-        fc_norm=pool == "mean" and head == "linear",
-        embed_dim=config["embed_dim"],
-        depth=config["depth"],
-        num_heads=config["num_heads"],
-        mlp_ratio=config["mlp_ratio"],
-        drop_path_rate=drop_path,
-        block_fn=CheckpointedBlock if activation_checkpointing else Block,
-    )
-    init_linear(network)
-    init_stem(network, network.patch_embed.grid_size)
+    size, patch_size = as_pair(config["image_size"]), as_pair(config["patch_size"])
+    network: VisionTransformer
+    if "encoder" in config:
+        arguments = {**(config["encoder_args"] or {}), "drop_path_rate": drop_path}
+        network = timm_encoder(config["encoder"], size, patch_size, config["in_chans"], arguments)
+        if pool == "class" and network.cls_token is None:
+            raise UserError(f"--model.pool class: timm's {config['encoder']} has no class token; use mean")
+        network.reset_classifier(num_classes, POOLING[pool])
+        network.set_grad_checkpointing(activation_checkpointing)
+    else:
+        network = LayeredViT(
+            img_size=size,
+            patch_size=patch_size,  # type: ignore[arg-type]  # a pair is fine
+            in_chans=config["in_chans"],
+            num_classes=num_classes,
+            global_pool=POOLING[pool],  # type: ignore[arg-type]
+            fc_norm=pool == "mean" and head == "linear",
+            embed_dim=config["embed_dim"],
+            depth=config["depth"],
+            num_heads=config["num_heads"],
+            mlp_ratio=config["mlp_ratio"],
+            drop_path_rate=drop_path,
+            block_fn=CheckpointedBlock if activation_checkpointing else Block,
+        )
+        init_linear(network)
+        init_stem(network, network.patch_embed.grid_size)
     linear = network.head
     assert isinstance(linear, nn.Linear)
+    nn.init.zeros_(linear.bias)
     nn.init.trunc_normal_(linear.weight, std=0.01 if head == "batchnorm" else 2e-5)
     if head == "batchnorm":
         norm = nn.BatchNorm1d(network.embed_dim, affine=False, eps=1e-6)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 PACKAGES = ("torch", "torchvision", "lightning", "pillow", "simplejpeg", "numpy")  # those that decide about speed
 
 
+LOADAVG = Path("/proc/loadavg")
 CGROUPS, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
@@ -38,6 +39,17 @@ def cpu_quota() -> float:
     return min(limits)
 
 
+def busy_cores() -> float:
+    """Cores that others use: over the last minute, and at this moment, whichever is less.
+
+    The average alone would count what the user has just run before.
+    """
+    load = os.getloadavg()[0]
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        load = min(load, int(LOADAVG.read_text().split()[3].partition("/")[0]) - 1)  # without this process
+    return load
+
+
 def crowding(threads: int, processes: int = 1) -> str:
     """What makes a run on this CPU slow by having more threads than free cores, and the way out; empty if nothing does.
 
@@ -47,7 +59,7 @@ def crowding(threads: int, processes: int = 1) -> str:
         threads: Of each process.
         processes: Of the run, on this machine.
     """
-    cores, load, machine = available_cores(), os.getloadavg()[0], os.cpu_count() or 1
+    cores, load, machine = available_cores(), busy_cores(), os.cpu_count() or 1
     if threads * processes > cores:
         what, fitting = f"{threads * processes} threads on {cores} cores", max(1, cores // processes)
     elif threads * processes > 1 and load > machine / 2:

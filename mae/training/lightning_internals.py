@@ -13,6 +13,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities.parsing import save_hyperparameters
+from torch import nn
+
+from mae.models.timm_encoder import A_MODULE
 
 
 def save_arguments(module: LightningModule) -> None:
@@ -25,6 +28,10 @@ def save_arguments(module: LightningModule) -> None:
     assert frame is not None
     module._log_hyperparams = True
     save_hyperparameters(module, frame=frame.f_back)
+    for arguments in vars(module)["_hparams"], vars(module)["_hparams_initial"]:
+        for name, value in arguments.items():
+            if isinstance(value, nn.Module):  # its weights are in the state_dict, its code in no file
+                arguments[name] = f"{A_MODULE}{type(value).__name__}"
 
 
 def attached_trainer(module: LightningModule) -> Trainer | None:

@@ -1,7 +1,9 @@
 """Learning rate, schedule, parameter groups and optimisers of the paper's recipes (Tables 8 to 11)."""
 
 import math
+from collections.abc import Collection
 
+from timm.models.vision_transformer import VisionTransformer
 from timm.optim import Lars, param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -13,17 +15,27 @@ def scaled_lr(base_lr: float, images_per_step: int) -> float:
     return base_lr * images_per_step / 256
 
 
-def adamw(model: nn.Module, lr: float, weight_decay: float, betas: tuple[float, float], fused: bool = True) -> AdamW:
+def adamw(
+    model: nn.Module,
+    lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+    fused: bool = True,
+    undecayed: Collection[str] = (),
+) -> AdamW:
     """AdamW as in pre-training: biases and norms are not decayed; class and mask token are, as in the reference.
 
     Args:
         fused: All parameters in one kernel; the same rule, rounded differently.
+        undecayed: Names of further parameters without weight decay.
     """
-    return AdamW(param_groups_weight_decay(model, weight_decay), lr=lr, betas=betas, fused=fused)
+    return AdamW(
+        param_groups_weight_decay(model, weight_decay, no_weight_decay_list=undecayed), lr=lr, betas=betas, fused=fused
+    )
 
 
 def adamw_by_layer(
-    model: nn.Module,
+    model: VisionTransformer,
     lr: float,
     weight_decay: float,
     betas: tuple[float, float],
@@ -36,7 +48,7 @@ def adamw_by_layer(
     top, at scale 1. Biases, norms, class token and positions are not decayed. Each group carries its `lr_scale`, which
     `WarmupCosine` multiplies into the rate: timm stores it, and no scheduler of torch reads it.
     """
-    undecayed = {"pos_embed", "cls_token"}
+    undecayed = model.no_weight_decay()  # class token, positions; registers, where there are some
     groups = param_groups_layer_decay(model, weight_decay, no_weight_decay_list=undecayed, layer_decay=layer_decay)
     return AdamW(groups, lr=lr, betas=betas, fused=fused)
 

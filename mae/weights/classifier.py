@@ -7,10 +7,12 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair
-from mae.models.meta_device import meta_parameters
+from mae.models.meta_device import to_be_loaded
 from mae.models.vit import build
 from mae.weights.load import read_weights
 from mae.weights.weights import Weights, resample_positions
+
+TIMM_KEYS = ("encoder", "encoder_args")  # of an encoder of timm's
 
 ENCODER_KEYS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -49,7 +51,7 @@ def encoder_config(
         default = {"patch_size": [16, 16], "mlp_ratio": 4.0, **SIZES["base"]._asdict()}
         config = default | settings
     else:
-        config = {key: weights.config[key] for key in ENCODER_KEYS}
+        config = {key: weights.config[key] for key in (*ENCODER_KEYS, *TIMM_KEYS) if key in weights.config}
         for key, value in settings.items():
             if config[key] != value:
                 setting = f"--model.{key} {value}"
@@ -66,6 +68,11 @@ def encoder_config(
     if min(config["depth"], *config["patch_size"]) < 1:
         raise UserError(f"--model.depth {config['depth']}, patch_size {config['patch_size']}: at least 1")
     height, width = as_pair(image_size)
+    if weights is not None and "encoder" in config and [height, width] != weights.config["image_size"]:
+        raise UserError(
+            f"--data.image_size {height}x{width} does not fit {weights.source}, which holds timm's {config['encoder']} "
+            f"for images of {weights.config['image_size']}"
+        )
     ph, pw = config["patch_size"]
     if height % ph or width % pw:
         raise UserError(f"--data.image_size {height}x{width} is not divisible by the encoder's patch size {ph}x{pw}")
@@ -80,9 +87,9 @@ def load_pretrained(network: VisionTransformer, weights: Weights) -> str:
     """
     state = {key: v for key, v in weights.timm_state.items() if not key.startswith(("head.", "fc_norm."))}
     actions = [f"encoder {weights.source}"]
-    assert network.pos_embed is not None
     old, new = weights.grid, network.patch_embed.grid_size
     if old != new:
+        assert network.pos_embed is not None
         state["pos_embed"] = resample_positions(state["pos_embed"], old, new)
         actions.append(f"positions resampled from {old[0]}x{old[1]} to {new[0]}x{new[1]}")
     expected = network.state_dict()
@@ -116,7 +123,7 @@ def build_classifier(weights: Weights) -> VisionTransformer:
         UserError: They belong to none.
     """
     about = weights.require_classifier()
-    with meta_parameters():
+    with to_be_loaded(weights.config):
         network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
     network.load_state_dict(weights.timm_state, assign=True)
     return network.eval().requires_grad_(False)

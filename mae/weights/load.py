@@ -150,11 +150,11 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     weights = read_weights(src)
     weights.require_pretrained(False, None)
     ours, theirs = model.config, weights.config
-    for key in ("embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
-        if ours[key] != theirs[key]:
+    for key in ("encoder", "encoder_args", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
+        if ours.get(key) != theirs.get(key):
             raise UserError(
-                f"--model.init {weights.source} is another architecture: {key} {theirs[key]}, "
-                f"this model has {ours[key]}"
+                f"--model.init {weights.source} is another architecture: {key} {theirs.get(key)}, "
+                f"this model has {ours.get(key)}"
             )
     state, actions = dict(weights.state), ["encoder loaded"]
     if ours["image_size"] != theirs["image_size"]:

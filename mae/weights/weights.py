@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
-from mae.models.meta_device import meta_parameters
+from mae.models.meta_device import to_be_loaded
 from mae.weights.state_dict_keys import ENCODER, State
 
 Format = Literal["mae", "official", "timm", "hf"]
@@ -110,11 +110,10 @@ class Weights(NamedTuple):
             UserError: There is no decoder.
         """
         self.require_decoder()
-        with meta_parameters():
+        with to_be_loaded(self.config):
             model = MaskedAutoencoder(**self.config)
         model.load_state_dict(self.state, assign=True)
-        for positions in (model.pos_embed, model.decoder_pos_embed):
-            positions.requires_grad_(False)  # assignment loses this
+        model.fix_positions()  # assignment loses this
         return model.eval()
 
     def encoder(self) -> VisionTransformer:
@@ -126,7 +125,7 @@ class Weights(NamedTuple):
         if self.classifier and "norm.weight" not in state:
             width = self.config["embed_dim"]
             state |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
-        with meta_parameters():
+        with to_be_loaded(self.config):
             encoder = MaskedAutoencoder(**self.config).encoder
         encoder.load_state_dict(state, assign=True)
         return encoder.eval().requires_grad_(False)
@@ -144,6 +143,11 @@ class Weights(NamedTuple):
         state, model, notes = dict(self.state), dict(self.config), list(self.notes)
         about = {**self.description, "model": model}
         if image_size is not None and (size := as_pair(image_size)) != as_pair(model["image_size"]):
+            if "encoder" in model:
+                raise UserError(
+                    f"image_size {size[0]}x{size[1]}: {self.source} holds timm's {model['encoder']} for images of "
+                    f"{model['image_size']}; only the paper's encoder is adapted to another size"
+                )
             ph, pw = as_pair(model["patch_size"])
             if size[0] % ph or size[1] % pw or min(size) < 1:
                 raise UserError(f"image_size {size[0]}x{size[1]} is not divisible by the patch size {ph}x{pw}")

@@ -1,5 +1,6 @@
 """A Lightning user's day: a plain Trainer, any DataLoader, parts of one's own, smoke tests, the functions."""
 
+import copy
 import importlib
 import pkgutil
 import re
@@ -241,6 +242,20 @@ def test_the_guides_plain_trainer_runs(tmp_path: Path, monkeypatch: pytest.Monke
     names: dict[str, Any] = {}
     exec(code, names)
     assert names["features"].shape == (64, 96)
+
+
+def test_a_module_as_encoder_trains_and_must_be_given_again(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(next(code for code in EXAMPLES if "# own_encoder.py" in code), names)
+    module, run = names["module"], trainer(tmp_path, max_epochs=1)
+    before = module.model.encoder.blocks[0].mlp.fc1.weight.detach().clone()
+    run.fit(module, DataLoader(torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), batch_size=8))
+    assert not torch.equal(before, module.model.encoder.blocks[0].mlp.fc1.weight)
+    path = run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
+    with pytest.raises(UserError, match="give such a module again"):
+        Pretrain.load_from_checkpoint(path)
+    again = Pretrain.load_from_checkpoint(path, encoder=copy.deepcopy(module.model.encoder))
+    assert torch.equal(again.model.encoder.blocks[0].mlp.fc1.weight, module.model.encoder.blocks[0].mlp.fc1.weight)
 
 
 @pytest.mark.parametrize(

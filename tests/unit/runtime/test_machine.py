@@ -23,6 +23,7 @@ def cgroups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.0, 0.0))
+    monkeypatch.setattr(machine, "LOADAVG", tmp_path / "loadavg")
     return tmp_path
 
 
@@ -46,6 +47,10 @@ def test_more_threads_than_free_cores_are_told(cgroups: Path, monkeypatch: pytes
     monkeypatch.setattr(os, "getloadavg", lambda: (12.2, 0.0, 0.0))
     assert "16 threads on a machine of 16 cores with a load of 12.2 already" in crowding(16)
     assert crowding(16).endswith("OMP_NUM_THREADS=3")
+    (cgroups / "loadavg").write_text("12.20 3.00 1.00 4/1190 36\n")  # others have just ended
+    assert crowding(16) == ""
+    (cgroups / "loadavg").write_text("12.20 3.00 1.00 14/1190 36\n")
+    assert "a load of 12.2 already" in crowding(16)
     assert crowding(1) == ""
     (cgroups / "job" / "cpu.max").write_text("200000 100000\n")
     assert "16 threads on 2 cores" in crowding(16)
