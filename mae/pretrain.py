@@ -36,9 +36,10 @@ class Pretrain(Stage):
         embed_dim: Encoder width, where it differs from that of `size`.
         depth: Encoder blocks, where they differ from those of `size`.
         num_heads: Encoder attention heads, where they differ from those of `size`.
-        encoder: Another encoder than the paper's: the name of a timm model that can see a subset of its patches, such
-            as vit_small_patch16_rope_224 (in Python also such a model). It has its own size, positions and start.
-        encoder_args: Arguments of that timm model, such as {reg_tokens: 4, embed_dim: 320, patch_size: 8}.
+        timm_encoder: Another encoder than the paper's, with its own size, positions and initial weights: the name of a
+            timm model that can see a subset of its patches, such as vit_small_patch16_rope_224 (in Python, or the
+            model).
+        timm_args: Arguments of the timm model of that name, such as {reg_tokens: 4, embed_dim: 320, patch_size: 8}.
         base_lr: Peak learning rate for 256 images an optimiser step; scaled linearly with the global batch.
         weight_decay: Of AdamW, for everything but biases and norms.
         betas: Of AdamW.
@@ -74,8 +75,8 @@ class Pretrain(Stage):
         embed_dim: int | None = None,
         depth: int | None = None,
         num_heads: int | None = None,
-        encoder: Any = None,
-        encoder_args: dict[str, Any] | None = None,
+        timm_encoder: Any = None,
+        timm_args: dict[str, Any] | None = None,
         base_lr: float = 1.5e-4,
         weight_decay: float = 0.05,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -96,7 +97,7 @@ class Pretrain(Stage):
             raise UserError(f"--model.size {size!r} is none of {', '.join(SIZES)}")
         check_ranges("model", "[0, 1)", betas=list(betas))
         widths = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
-        self.check_encoder(encoder, encoder_args, size, widths)
+        self.check_encoder(timm_encoder, timm_args, size, widths)
         own = SIZES[size]
         try:
             self.model = self.network(
@@ -111,13 +112,13 @@ class Pretrain(Stage):
                 decoder_num_heads=decoder_num_heads,
                 norm_pix_loss=norm_pix_loss,
                 activation_checkpointing=activation_checkpointing,
-                encoder=encoder,
-                encoder_args=encoder_args,
+                timm_encoder=timm_encoder,
+                timm_args=timm_args,
             )
         except ValueError as error:
-            if encoder is not None:
-                name = encoder if isinstance(encoder, str) else type(encoder).__name__
-                raise UserError(f"--model.encoder {name}: {error}") from None
+            if timm_encoder is not None:
+                name = timm_encoder if isinstance(timm_encoder, str) else type(timm_encoder).__name__
+                raise UserError(f"--model.timm_encoder {name}: {error}") from None
             raise UserError(
                 f"{error} (--data.image_size, --model.patch_size, --model.*embed_dim, *num_heads)"
             ) from None
@@ -131,15 +132,15 @@ class Pretrain(Stage):
         """Refuse settings that an encoder of timm's would leave without effect, and arguments without an encoder."""
         if encoder is None:
             if arguments:
-                raise UserError("--model.encoder_args are those of --model.encoder NAME, which is not set")
+                raise UserError("--model.timm_args are those of --model.timm_encoder NAME, which is not set")
             return
         if not isinstance(encoder, str | nn.Module):
-            raise UserError(f"--model.encoder {encoder}: it is the name of a timm model (in Python, or the model)")
+            raise UserError(f"--model.timm_encoder {encoder}: it is the name of a timm model (in Python, or the model)")
         if arguments and not isinstance(encoder, str):
-            raise UserError("--model.encoder_args are for a model by name, not for one that is made already")
+            raise UserError("--model.timm_args are for a model by name, not for one that is made already")
         set_too = [f"size {size}"] if size != "base" else [f"{k} {v}" for k, v in widths.items() if v is not None]
         if set_too:
-            raise UserError(f"--model.{set_too[0]}: --model.encoder has a size; --model.encoder_args can change it")
+            raise UserError(f"--model.{set_too[0]}: --model.timm_encoder has a size; --model.timm_args can change it")
 
     def mask_noise(self, seed: int, epochs: list[int], indices: list[int]) -> Tensor:
         """(B, N) float on the CPU: a score per patch, of which the highest are hidden; override it for own masks.
@@ -221,7 +222,7 @@ class Pretrain(Stage):
 
     def recipe_notes(self) -> dict[str, str]:
         encoder = sum(p.numel() for p in self.model.encoder.parameters())
-        name = f"timm's {self.model.config['encoder']}, " if self.model.is_timms else ""
+        name = f"timm's {self.model.config['timm_encoder']}, " if self.model.is_timms else ""
         return {"encoder": f"{name}{encoder / 1e6:.2f} M parameters; {self.mask_ratio:.0%} of the patches hidden"}
 
     def architecture(self) -> dict[str, Any]:

@@ -159,14 +159,14 @@ def run_to_plan(stage: str, values: Any, options: Namespace) -> Run:
     model, data = values.model.as_dict(), values.data
     defaults = DEFAULTS[data.dataset]
     image_size, in_chans = data.image_size, data.in_chans
-    not_ours = f"{model['encoder']}: memory is computed for the paper's ViT, not for other encoders of timm's"
-    if stage == "pretrain" and model["encoder"] is not None:
-        raise UserError(f"--model.encoder {not_ours}")
+    not_ours = "memory is computed for the paper's ViT, not for other encoders of timm's"
+    if model.get("timm_encoder") is not None:
+        raise UserError(f"--model.timm_encoder {model['timm_encoder']}: {not_ours}")
     if stage != "pretrain":
         if model["encoder"] != SCRATCH:
             weights = read_weights(model["encoder"])
-            if "encoder" in weights.config:
-                raise UserError(f"--model.encoder {not_ours}")
+            if "timm_encoder" in weights.config:
+                raise UserError(f"--model.encoder {model['encoder']}: {not_ours}")
             image_size = image_size or weights.config["image_size"]
             in_chans = in_chans or weights.config["in_chans"]
             model |= {key: weights.config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}

@@ -90,3 +90,15 @@ def peak_rate(device: torch.device, dtype: torch.dtype) -> float | None:
         warnings.simplefilter("ignore")  # it tells which chips it does not know
         known = get_available_flops(device, dtype)
     return float(known) if known else None
+
+
+def least_seconds(work: float, device: torch.device, dtype: torch.dtype) -> float | None:
+    """How long so many FLOP take at least: at the maker's rate, or on a CPU at one that is measured now, in a moment.
+
+    None where neither is known. torch's global generator is left as it is.
+    """
+    rate = peak_rate(device, dtype)
+    if rate is None and device.type == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            rate = max(product_rates(device, dtype, seconds=0.05, tries=1))
+    return None if rate is None else work / rate

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mae.models.blocks import Block, CheckpointedBlock
-from mae.models.timm_encoder import A_MODULE, encode_visible, timm_encoder
+from mae.models.timm_encoder import A_MODULE, build_encoder, encode_visible
 
 Pair = tuple[int, int]  # (height, width)
 
@@ -167,7 +167,7 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.reshape(b * n, d).index_select(0, rows.flatten()).view(b, -1, d)
 
 
-NOT_COUNTS = ("mlp_ratio", "norm_pix_loss", "encoder", "encoder_args")  # of the arguments below
+NOT_COUNTS = ("mlp_ratio", "norm_pix_loss", "timm_encoder", "timm_args")  # of the arguments below
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -209,9 +209,9 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: Reconstruct pixels normalised within each patch; otherwise the pixels of the input.
         activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
             keeping them.
-        encoder: Instead of the paper's: the name of a timm model, or a timm model without a head. embed_dim, depth and
-            num_heads are then its own.
-        encoder_args: Arguments for the model of that name.
+        timm_encoder: Instead of the paper's: the name of a timm model, or a timm model without a head. embed_dim, depth
+            and num_heads are then its own.
+        timm_args: Arguments for the model of that name.
 
     Raises:
         ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width; or the
@@ -232,15 +232,15 @@ class MaskedAutoencoder(nn.Module):
         mlp_ratio: float = 4.0,
         norm_pix_loss: bool = True,
         activation_checkpointing: bool = False,
-        encoder: str | nn.Module | None = None,
-        encoder_args: dict[str, Any] | None = None,
+        timm_encoder: str | nn.Module | None = None,
+        timm_args: dict[str, Any] | None = None,
     ):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
         self.patch_size = ph, pw = as_pair(patch_size)
-        self.is_timms = encoder is not None
-        if encoder is not None:
-            made = timm_encoder(encoder, self.image_size, self.patch_size, in_chans, encoder_args)
+        self.is_timms = timm_encoder is not None
+        if timm_encoder is not None:
+            made = build_encoder(timm_encoder, self.image_size, self.patch_size, in_chans, timm_args)
             made.set_grad_checkpointing(activation_checkpointing)
             embed_dim, depth, num_heads = made.embed_dim, len(made.blocks), made.blocks[0].attn.num_heads
         # Everything that is needed to build this network again, in plain types; stored with every checkpoint.
@@ -257,9 +257,9 @@ class MaskedAutoencoder(nn.Module):
             "mlp_ratio": mlp_ratio,
             "norm_pix_loss": norm_pix_loss,
         }
-        if encoder is not None:
-            name = encoder if isinstance(encoder, str) else f"{A_MODULE}{type(encoder).__name__}"
-            self.config |= {"encoder": name, "encoder_args": encoder_args}
+        if timm_encoder is not None:
+            name = timm_encoder if isinstance(timm_encoder, str) else f"{A_MODULE}{type(timm_encoder).__name__}"
+            self.config |= {"timm_encoder": name, "timm_args": timm_args}
         check_config(self.config)
         self.in_chans = in_chans
         self.grid = h // ph, w // pw

@@ -34,5 +34,5 @@ def to_be_loaded(config: dict[str, Any]) -> Iterator[None]:
     Args:
         config: Of the network. An encoder of timm's is created with values, since some are in no file: RoPE's table.
     """
-    with torch.random.fork_rng(devices=[]) if "encoder" in config else meta_parameters():
+    with torch.random.fork_rng(devices=[]) if "timm_encoder" in config else meta_parameters():
         yield

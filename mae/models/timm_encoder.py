@@ -40,7 +40,7 @@ class KeepVisible(nn.Module):
         return (x, self.ids) if self.returns_ids else x
 
 
-def timm_encoder(
+def build_encoder(
     encoder: str | nn.Module, image_size: Pair, patch_size: Pair, in_chans: int, arguments: dict[str, Any] | None = None
 ) -> Any:
     """A timm network without head, which `encode_visible` shows a subset of the patches.
@@ -87,7 +87,7 @@ def create(name: str, image_size: Pair, in_chans: int, arguments: dict[str, Any]
         near = difflib.get_close_matches(name.partition(".")[0], known, n=3) or ["vit_base_patch16_224"]
         raise ValueError(f"timm {timm.__version__} has no model of this name; it has {', '.join(near)}")
     if unknown := sorted(arguments.keys() - ARGUMENTS):
-        raise ValueError(f"encoder_args {unknown[0]} is no argument of timm's VisionTransformer or Eva that can be set")
+        raise ValueError(f"timm_args {unknown[0]} is no argument of timm's VisionTransformer or Eva that can be set")
     try:
         return timm.create_model(
             name, img_size=image_size, in_chans=in_chans, num_classes=0, global_pool="", **arguments

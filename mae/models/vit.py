@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mae.errors import UserError
 from mae.models.blocks import Block, CheckpointedBlock
 from mae.models.mae import as_pair, init_linear, init_stem
-from mae.models.timm_encoder import timm_encoder
+from mae.models.timm_encoder import build_encoder
 
 Pool = Literal["mean", "class"]  # how tokens are pooled before the head
 
@@ -42,8 +42,8 @@ def build(
     An encoder of timm's, that `config` names, keeps its own initialisation and its final norm before the pooling.
 
     Args:
-        config: The encoder: image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio; encoder and
-            encoder_args of one of timm's.
+        config: The encoder: image_size, patch_size, in_chans, embed_dim, depth, num_heads, mlp_ratio; timm_encoder
+            and timm_args of one of timm's.
         pool: "mean" averages the patch tokens; "class" takes the class token.
         head: "linear" is for fine-tuning; with mean pooling the norm follows the pooling (fc_norm) and the encoder's
             final norm is dropped (Sec. A.1). "batchnorm" is for linear probing: BatchNorm without affine parameters,
@@ -55,11 +55,11 @@ def build(
     """
     size, patch_size = as_pair(config["image_size"]), as_pair(config["patch_size"])
     network: VisionTransformer
-    if "encoder" in config:
-        arguments = {**(config["encoder_args"] or {}), "drop_path_rate": drop_path}
-        network = timm_encoder(config["encoder"], size, patch_size, config["in_chans"], arguments)
+    if "timm_encoder" in config:
+        arguments = {**(config["timm_args"] or {}), "drop_path_rate": drop_path}
+        network = build_encoder(config["timm_encoder"], size, patch_size, config["in_chans"], arguments)
         if pool == "class" and network.cls_token is None:
-            raise UserError(f"--model.pool class: timm's {config['encoder']} has no class token; use mean")
+            raise UserError(f"--model.pool class: timm's {config['timm_encoder']} has no class token; use mean")
         network.reset_classifier(num_classes, POOLING[pool])
         network.set_grad_checkpointing(activation_checkpointing)
     else:

@@ -123,7 +123,8 @@ class Stage(LightningModule):
 
     def metric_names(self) -> list[str]:
         """The metrics that callbacks can watch: those of steps, and of held-out images, which begin with val/."""
-        return ["train/loss", "val/loss", *self.step_metrics.NAMES]
+        mfu = ["mfu"] if torch.cuda.is_available() else []
+        return ["train/loss", "val/loss", *self.step_metrics.NAMES, *mfu]
 
     def recipe_notes(self) -> dict[str, str]:
         """Lines of the printed recipe that belong to this stage alone, by their first word."""

@@ -6,9 +6,10 @@ from lightning.pytorch import Trainer
 from torch import nn
 
 from mae.data.datamodule import ImageData
+from mae.models.flops import least_seconds
 from mae.training import recipe_audit
 from mae.training.optim import WarmupCosine, scaled_lr
-from mae.training.throughput import images_per_device, images_per_step
+from mae.training.throughput import images_per_device, images_per_step, product_dtype
 
 
 def report_recipe(
@@ -60,6 +61,8 @@ def report_recipe(
     arithmetic = "\n".join(f"{key:<13} {text}" for key, text in lines.items())
     text = f"{arithmetic}\n\n{recipe_audit.table(groups)}\ndrop path by block: {rates}\n"
     print(text, flush=True)
+    if cost := cost_text(trainer, flops * batch * steps):
+        print(cost, flush=True)
     names = ("\n".join([f"group {i}", *(f"  {name}" for name in group.names)]) for i, group in enumerate(groups))
     if folder is None:
         return
@@ -68,3 +71,29 @@ def report_recipe(
         path.write_text(text + "\n" + "\n\n".join(names) + "\n")
     except OSError as error:  # it has been printed, at least
         print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
+
+
+SLOWEST = 1e10  # FLOP/s, of any device
+
+LONG = 600  # seconds: what takes less is not worth a line
+
+UNITS = {"years": 365 * 86400, "days": 86400, "hours": 3600, "minutes": 60}
+
+
+def cost_text(trainer: Trainer, work: float) -> str:
+    """How long a run of so many FLOP takes at least, to be read before it starts; empty for short runs.
+
+    It is not in recipe.txt, since it depends on the machine.
+    """
+    device = trainer.lightning_module.device
+    if work < LONG * SLOWEST:
+        return ""
+    seconds = least_seconds(work, device, product_dtype(trainer))
+    if seconds is None or seconds / trainer.world_size < LONG:
+        return ""
+    seconds /= trainer.world_size
+    unit = next(name for name, size in UNITS.items() if seconds >= 2 * size)
+    small = ""
+    if device.type == "cpu" and seconds > UNITS["days"]:
+        small = "; a CPU trains small networks on small images: `mae pretrain --config pretrain/small`"
+    return f"this run takes {seconds / UNITS[unit]:.0f} {unit} at least, matrix products alone{small}\n"

@@ -17,9 +17,7 @@ from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.processes import all_reduce, gather
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.optim import WarmupCosine
-from mae.training.throughput import DataWait, images_per_step
-
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by the beginning of a precision's name
+from mae.training.throughput import DataWait, images_per_step, product_dtype
 
 
 class StepMetrics:
@@ -60,9 +58,7 @@ class StepMetrics:
         self.device = trainer.lightning_module.device
         self.step_loss = torch.zeros((), device=self.device)  # of the last optimiser step, of this rank
         self.first_bad_step = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
-        precision = str(trainer.precision)
-        dtype = next((t for key, t in DTYPES.items() if precision.startswith(key)), torch.float32)
-        self.peak_rate = peak_rate(self.device, dtype)
+        self.peak_rate = peak_rate(self.device, product_dtype(trainer))
         self.restart_clock()
         self.start_interval(self.clock)
 

@@ -38,6 +38,14 @@ def images_per_step(trainer: Trainer, data: Any = None) -> int:
     return images_per_device(trainer, data) * trainer.accumulate_grad_batches * trainer.world_size
 
 
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "64": torch.float64}  # by the beginning of a precision's name
+
+
+def product_dtype(trainer: Trainer) -> torch.dtype:
+    """The type of a step's matrix products, by the precision of the run."""
+    return next((t for key, t in DTYPES.items() if str(trainer.precision).startswith(key)), torch.float32)
+
+
 class DataWait:
     """Measures how long the device has had nothing to do for want of a batch, without making it wait.
 

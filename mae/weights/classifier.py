@@ -12,7 +12,7 @@ from mae.models.vit import build
 from mae.weights.load import read_weights
 from mae.weights.weights import Weights, resample_positions
 
-TIMM_KEYS = ("encoder", "encoder_args")  # of an encoder of timm's
+TIMM_KEYS = ("timm_encoder", "timm_args")  # of an encoder of timm's
 
 ENCODER_KEYS = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -68,10 +68,10 @@ def encoder_config(
     if min(config["depth"], *config["patch_size"]) < 1:
         raise UserError(f"--model.depth {config['depth']}, patch_size {config['patch_size']}: at least 1")
     height, width = as_pair(image_size)
-    if weights is not None and "encoder" in config and [height, width] != weights.config["image_size"]:
+    if weights is not None and "timm_encoder" in config and [height, width] != weights.config["image_size"]:
         raise UserError(
-            f"--data.image_size {height}x{width} does not fit {weights.source}, which holds timm's {config['encoder']} "
-            f"for images of {weights.config['image_size']}"
+            f"--data.image_size {height}x{width} does not fit {weights.source}, which holds timm's "
+            f"{config['timm_encoder']} for images of {weights.config['image_size']}"
         )
     ph, pw = config["patch_size"]
     if height % ph or width % pw:

@@ -50,10 +50,10 @@ def convert_command(args: Sequence[str]) -> None:
     config = convert_parser().parse_args(list(args))
     dst = checked_destination(config)
     weights = usable_weights(config.src, overrides_from(config)).adapted(config.image_size, config.in_chans)
-    if "encoder" in weights.config and config.format != "mae":
+    if "timm_encoder" in weights.config and config.format != "mae":
         raise UserError(
-            f"--format {config.format}: {weights.source} holds timm's {weights.config['encoder']}, which is written in "
-            "--format mae alone; the encoder.safetensors of its run loads into timm's model as it is"
+            f"--format {config.format}: {weights.source} holds timm's {weights.config['timm_encoder']}, which is written "
+            "in --format mae alone; the encoder.safetensors of its run loads into timm's model as it is"
         )
     for option in ("decoder_num_heads", "norm_pix_loss"):
         if config[option] is not None and not weights.has_decoder:

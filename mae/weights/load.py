@@ -150,7 +150,7 @@ def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:
     weights = read_weights(src)
     weights.require_pretrained(False, None)
     ours, theirs = model.config, weights.config
-    for key in ("encoder", "encoder_args", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
+    for key in ("timm_encoder", "timm_args", "embed_dim", "depth", "num_heads", "mlp_ratio", "patch_size", "in_chans"):
         if ours.get(key) != theirs.get(key):
             raise UserError(
                 f"--model.init {weights.source} is another architecture: {key} {theirs.get(key)}, "

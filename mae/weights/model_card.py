@@ -28,8 +28,8 @@ def architecture_name(weights: Weights) -> str:
     patch = f"{ph}" if ph == pw else f"{ph}x{pw}"
     channels = "" if config["in_chans"] == 3 else f", {count_of(config['in_chans'], 'channel')}"
     sizes = f"ViT {config['embed_dim']} wide, {config['depth']} blocks, {config['num_heads']} heads, patch {patch}"
-    if "encoder" in config:
-        name, sizes = "", f"timm's {config['encoder']}, {sizes.removeprefix('ViT ')}"
+    if "timm_encoder" in config:
+        name, sizes = "", f"timm's {config['timm_encoder']}, {sizes.removeprefix('ViT ')}"
     return (f"ViT-{name}/{patch}" if name else sizes) + f", {height}x{width} pixels{channels}"
 
 

@@ -143,9 +143,9 @@ class Weights(NamedTuple):
         state, model, notes = dict(self.state), dict(self.config), list(self.notes)
         about = {**self.description, "model": model}
         if image_size is not None and (size := as_pair(image_size)) != as_pair(model["image_size"]):
-            if "encoder" in model:
+            if "timm_encoder" in model:
                 raise UserError(
-                    f"image_size {size[0]}x{size[1]}: {self.source} holds timm's {model['encoder']} for images of "
+                    f"image_size {size[0]}x{size[1]}: {self.source} holds timm's {model['timm_encoder']} for images of "
                     f"{model['image_size']}; only the paper's encoder is adapted to another size"
                 )
             ph, pw = as_pair(model["patch_size"])

@@ -254,7 +254,7 @@ def test_a_module_as_encoder_trains_and_must_be_given_again(tmp_path: Path) -> N
     path = run.checkpoint_callback.best_model_path  # type: ignore[union-attr]
     with pytest.raises(UserError, match="give such a module again"):
         Pretrain.load_from_checkpoint(path)
-    again = Pretrain.load_from_checkpoint(path, encoder=copy.deepcopy(module.model.encoder))
+    again = Pretrain.load_from_checkpoint(path, timm_encoder=copy.deepcopy(module.model.encoder))
     assert torch.equal(again.model.encoder.blocks[0].mlp.fc1.weight, module.model.encoder.blocks[0].mlp.fc1.weight)
 
 

@@ -32,7 +32,7 @@ def network(name: str, **arguments: Any) -> MaskedAutoencoder:
     settings: dict[str, Any] = {"image_size": 28, "patch_size": 7, "in_chans": 1, **decoder}
     if name not in ("swin_tiny_patch4_window7_224", "resnet18"):
         arguments = {**SMALL, **arguments}
-    return MaskedAutoencoder(**settings, encoder=name, encoder_args=arguments)
+    return MaskedAutoencoder(**settings, timm_encoder=name, timm_args=arguments)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_it_is_told_the_visible_patches_and_where_they_are(name: str, arguments:
 
 def test_its_positions_and_tokens_are_trained_and_not_decayed() -> None:
     settings: dict[str, Any] = {"image_size": 28, "patch_size": 7, "in_chans": 1}
-    module = Pretrain(encoder="vit_tiny_patch16_224", encoder_args={**SMALL, "reg_tokens": 2}, **settings)
+    module = Pretrain(timm_encoder="vit_tiny_patch16_224", timm_args={**SMALL, "reg_tokens": 2}, **settings)
     module.trainer = Trainer(accelerator="cpu", logger=False)
     decay = {id(p): group["weight_decay"] for group in module.make_optimizer(1.0).param_groups for p in group["params"]}
     encoder: Any = module.model.encoder
@@ -81,7 +81,7 @@ def test_its_positions_and_tokens_are_trained_and_not_decayed() -> None:
     [
         ("swin_tiny_patch4_window7_224", {}, "whole grid of patches"),
         ("vit_smal_patch16_224", {}, "it has vit_small_patch16_224"),
-        ("vit_tiny_patch16_224", {"checkpoint_path": "x.pth"}, "encoder_args checkpoint_path is no argument"),
+        ("vit_tiny_patch16_224", {"checkpoint_path": "x.pth"}, "timm_args checkpoint_path is no argument"),
         ("vit_tiny_patch16_224", {"patch_size": 14}, r"patch_size \(14, 14\), where patch_size \(7, 7\) is set"),
         ("vit_tiny_patch16_224", {"embed_dim": 25}, "timm cannot build it"),
         ("resnet18", {}, "timm cannot build it"),
@@ -97,16 +97,16 @@ def test_a_stem_that_mixes_patches_is_found_out() -> None:
     stem = encoder.patch_embed.proj
     encoder.patch_embed.proj = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 3, padding=1), stem)
     with pytest.raises(ValueError, match="hidden patches reach the encoder"):
-        MaskedAutoencoder(image_size=28, patch_size=7, in_chans=1, encoder=encoder)
+        MaskedAutoencoder(image_size=28, patch_size=7, in_chans=1, timm_encoder=encoder)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"size": "small", "encoder": "vit_tiny_patch16_224"}, "--model.size small"),
-        ({"depth": 3, "encoder": "vit_tiny_patch16_224"}, "--model.depth 3"),
-        ({"encoder_args": {"depth": 3}}, "--model.encoder NAME, which is not set"),
-        ({"encoder": 5}, "--model.encoder 5"),
+        ({"size": "small", "timm_encoder": "vit_tiny_patch16_224"}, "--model.size small"),
+        ({"depth": 3, "timm_encoder": "vit_tiny_patch16_224"}, "--model.depth 3"),
+        ({"timm_args": {"depth": 3}}, "--model.timm_encoder NAME, which is not set"),
+        ({"timm_encoder": 5}, "--model.timm_encoder 5"),
     ],
 )
 def test_settings_that_would_have_no_effect(settings: dict[str, Any], words: str) -> None:
@@ -116,7 +116,7 @@ def test_settings_that_would_have_no_effect(settings: dict[str, Any], words: str
 
 def test_a_run_is_resumed_and_every_tool_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, arguments = "vit_small_patch16_rope_mixed_224", {**SMALL, "class_token": False}
-    own = [f"--model.encoder={name}", f"--model.encoder_args={arguments}"]
+    own = [f"--model.timm_encoder={name}", f"--model.timm_args={arguments}"]
     whole, run = tmp_path / "whole", tmp_path / "run"
     PretrainCLI([*PRETRAIN, *own, f"--run_dir={whole}"]).fit()
     settings = [*PRETRAIN, *own, f"--run_dir={run}", "--trainer.max_steps=4"]
