@@ -1,6 +1,7 @@
 """The command line of a training run: its settings, and the objects that are built from them."""
 
 import atexit
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -246,7 +247,13 @@ class StageCLI(LightningCLI):
             set_ddp_options(trainer.strategy, trainer.accumulate_grad_batches)
         self.available_memory = out_of_memory.available_memory(trainer.strategy.root_device, trainer.num_devices)
         environment = getattr(trainer.strategy, "cluster_environment", None)
-        if trainer.local_rank > 0 and isinstance(environment, LightningEnvironment):
+        started_here = isinstance(environment, LightningEnvironment)
+        if started_here and trainer.num_nodes > 1 and "NODE_RANK" not in os.environ:
+            raise UserError(
+                f"--trainer.num_nodes {trainer.num_nodes}: nothing tells this process which node it is on, and it "
+                "would wait for the others: start it by srun or torchrun, or set NODE_RANK, MASTER_ADDR and MASTER_PORT"
+            )
+        if trainer.local_rank > 0 and started_here:
             signals.die_with_parent()  # the first rank has started this one
         with signals.noted():
             try:

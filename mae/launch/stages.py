@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -14,7 +14,7 @@ from mae.classify import SCRATCH
 from mae.data.datamodule import DEFAULTS, ImageData
 from mae.data.labelled import FinetuneData, LabelledData, ProbeData, Subset
 from mae.errors import UserError
-from mae.evaluation import cached_probe, plots
+from mae.evaluation import baseline, cached_probe, plots
 from mae.evaluation.cached_probe import CachedSettings
 from mae.evaluation.metrics import Report, score_line
 from mae.finetune import Finetune
@@ -129,6 +129,12 @@ class LinearProbeCLI(ClassifyCLI):
             default="recipe",
             help="The paper's training, the fast probe on cached features, or both and how they compare.",
         )
+        parser.add_argument(
+            "--baseline",
+            type=baseline.Choice,
+            default="auto",
+            help=f"{baseline.BASELINE_HELP} With --mode cached or both.",
+        )
         parser.add_class_arguments(CachedSettings, "cached")
 
     def before_instantiate_classes(self) -> None:
@@ -136,6 +142,8 @@ class LinearProbeCLI(ClassifyCLI):
         mode, trainer = self.config.mode, self.config.trainer
         if mode != "recipe" and (str(trainer.devices) not in ("auto", "1") or trainer.num_nodes > 1):
             raise UserError(f"--mode {mode} runs in one process: set --trainer.devices 1, --trainer.num_nodes 1")
+        if mode == "recipe" and self.config.baseline is True:
+            raise UserError("--baseline true: the untrained network is probed by --mode cached or both")
         if mode == "both" and trainer.limit_val_batches == 0:
             raise UserError("--mode both compares on held-out images: --trainer.limit_val_batches 0 leaves them out")
         if mode == "cached" and self.config.ckpt_path is None and (self.run_dir / "cached" / "results.json").exists():
@@ -185,7 +193,11 @@ class LinearProbeCLI(ClassifyCLI):
         result = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
         seconds = round(result.encoding + result.training, 3)
         folder = self.run_dir / "cached"
-        paths = result.report.write(folder, seconds=seconds, feature=result.chosen.feature, rate=result.chosen.rate)
+        about: dict[str, Any] = {"feature": result.chosen.feature, "rate": result.chosen.rate}
+        untrained = self.fit_untrained(settings)
+        if untrained:
+            about["untrained_acc1"] = untrained[0].report.acc1
+        paths = result.report.write(folder, seconds=seconds, **about)
         (folder / "table.txt").write_text(f"{recipe}\n\n{result.table()}\n")
         self.picture(result.report, folder, "cached/confusion")
         print(f"{result.table()}\nwrote {paths[0]}")
@@ -194,7 +206,24 @@ class LinearProbeCLI(ClassifyCLI):
             f"{result.chosen.rate:g}; {result.encoding:.1f} s to encode, {result.training:.1f} s for all heads",
             flush=True,
         )
+        if untrained:
+            print(
+                f"untrained top-1 {untrained[0].report.acc1:.2f} %: {untrained[0].chosen.feature} ({untrained[1]})",
+                flush=True,
+            )
         return result
+
+    def fit_untrained(self, settings: CachedSettings) -> tuple[cached_probe.CachedResult, str] | None:
+        """The same probe of the same network untrained, and in words which weights it has; None if not wanted."""
+        data, src = self.datamodule, self.config.model.encoder
+        assert data.train_source is not None
+        assert data.val_source is not None
+        images = len(data.train_source) + len(data.val_source)
+        if src == SCRATCH or not baseline.wanted(self.config.baseline, images):
+            return None
+        network, which = baseline.untrained_encoder(read_weights(src).adapted(data.image_size))
+        device = self.trainer.strategy.root_device
+        return cached_probe.run_cached_probe(network, data, settings, self.model.seed, device), which
 
     def compare(self, fast: cached_probe.CachedResult) -> None:
         recipe, seconds = self.model.report, fast.encoding + fast.training

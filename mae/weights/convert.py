@@ -52,8 +52,8 @@ def convert_command(args: Sequence[str]) -> None:
     weights = usable_weights(config.src, overrides_from(config)).adapted(config.image_size, config.in_chans)
     if "timm_encoder" in weights.config and config.format != "mae":
         raise UserError(
-            f"--format {config.format}: {weights.source} holds timm's {weights.config['timm_encoder']}, which is written "
-            "in --format mae alone; the encoder.safetensors of its run loads into timm's model as it is"
+            f"--format {config.format}: {weights.source} holds timm's {weights.config['timm_encoder']}, which is "
+            "written in --format mae alone; the encoder.safetensors of its run loads into timm's model as it is"
         )
     for option in ("decoder_num_heads", "norm_pix_loss"):
         if config[option] is not None and not weights.has_decoder:

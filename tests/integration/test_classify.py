@@ -30,8 +30,6 @@ from mae.weights.weights import Weights, resample_positions
 EIGHT_STEPS = ["--trainer.max_steps=8", "--trainer.limit_val_batches=0"]
 CPU = ["--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
 
-SLOW = pytest.mark.slow
-
 
 def rows(run_dir: Path) -> list[dict[str, str]]:
     with (run_dir / "metrics.csv").open(newline="") as file:
@@ -178,16 +176,8 @@ def test_stochastic_depth_rises_linearly() -> None:
     assert recipe_audit.drop_paths(network) == pytest.approx([0, 0.05, 0.1, 0.15, 0.2])
 
 
-@pytest.mark.parametrize(
-    "blocks",
-    [
-        pytest.param(0, marks=SLOW),
-        pytest.param(0.5, marks=SLOW),
-        pytest.param(1, marks=SLOW),
-        1.5,
-        pytest.param(3, marks=SLOW),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("blocks", [0, 0.5, 1, 1.5, 3])
 def test_partial_fine_tuning_moves_the_top_and_nothing_else(tmp_path: Path, blocks: float) -> None:
     settings = ["--model.layer_decay=1"] if blocks < 1 else []
     settings += ["--model.drop_path=0"] if blocks == 0 else []
@@ -348,6 +338,7 @@ def test_mixing_is_timms_with_the_arguments_of_the_recipe() -> None:
     assert model.mixing.label_smoothing == 0.1
 
 
+@pytest.mark.slow
 def test_the_average_is_a_moving_one_and_is_kept(tmp_path: Path) -> None:
     cli = digits_run(FinetuneCLI, tmp_path / "run", "--model.ema_decay=0.99")
     assert float(rows(tmp_path / "run")[-1]["val/acc1_ema"]) != float(rows(tmp_path / "run")[-1]["val/acc1"])

@@ -57,8 +57,17 @@ def arrow(folder: Path, count: int = 32) -> Any:
     return datasets.load_from_disk(folder).with_format("torch", dtype=torch.uint8)
 
 
-@pytest.mark.parametrize("kind", [Pretrain, LinearProbe, Finetune])
-@pytest.mark.parametrize("origin", ["torchvision", "hugging face"])
+@pytest.mark.parametrize(
+    ("kind", "origin"),
+    [
+        (Pretrain, "hugging face"),
+        (LinearProbe, "torchvision"),
+        (Finetune, "torchvision"),
+        pytest.param(Pretrain, "torchvision", marks=pytest.mark.slow),
+        pytest.param(LinearProbe, "hugging face", marks=pytest.mark.slow),
+        pytest.param(Finetune, "hugging face", marks=pytest.mark.slow),
+    ],
+)
 def test_a_plain_trainer_fits_any_data_set_and_all_else_follows(kind: type[Stage], origin: str, tmp_path: Path) -> None:
     data = photographs() if origin == "torchvision" else arrow(tmp_path / "arrow")
     loader = DataLoader(data, batch_size=8)

@@ -160,6 +160,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(
     assert [row["train/loss"] for row in logged] == [row["train/loss"] for row in wanted]
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ["--data.batch_size_per_device=400"]
     run(tmp_path, *settings, "--trainer.max_epochs=1")

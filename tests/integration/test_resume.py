@@ -243,6 +243,7 @@ def test_a_run_with_damaged_checkpoints_only_is_not_started_over(tmp_path: Path)
         prepared(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_going_back_puts_later_checkpoints_aside(tmp_path: Path, whole: Path) -> None:
     run(tmp_path, "--checkpoint.keep=9")
     again = [*RUN, f"--run_dir={tmp_path}", "--checkpoint.keep=9", f"--ckpt_path={step_file(tmp_path, 14)}"]
@@ -264,6 +265,7 @@ def test_going_back_puts_later_checkpoints_aside(tmp_path: Path, whole: Path) ->
     require_same(tmp_path, whole)
 
 
+@pytest.mark.slow
 def test_settings_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path, capsys: Any) -> None:
     cli = prepared(tmp_path)
     at_step(cli, 3, die)
@@ -307,6 +309,7 @@ def test_changed_settings_of_the_optimiser_are_those_it_uses(tmp_path: Path) -> 
     assert {tuple(group["betas"]) for group in groups} == {(0.5, 0.6)}
 
 
+@pytest.mark.slow
 def test_checkpoints_by_the_clock(tmp_path: Path) -> None:
     settings = ["--checkpoint.every_n_steps=null", "--checkpoint.every_n_epochs=99", "--checkpoint.keep=99"]
     cli = prepared(tmp_path / "often", *settings, "--checkpoint.every_n_minutes=0.00001")
@@ -359,6 +362,7 @@ def test_asked_to_stop_on_a_full_disk_it_says_so(tmp_path: Path, monkeypatch: py
         cli.fit()
 
 
+@pytest.mark.slow
 def test_a_full_disk_and_more_room_later(small_disk: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", *RUN, f"--run_dir={small_disk}", "--ckpt_path=last"]) in (1, 2)
     out, err = capsys.readouterr()
@@ -381,6 +385,7 @@ def test_a_second_run_in_the_folder_is_refused(tmp_path: Path) -> None:
     assert "Traceback" not in second.stderr
 
 
+@pytest.mark.slow
 def test_decoders_and_bad_images_are_counted_over_restarts(tmp_path: Path, image_folder: Path) -> None:
     (image_folder / "train" / "cat" / "000.png").write_bytes(b"no image")
     settings = [

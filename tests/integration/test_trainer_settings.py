@@ -14,6 +14,8 @@ from wandb.sdk.launch.sweeps import utils
 from mae.errors import UserError
 from mae.evaluation.metrics import Report, score_line
 from mae.launch.stages import PretrainCLI
+from mae.models.flops import least_seconds
+from mae.training import recipe_text
 
 REFUSED: list[tuple[list[str], str]] = [
     (["--trainer.devices=0,1"], "on a CPU it is a number of processes"),
@@ -61,6 +63,7 @@ REFUSED: list[tuple[list[str], str]] = [
         ["--trainer.strategy=lightning.pytorch.strategies.DDPStrategy", "--trainer.strategy.start_method=spawn"],
         "start_method spawn: what its processes learn is lost",
     ),
+    (["--trainer.num_nodes=2"], "--trainer.num_nodes 2: nothing tells this process which node it is on"),
     (["--trainer.barebones=true"], "--trainer.barebones True: every run logs"),
     (["--trainer.default_root_dir=runs"], "the folder of a run is --run_dir"),
     (["--trainer.check_val_every_n_epoch=0"], "--trainer.check_val_every_n_epoch 0: it must be at least 1"),
@@ -86,7 +89,7 @@ REFUSED: list[tuple[list[str], str]] = [
 )
 def test_what_does_not_go_with_a_run_is_refused_in_a_line(settings: list[str], words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words) as error:
-        PretrainCLI([*DIGITS, *TINY, f"--run_dir={tmp_path}", *settings])
+        PretrainCLI([*DIGITS, *TINY, f"--run_dir={tmp_path}", *settings]).fit()
     assert "\n" not in str(error.value)
 
 
@@ -155,6 +158,23 @@ def test_the_sweep_file_starts_runs_with_its_settings(tmp_path: Path, capsys: py
     assert config["run_dir"] == "runs/sweep_abc1"
     assert config["model"]["base_lr"] == 1.2e-2
     assert config["model"]["mask_ratio"] == 0.9
+
+
+def test_what_a_long_run_costs_is_said_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [*TINY, *DIGITS, "--trainer.max_steps=1"]
+    PretrainCLI([*settings, f"--run_dir={tmp_path / 'short'}"]).fit()
+    assert "at least" not in capsys.readouterr().out
+    monkeypatch.setattr(recipe_text, "SLOWEST", 1.0)
+    before = torch.get_rng_state()
+    assert least_seconds(1e12, torch.device("cpu"), torch.float32)  # measured
+    assert torch.equal(before, torch.get_rng_state())
+    monkeypatch.setattr(recipe_text, "least_seconds", lambda *_: 3.2 * 86400)
+    PretrainCLI([*settings, f"--run_dir={tmp_path / 'long'}"]).fit()
+    said = capsys.readouterr().out
+    assert said.index("this run takes 3 days at least, matrix products alone") < said.index("step 1/1")
+    assert "`mae pretrain --config pretrain/small`" in said
 
 
 def test_top_5_is_left_out_where_it_says_nothing() -> None:

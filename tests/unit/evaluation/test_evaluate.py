@@ -141,9 +141,17 @@ def test_a_cached_probe_is_not_overwritten_and_unused_settings_are_named(
     args = ["probe", f"--model.encoder={pretrained}", *ON_DIGITS, "--mode=cached", f"--run_dir={tmp_path / 'run'}"]
     args += ["--cached.epochs=1", "--data.labels_per_class=5"]
     assert main([*args, "--model.base_lr=9"]) == 0
-    assert "mode cached: not used: model.base_lr" in capsys.readouterr().out
+    said, results = capsys.readouterr().out, tmp_path / "run" / "cached" / "results.json"
+    assert "mode cached: not used: model.base_lr" in said
+    found = json.loads(results.read_text())
+    assert f"untrained top-1 {found['untrained_acc1']:.2f} %: layer -1 " in said
+    assert "the run's weights before its first step, seed 0" in said
+    assert found["untrained_acc1"] != found["acc1"]
     assert "holds a cached probe" in fails(capsys, *args)
-    assert main([*args, "--ckpt_path=last"]) == 0
+    assert main([*args, "--ckpt_path=last", "--baseline=false"]) == 0
+    assert "untrained" not in capsys.readouterr().out
+    assert "untrained_acc1" not in json.loads(results.read_text())
+    assert "--mode cached or both" in fails(capsys, *args, "--mode=recipe", "--baseline=true")
     assert "--trainer.devices 1" in fails(capsys, *args, "--trainer.devices=2", f"--run_dir={tmp_path / 'other'}")
     assert not (tmp_path / "other").exists()
 

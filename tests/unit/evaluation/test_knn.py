@@ -114,6 +114,7 @@ def test_of_a_run_that_has_not_ended_the_step_is_said(
     assert f"weights of step 3: {last}\n" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_online_figures_have_these_names_and_keep_their_meaning_in_a_resumed_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

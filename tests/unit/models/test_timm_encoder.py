@@ -114,6 +114,7 @@ def test_settings_that_would_have_no_effect(settings: dict[str, Any], words: str
         Pretrain(**settings)
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_and_every_tool_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, arguments = "vit_small_patch16_rope_mixed_224", {**SMALL, "class_token": False}
     own = [f"--model.timm_encoder={name}", f"--model.timm_args={arguments}"]

@@ -80,6 +80,7 @@ def test_attention_kernels_change_neither_loss_nor_gradients(name: Any) -> None:
     assert Block.kernel is None
 
 
+@pytest.mark.slow
 def test_each_saving_saves_what_it_says() -> None:
     def flops(network: nn.Module) -> float:
         return training_flops(network, lambda net, images: net(images).loss, 3, 224, 224) / 1e9
@@ -116,6 +117,7 @@ def test_work_is_what_is_trained_and_what_is_computed_once() -> None:
     assert all(p.device.type == "cpu" for p in network.parameters())
 
 
+@pytest.mark.slow
 def test_mask_tokens_in_the_encoder_cost_what_the_paper_leaves_out() -> None:
     network = MaskTokenEncoder(**SMALL)
     images, noise = batch()
@@ -187,6 +189,7 @@ def logged(run_dir: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
 
 
+@pytest.mark.slow
 def test_a_run_logs_its_speed_and_what_it_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waits, usual = {}, ArraySource.open_all
     monkeypatch.setattr(step_metrics, "peak_rate", lambda device, dtype: 1e12)  # as if the maker named it

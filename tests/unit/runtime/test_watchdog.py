@@ -179,6 +179,7 @@ def child_of(folder: Path) -> int:
     return int((folder / "child").read_text())
 
 
+@pytest.mark.slow
 def test_a_rank_whose_parent_is_killed_ends(tmp_path: Path) -> None:
     # The parent beats, the child does not: only the kill may end it within its limit.
     with running(family("standing_still(60)").replace("Watchdog(2", "Watchdog(60"), tmp_path) as process:

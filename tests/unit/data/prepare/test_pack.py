@@ -376,6 +376,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_index(images: Path, tmp_path: Pat
         packed(images, tmp_path / "file")
 
 
+@pytest.mark.slow
 def test_two_at_once_do_not_write_into_one_folder(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
