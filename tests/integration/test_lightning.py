@@ -14,6 +14,7 @@ import torch
 import torchvision
 import yaml
 from conftest import DIGITS, ROOT, TINY, mae
+from run_folders import few_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
@@ -94,7 +95,9 @@ def test_a_plain_trainer_fits_any_data_set_and_all_else_follows(kind: type[Stage
 
 def test_it_validates_and_fits_with_our_data_module_and_resumes(tmp_path: Path) -> None:
     own = {"image_size": 28, "patch_size": 7, "in_chans": 1}
-    data = ImageData(dataset="digits", num_workers=0, batch_size_per_device=1000)
+    with few_digits():
+        data = ImageData(dataset="digits", num_workers=0, batch_size_per_device=100)
+        data.load()
     (metrics,) = trainer(tmp_path).validate(stage(Pretrain, **own), datamodule=data, verbose=False)
     assert metrics["val/loss"] > 0
     lightning.seed_everything(0)

@@ -346,6 +346,7 @@ def test_a_run_folder_holds_what_it_promises(tmp_path: Path) -> None:
     assert "seed_everything: 3" in (tmp_path / "config.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_seed_changes_weights_order_and_masks(tmp_path: Path) -> None:
     a, b, again = (run(tmp_path / n, "--trainer.max_steps=2", f"--seed_everything={n}") for n in ("0", "1", "00"))
     assert (a.datamodule.seed, a.model.seed, b.datamodule.seed, b.model.seed) == (0, 0, 1, 1)

@@ -285,6 +285,7 @@ def test_settings_of_a_run_that_died_before_its_first_checkpoint(tmp_path: Path,
     prepared(tmp_path, "--model.base_lr=0.1", "--allow_changes=true").fit()
 
 
+@pytest.mark.slow
 def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path: Path, whole: Path) -> None:
     cli = prepared(tmp_path)
     at_step(cli, 17, lambda: [written(cli), die()])

@@ -221,6 +221,7 @@ def test_held_out_images_do_not_vanish_with_a_server_in_trouble(
     assert len(pauses) == 3
 
 
+@pytest.mark.slow
 def test_a_shard_that_is_not_there_makes_errors(
     images: Path, shards: Path, tmp_path: Path, store: Callable[..., str], pauses: list[float]
 ) -> None:
@@ -236,6 +237,7 @@ def test_a_shard_that_is_not_there_makes_errors(
                 assert isinstance(data, BadImage)
 
 
+@pytest.mark.slow
 def test_no_index_from_afar_is_one_line(tmp_path: Path, store: Callable[..., str]) -> None:
     where = store(tmp_path)
     with pytest.raises(UserError, match=rf"{where}/index.safetensors does not exist: from afar only shards"):

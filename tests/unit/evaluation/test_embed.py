@@ -290,7 +290,8 @@ def die_while_tidying() -> None:
     embed_chunks.FeatureChunks.clear = clear  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("suffix", [".npz", pytest.param(".parquet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", [".npz", ".parquet"])
 def test_killed_anywhere_and_started_again_it_is_the_same_file(
     encoder: Path, digits: Path, tmp_path: Path, suffix: str
 ) -> None:

@@ -132,6 +132,7 @@ os.dup2(writer, 2)
         assert "in standing_still" in report(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_beats_keep_a_run_alive_and_leave_nothing(tmp_path: Path) -> None:
     script = """
 dog = Watchdog(2, folder, rank=0)
