@@ -1,6 +1,7 @@
 """Pictures of reconstructions, the loss curve and the confusion matrix."""
 
 import csv
+import math
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,7 @@ def mean_of_visible(values: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tens
 def panel(columns: Columns, path: Path) -> None:
     """Save a PNG with a titled column for each entry and a row for each image; small images are enlarged."""
     height, width = next(iter(columns.values())).shape[2:]
-    factor = max(1, 112 // max(height, width))
+    factor = math.ceil(112 / max(height, width))  # titles need as much
     strips = []
     for title, images in columns.items():
         rgb = displayable(images).repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
