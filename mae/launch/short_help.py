@@ -47,9 +47,15 @@ HELP_TEXTS = {
         "MAE pre-training (arXiv:2111.06377).",
         {
             "Run": RUN,
-            "Data": [ROOT, BATCH, WORKERS],
+            "Data": [
+                ROOT,
+                HelpLine("--data.image_size", None, "pixels, one number or [height, width]; by default 224"),
+                BATCH,
+                WORKERS,
+            ],
             "Model": [
                 HelpLine("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
+                HelpLine("--model.timm_encoder", None, "a timm model's name, in place of the paper's encoder"),
                 HelpLine("--model.patch_size", "16", "pixels, one number or [height, width]"),
                 HelpLine("--model.mask_ratio", "0.75", "fraction of patches that are hidden"),
                 HelpLine("--model.norm_pix_loss", "true", "predict patches normalised one by one"),
@@ -64,7 +70,7 @@ HELP_TEXTS = {
         },
         [
             "mae pretrain --config pretrain/vitb16_in1k --data.root DIR",
-            "mae pretrain --data.root DIR --model.size small --trainer.max_epochs 100 --run_dir runs/small",
+            "mae pretrain --config pretrain/small --data.root DIR --data.image_size 96 --model.patch_size 12",
         ],
     ),
     "linprobe": StageHelp(
