@@ -260,7 +260,10 @@ class ImageData(LightningDataModule):
         if self.device_resident:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             if samples.distort is not None:
-                raise UserError("--data.device_resident cannot augment images one by one: set --data.auto_augment null")
+                what = "leave it out, since this data has an augment of its own"
+                if hasattr(self, "auto_augment"):
+                    what = "set --data.auto_augment null"
+                raise UserError(f"--data.device_resident cannot augment images one by one: {what}")
             decoded = self.loader(Loader, DecodedSamples(samples.source), range(len(samples.source)))
             return ReplayLoader(resident_samples(samples, decoded, device), sampler=sampler, batch_size=None)
         return self.loader(ReplayLoader, samples, sampler)

@@ -3,6 +3,9 @@
 They do what `mae pretrain`, `mae linprobe` and `mae embed` do, with the same defaults, run folders and errors.
 """
 
+import contextlib
+import csv
+import io
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -97,7 +100,17 @@ def run(
     given |= {key.replace("__", "."): value for key, value in settings.items()}
     cli = kind([f"--{key}={as_yaml(value)}" for key, value in given.items()])
     cli.fit()
-    return Run(cli.run_dir, cli.model, dict(cli.model.step_metrics.latest))
+    return Run(cli.run_dir, cli.model, last_logged(cli.run_dir / "metrics.csv"))
+
+
+def last_logged(path: Path) -> dict[str, float]:
+    """The last value of each column of metrics.csv; empty where a run keeps none."""
+    found: dict[str, float] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found |= {key: float(value) for key, value in row.items() if value and key != "step"}
+    return found
 
 
 def as_yaml(value: Any) -> str:
@@ -120,14 +133,17 @@ def embed_images(encoder: str | Path, images: str | Path, batch_size: int = 64, 
     Raises:
         UserError: As `mae embed`.
     """
+    said = io.StringIO()
     with tempfile.TemporaryDirectory(prefix="mae_embed_") as folder:
         out = Path(folder) / "features.npz"
-        embed_command(
-            [
-                *("--encoder", str(encoder), "--data.root", str(images), "--out", str(out)),
-                *("--batch_size", str(batch_size), "--num_workers", str(num_workers)),
-            ]
-        )
+        with contextlib.redirect_stdout(said):
+            embed_command(
+                [
+                    *("--encoder", str(encoder), "--data.root", str(images), "--out", str(out)),
+                    *("--batch_size", str(batch_size), "--num_workers", str(num_workers)),
+                ]
+            )
+        print("".join(line for line in said.getvalue().splitlines(keepends=True) if folder not in line), end="")
         with np.load(out) as file:
             keys = {key: file[key] for key in file.files}
     name = next(key for key, value in keys.items() if value.ndim == 2)

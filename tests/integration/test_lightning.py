@@ -317,7 +317,7 @@ def test_a_run_shorter_than_its_warm_up(tmp_path: Path, capsys: pytest.CaptureFi
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
-def test_the_main_jobs_as_functions(tmp_path: Path) -> None:
+def test_the_main_jobs_as_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module in pkgutil.walk_packages(package.__path__, "mae."):
         importlib.import_module(module.name)
     assert not {name for name in package.__all__ if f"mae.{name}" in sys.modules}
@@ -327,12 +327,17 @@ def test_the_main_jobs_as_functions(tmp_path: Path) -> None:
     run = package.run_pretrain("digits", tmp_path / "run", size="nano", epochs=1, **own, **shared)
     assert isinstance(run.module, Pretrain)
     assert run.metrics["train/loss"] > 0
+    assert (
+        package.run_pretrain("digits", tmp_path / "run", size="nano", epochs=1, **own, **shared).metrics == run.metrics
+    )
     probe = package.run_linprobe(run.encoder, "digits", tmp_path / "probe", epochs=1, **shared)
     assert 0 < probe.metrics["val/acc1"] <= 100
     folder = tmp_path / "images" / "five"
     folder.mkdir(parents=True)
     torchvision.io.write_png(torch.randint(0, 256, (1, 40, 40), dtype=torch.uint8), str(folder / "a.png"))
+    capsys.readouterr()
     features, paths, labels = package.embed_images(run.encoder, tmp_path / "images")
+    assert capsys.readouterr().out == "1 images\n"
     assert (features.shape, paths, labels) == ((1, 24), ["five/a.png"], ["five"])
     with pytest.raises(UserError, match="image_size: wanted is group__setting, such as data__image_size"):
         package.run_pretrain("digits", tmp_path / "other", image_size=3)
