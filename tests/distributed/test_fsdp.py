@@ -183,7 +183,7 @@ def column(run_dir: Path, name: str) -> list[float]:
 @pytest.mark.parametrize(
     "settings",
     [
-        [],
+        pytest.param([], marks=pytest.mark.soak),
         ["--trainer.accumulate_grad_batches=2", "--data.batch_size_per_device=16", "--trainer.gradient_clip_val=0.5"],
         ["--model.activation_checkpointing=true", "--trainer.precision=bf16-mixed"],
     ],

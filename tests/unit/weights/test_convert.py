@@ -440,6 +440,7 @@ print(seconds, memory.peak(device) - before)
 """
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_vit_b_takes_little_more_memory_than_its_file(
     tmp_path: Path, record_property: Callable[[str, object], None]

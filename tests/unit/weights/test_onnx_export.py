@@ -291,6 +291,7 @@ def test_the_papers_shapes(size: str, patch: int, free: bool, tmp_path: Path) ->
     assert onnx_export.check_onnx(path, made) <= CLOSE
 
 
+@pytest.mark.soak
 @pytest.mark.slow
 def test_the_papers_reconstruction(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
