@@ -219,9 +219,11 @@ class ImageData(LightningDataModule):
         self.load()
         for source, name in ((self.train_source, self.train_dir or "train"), (self.val_source, self.val_dir or "val")):
             if source is None or source.labels is None:
+                labelled = self.train_source is not None and self.train_source.labels is not None
+                way_out = ", or hold out a fifth of its images: --data.holdout 0.2" if labelled else ""
                 raise UserError(
-                    f"{self.root} needs labelled images as {name}/CLASS/*: "
-                    "name the splits with --data.train_dir and --data.val_dir"
+                    f"{self.root} needs labelled images as {name}/CLASS/*: name the splits with --data.train_dir and "
+                    f"--data.val_dir{way_out}"
                 )
         assert self.train_source is not None
         assert self.val_source is not None

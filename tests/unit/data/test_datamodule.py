@@ -16,6 +16,7 @@ from PIL import Image
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import LONGEST_TMPDIR
+from mae.data.labelled import LabelledData
 from mae.data.sampling import EpochSampler
 from mae.data.sources import load_digits
 from mae.errors import UserError
@@ -58,6 +59,15 @@ def test_flat_folder_without_labels(tmp_path: Path) -> None:
     assert data.val_dataloader() == []
     with pytest.raises(UserError, match="needs labelled images as train/CLASS"):
         data.require_labels()
+
+
+def test_classes_without_held_out_images_can_be_divided(tmp_path: Path) -> None:
+    for name in ("cat", "dog"):
+        save_images(tmp_path / name, 5)
+    with pytest.raises(UserError, match=r"as val/CLASS/\*: .*, or hold out a fifth of its images: --data.holdout 0.2$"):
+        LabelledData(root=str(tmp_path), image_size=8).require_labels()
+    train, val = LabelledData(root=str(tmp_path), image_size=8, holdout=0.2).require_labels()
+    assert (len(train), len(val)) == (8, 2)
 
 
 def test_unlabelled_train_folder_with_held_out_images(tmp_path: Path) -> None:
