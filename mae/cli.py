@@ -160,6 +160,8 @@ def silence_libraries() -> None:
         r".*module\(s\) in eval mode at the start of training.*",  # frozen encoders and averages are
         ".*You have overridden `on_before_batch_transfer`.*",  # where masks are drawn; the data module leaves it alone
         ".*treespec.*is deprecated.*",
+        ".*is smaller than the logging interval.*",  # the last step of a run is always logged
+        ".*Total length of .* across ranks is zero.*",  # no held-out images
         ".*recommended to use `self.log.*sync_dist=True.*",  # our figures are summed over processes before
     ]
     for hint in hints:

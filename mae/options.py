@@ -27,6 +27,10 @@ SRC_HELP = "Weights: a run folder or file, or the official code's, timm's, Huggi
 class ToolParser(ArgumentParser):
     """A parser whose errors are UserErrors, of one line, and which finds packaged configs by their names."""
 
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        # `--model.mask 0.5` is a typo and not --model.mask_ratio.
+        super().__init__(*args, **{"allow_abbrev": False, **settings})
+
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
         return super().parse_args(with_config_paths(words, self.prog.removeprefix("mae ")), *more, **settings)
@@ -43,7 +47,41 @@ class ToolParser(ArgumentParser):
             return f"{', '.join(missing)} {verb} missing; `{self.prog} --help` says what each one is"
         if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
-        return message
+        return wrong_type(message) or message
+
+
+TYPE_NAMES = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "tuple": "a list",
+    "list": "a list",
+    "dict": "settings {key: value}",
+    "NoneType": "null",
+}
+
+
+def wrong_type(message: str) -> str | None:
+    """The parser's message about a value of another type, in plain words; None where it is about something else."""
+    text = " ".join(message.split())
+    expected = r"Expected a (?P<type>.+?)\. Got value: (?P<value>.*)"
+    union = r"Does not validate .* Subtypes: \[(?P<types>.*)\] Errors: .* Given value: (?P<given>.*)"
+    match = re.fullmatch(rf'Parser key "(?P<key>[\w.]+)": (?:{expected}|{union})', text)
+    if not match:
+        return None
+    names = []
+    for name in re.split(r", (?![^\[]*\])", match["type"] or match["types"]):
+        if literal := re.fullmatch(r"typing\.Literal\[(.*)\]", name):
+            names.append(literal[1].replace("'", ""))
+        elif numbers := re.fullmatch(r"tuple\[((?:int|float)(?:, (?:int|float))*)\]", name):
+            names.append(f"a list of {numbers[1].count(',') + 1} numbers")
+        elif (plain := re.fullmatch(r"<class '(\w+)'>", name)) and plain[1] in TYPE_NAMES:
+            names.append(TYPE_NAMES[plain[1]])
+        else:
+            return None
+    value = match["value"] if match["type"] else match["given"]
+    return f"--{match['key']} {value}: it must be {' or '.join(names)}"
 
 
 # ---- packaged configs ----------------------------------------------------------------------------------------------

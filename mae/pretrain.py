@@ -119,9 +119,8 @@ class Pretrain(Stage):
             if timm_encoder is not None:
                 name = timm_encoder if isinstance(timm_encoder, str) else type(timm_encoder).__name__
                 raise UserError(f"--model.timm_encoder {name}: {error}") from None
-            raise UserError(
-                f"{error} (--data.image_size, --model.patch_size, --model.*embed_dim, *num_heads)"
-            ) from None
+            options = "--model.*embed_dim, *num_heads" if "num_heads" in str(error) or "width" in str(error) else ""
+            raise UserError(f"{error} ({options or '--data.image_size, --model.patch_size'})") from None
         try:
             random_masking(torch.zeros(1, self.model.num_patches), mask_ratio)
         except ValueError as error:

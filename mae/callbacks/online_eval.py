@@ -9,8 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from mae.data.datamodule import ImageData
-from mae.data.labelled import Subset
-from mae.data.sources import Source, spread
+from mae.data.sources import Source, Subset, spread
 from mae.errors import UserError
 from mae.evaluation import features, linear_heads
 from mae.options import check_ranges

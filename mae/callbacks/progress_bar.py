@@ -133,7 +133,8 @@ class Progress(ProgressBar):
         if loss is not None:
             latest["train/loss"] = loss
         seconds = (time.perf_counter() - self.start) / max(1, step - self.first_step) * (self.total - step)
-        formats = {"val/acc1": "top-1 {:.2f} %", "val/loss": "held-out {:.4f}", "images_per_s": "{:.0f} images/s"}
+        formats = {"val/acc1": "top-1 {:.2f} %", "val/loss": "held-out {:.4f}", "online/knn": "k-NN {:.1f} %"}
+        formats["images_per_s"] = "{:.0f} images/s"
         return [
             *([f"loss {latest['train/loss']:.4f}"] if "train/loss" in latest else []),
             f"{tqdm.format_interval(seconds)} left",

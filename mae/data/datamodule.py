@@ -34,7 +34,7 @@ from mae.data.datasets import (
 from mae.data.decode import BadImage
 from mae.data.loaders import Loader, ReplayLoader, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
-from mae.data.sources import Source, load_digits, load_torchvision, relabel
+from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel
 from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
 from mae.options import check_ranges
@@ -85,6 +85,8 @@ class ImageData(LightningDataModule):
         crop_pct: Side of the centre crop in evaluation, as a fraction of the side of the resized image (default:
             224/256, as is usual, for images of 128 to 224 pixels; 1 for smaller and larger ones).
         hflip: Probability of flipping an image left to right.
+        holdout: Fraction of the training images, of each class where there are some, to hold out and validate on, in
+            place of the validation split. Names decide which, so that every command holds out the same.
         max_bad_images: Unreadable training images to tolerate. Each is reported, keeps its slot in the batch with
             weight 0 and is counted in the log; one more stops the run.
         device_resident: Keep all training images in the device's memory and crop them there, without loader processes;
@@ -94,6 +96,8 @@ class ImageData(LightningDataModule):
         download: Let torchvision download its data set into root.
         seed: Seed of the order, the crops and the flips; follows seed_everything.
     """
+
+    subset_seed = 0  # of the choice of images to hold out
 
     def __init__(
         self,
@@ -110,6 +114,7 @@ class ImageData(LightningDataModule):
         crop_scale: tuple[float, float] | None = (0.2, 1.0),
         crop_pct: float | None = None,
         hflip: float = 0.5,
+        holdout: float = 0.0,
         max_bad_images: int = 0,
         device_resident: bool = False,
         jpeg_scaling: bool = False,
@@ -133,6 +138,7 @@ class ImageData(LightningDataModule):
             crop_pct = 224 / 256 if 128 <= min(self.image_size) <= 224 else 1.0
         check_ranges("data", "(0, 1]", crop_pct=crop_pct)
         check_ranges("data", "[0, 1]", hflip=hflip)
+        check_ranges("data", "[0, 1)", holdout=holdout)
         check_ranges("data", "[0, inf)", num_workers=num_workers, max_bad_images=max_bad_images)
         check_ranges("data", "[1, inf)", image_size=self.image_size, in_chans=self.in_chans)
         check_ranges("data", "[1, inf)", batch_size_per_device=batch_size_per_device)
@@ -144,10 +150,13 @@ class ImageData(LightningDataModule):
         check_ranges("data", "(0, inf)", std=self.std)
         self.batch_size, self.num_workers, self.crop_pct = batch_size_per_device, num_workers, crop_pct
         self.crop = None if crop_scale is None else Crop(crop_scale)
-        self.hflip, self.max_bad_images, self.seed = hflip, max_bad_images, seed
+        self.hflip, self.holdout, self.max_bad_images, self.seed = hflip, holdout, max_bad_images, seed
         if jpeg_scaling and (device_resident or dataset != "folder"):
             raise UserError("--data.jpeg_scaling true has no effect on images that are kept decoded in memory")
         self.device_resident, self.jpeg_scaling = device_resident, jpeg_scaling
+        self.own_settings: dict[
+            str, Any
+        ] = {}  # of a subclass, which a resumed run must not change; the program sets it
         self.distort: Distort | None = None
         self.train_source: Source | None = None
         self.val_source: Source | None = None
@@ -162,8 +171,40 @@ class ImageData(LightningDataModule):
 
     def load(self) -> None:
         """Find the images, once. Called before any process is started, so that a wrong folder is reported early."""
-        if self.train_source is None:
-            self.train_source, self.val_source = self.sources()
+        if self.train_source is not None:
+            return
+        self.train_source, self.val_source = self.sources()
+        try:
+            self.divide()
+        except UserError:
+            self.train_source = None  # so that a second call checks again
+            raise
+
+    def divide(self) -> None:
+        """Choose the images to train on, and hold some of them out."""
+        whole = self.train_source
+        assert whole is not None
+        indices = self.subset(whole)
+        if self.holdout:
+            held_out = self.hold_out(whole, indices)
+            self.val_source = Subset(whole, held_out)
+            indices = sorted(set(indices) - set(held_out))
+        if len(indices) < len(whole):
+            self.train_source = Subset(whole, indices)
+
+    def subset(self, source: Source) -> list[int]:
+        """Indices of the images to train on, in ascending order."""
+        return list(range(len(source)))
+
+    def hold_out(self, source: Source, indices: Sequence[int]) -> list[int]:
+        """The held-out ones among `indices`, a fraction of each class, in ascending order."""
+        chosen = []
+        for label, ranked in by_class(source, indices, self.subset_seed, "holdout").items():
+            if len(ranked) < 2:
+                what = f"class {source.classes[label]} has" if source.labels else "there is"
+                raise UserError(f"{what} {len(ranked)} training image: none can be held out (--data.holdout 0)")
+            chosen += ranked[: min(len(ranked) - 1, max(1, round(self.holdout * len(ranked))))]
+        return sorted(chosen)
 
     def sources(self) -> tuple[Source, Source | None]:
         """The training and the held-out images; override it for a data set of your own (`DatasetSource`)."""
@@ -262,9 +303,7 @@ class ImageData(LightningDataModule):
         if self.device_resident:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             if samples.distort is not None:
-                what = "leave it out, since this data has an augment of its own"
-                if hasattr(self, "auto_augment"):
-                    what = "set --data.auto_augment null"
+                what = "leave it out" if self.own_augment else "set --data.auto_augment null"
                 raise UserError(f"--data.device_resident cannot augment images one by one: {what}")
             decoded = self.loader(Loader, DecodedSamples(samples.source), range(len(samples.source)))
             return ReplayLoader(resident_samples(samples, decoded, device), sampler=sampler, batch_size=None)
@@ -290,6 +329,7 @@ class ImageData(LightningDataModule):
         return {
             "data.crop_scale": None if self.crop is None else self.crop.scale,
             "data.hflip": self.hflip,
+            "data.holdout": self.holdout,
             "data.device_resident": self.device_resident,
             "data.jpeg_scaling": self.jpeg_scaling,
             "data.mean": self.mean,

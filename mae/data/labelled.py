@@ -1,7 +1,7 @@
 """Labelled data for linear probing and fine-tuning: label subsets, held-out training images, strong augmentation."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,33 +14,11 @@ from torch import Tensor
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import BadImage, Picture, is_dir
-from mae.data.sampling import Stream, hashed_name, seeded
-from mae.data.sources import FolderSource, Source
+from mae.data.decode import is_dir
+from mae.data.sampling import seeded
+from mae.data.sources import FolderSource, Source, by_class
 from mae.errors import UserError
 from mae.options import check_ranges
-
-
-class Subset(Source):
-    """Some images of a labelled source, in the order of `indices`."""
-
-    def __init__(self, source: Source, indices: Sequence[int]):
-        assert source.labels is not None
-        self.source, self.indices = source, list(indices)
-        self.labels: list[int] | None = [source.labels[i] for i in self.indices]
-        self.classes = source.classes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def name(self, index: int) -> str:
-        return self.source.name(self.indices[index])
-
-    def where(self, index: int) -> str:
-        return self.source.where(self.indices[index])
-
-    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
-        return self.source.open_all([self.indices[index] for index in indices])
 
 
 class LabelledData(ImageData):
@@ -53,8 +31,6 @@ class LabelledData(ImageData):
             names (as in the published 1 % and 10 % lists of ImageNet).
         subset_seed: Seed of the choice by label_fraction or labels_per_class. With the same seed, a larger subset
             contains every smaller one.
-        holdout: Fraction of the training images of each class to hold out and validate on, instead of the validation
-            split: for choosing settings without looking at the test images.
     """
 
     single_draw = False
@@ -65,7 +41,6 @@ class LabelledData(ImageData):
         labels_per_class: int | None = None,
         subset_file: str | None = None,
         subset_seed: int = 0,
-        holdout: float = 0.0,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -73,9 +48,8 @@ class LabelledData(ImageData):
             raise UserError("--data.label_fraction, labels_per_class and subset_file exclude each other")
         check_ranges("data", "(0, 1]", label_fraction=label_fraction)
         check_ranges("data", "[1, inf)", labels_per_class=labels_per_class)
-        check_ranges("data", "[0, 1)", holdout=holdout)
         self.label_fraction, self.labels_per_class, self.subset_file = label_fraction, labels_per_class, subset_file
-        self.subset_seed, self.holdout = subset_seed, holdout
+        self.subset_seed = subset_seed
         if self.crop is not None:
             self.crop = self.crop._replace(single_draw=self.single_draw)
 
@@ -85,26 +59,12 @@ class LabelledData(ImageData):
         assert self.train_source is not None
         return self.train_source.classes
 
-    def load(self) -> None:
-        if self.train_source is not None:
-            return
-        super().load()
+    def divide(self) -> None:
         assert self.train_source is not None
-        whole: Source = self.train_source
-        try:
-            check_classes(whole, "training")
-            if self.val_source is not None:
-                check_classes(self.val_source, "held-out", fewest=0)
-            indices = self.subset(whole)
-            if self.holdout:
-                held_out = self.hold_out(whole, indices)
-                self.val_source = Subset(whole, held_out)
-                indices = sorted(set(indices) - set(held_out))
-        except UserError:
-            self.train_source = None  # so that a second call checks again
-            raise
-        if len(indices) < len(whole):
-            self.train_source = Subset(whole, indices)
+        check_classes(self.train_source, "training")
+        if self.val_source is not None:
+            check_classes(self.val_source, "held-out", fewest=0)
+        super().divide()
 
     def subset(self, source: Source) -> list[int]:
         """Indices of the images to train on, in ascending order."""
@@ -122,20 +82,8 @@ class LabelledData(ImageData):
             chosen += ranked[:count]
         return sorted(chosen)
 
-    def hold_out(self, source: Source, indices: Sequence[int]) -> list[int]:
-        """The held-out ones among `indices`, a fraction of each class, in ascending order."""
-        chosen = []
-        for label, ranked in by_class(source, indices, self.subset_seed, "holdout").items():
-            if len(ranked) < 2:
-                raise UserError(
-                    f"class {source.classes[label]} has {len(ranked)} training image: none can be held out "
-                    "(--data.holdout 0)"
-                )
-            chosen += ranked[: min(len(ranked) - 1, max(1, round(self.holdout * len(ranked))))]
-        return sorted(chosen)
-
     def settings(self) -> dict[str, Any]:
-        keys = ("label_fraction", "labels_per_class", "subset_file", "subset_seed", "holdout")
+        keys = ("label_fraction", "labels_per_class", "subset_file", "subset_seed")
         return super().settings() | {f"data.{key}": getattr(self, key) for key in keys}
 
 
@@ -170,16 +118,6 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
         raise UserError(
             f"class {few[0][0]} has {few[0][1]} {which} image{'s' * (few[0][1] != 1)}: at least {fewest} are needed"
         )
-
-
-def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) -> dict[int, list[int]]:
-    """The images of each class, in an order that depends on the seed and on their names only."""
-    assert source.labels is not None
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for index in indices:
-        key = hashed_name(seed, source.name(index), stream)
-        groups.setdefault(source.labels[index], []).append((key, index))
-    return {label: [index for _, index in sorted(groups[label])] for label in sorted(groups)}
 
 
 def read_subset_file(source: Source, path: Path) -> list[int]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mae.data.decode import BadImage, Picture, find_images, from_item, open_image, read_file
+from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
 
 
@@ -176,6 +177,36 @@ class FolderSource(FileSource):
 
     def read(self, index: int) -> bytes:
         return read_file(self.where(index))
+
+
+class Subset(Source):
+    """Some images of a source, in the order of `indices`."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source, self.indices = source, list(indices)
+        self.labels = None if source.labels is None else [source.labels[i] for i in self.indices]
+        self.classes = source.classes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def name(self, index: int) -> str:
+        return self.source.name(self.indices[index])
+
+    def where(self, index: int) -> str:
+        return self.source.where(self.indices[index])
+
+    def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
+        return self.source.open_all([self.indices[index] for index in indices])
+
+
+def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) -> dict[int, list[int]]:
+    """The images of each class, in an order that depends on the seed and on their names only; 0 without labels."""
+    groups: dict[int, list[tuple[int, int]]] = {}
+    for index in indices:
+        key = hashed_name(seed, source.name(index), stream)
+        groups.setdefault(source.labels[index] if source.labels else 0, []).append((key, index))
+    return {label: [index for _, index in sorted(groups[label])] for label in sorted(groups)}
 
 
 def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:

@@ -59,7 +59,7 @@ class CachedResult(NamedTuple):
         lines = ["feature         rate     on held-out training images   on the held-out split"]
         for row in self.rows:
             mark = "  <- chosen" if row == self.chosen else ""
-            mark += "  (rate at the end of --cached.rates)" if row.at_end else ""
+            mark += "  (the last of --cached.rates: one beyond it may be better)" if row.at_end else ""
             lines.append(f"{row.feature:<14} {row.rate:>6g} {row.held_out:>31.2f} {row.test:>23.2f}{mark}")
         return "\n".join(lines)
 
@@ -76,7 +76,7 @@ def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
     return "\n".join(
         [
             f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
-            f"{settings.holdout:g} of each class's training images to choose by",
+            f"rate, layer and pool are chosen on {settings.holdout:.0%} of each class's training images",
             f"features      {start}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop{crops}",
             f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}",
         ]

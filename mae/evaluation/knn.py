@@ -55,7 +55,10 @@ def knn_command(args: Sequence[str]) -> None:
         return features.knn_scores(encoded, config.k, config.temperature)
 
     found = scores(weights.encoder())
-    about = f"k {config.k}, T {config.temperature}; {len(train)} training images, {len(test)} test images"
+    chance = found["knn"] / 100
+    error = 100 * (chance * (1 - chance) / len(test)) ** 0.5  # of a share of so many images
+    about = f"k {config.k}, T {config.temperature}; {len(train)} training images, {len(test)} test images, "
+    about += f"standard error {error:.1f}"
     print(score_line("k-NN top-1", found, about), flush=True)
     results = {"acc1": found["knn"], **found, "images": len(test)} | ({} if step is None else {"step": step})
     if baseline.wanted(config.baseline, len(train) + len(test)):

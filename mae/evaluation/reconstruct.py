@@ -50,6 +50,8 @@ def read_images(paths: Sequence[str], in_chans: int, size: Pair) -> torch.Tensor
     Raises:
         UserError: One of them cannot be read.
     """
+    if folder := next((path for path in paths if Path(path).is_dir()), None):
+        raise UserError(f"{folder} is a folder: name the images to show, such as {folder.rstrip('/')}/*.jpg")
     try:
         pixels = [decode_image(path, in_chans) for path in paths]
     except BadImage as error:

@@ -40,7 +40,7 @@ from mae.runtime.run_lock import RunLock
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.fsdp import FSDP2
-from mae.training.module import Stage
+from mae.training.module import Stage, own_arguments
 
 HURRY_SECONDS = 5.0  # for W&B's last uploads when a run is stopped; the next start sends what is missing
 
@@ -177,6 +177,7 @@ class StageCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         # Wrong data or weights are an error now, before anything is written or a process is started.
+        self.datamodule.own_settings = {key: self.config.data[key] for key in own_arguments(self.datamodule)}
         self.datamodule.setup("fit")
         files = CheckpointFiles(self.config.checkpoint.keep)
         if self.resume.path:

@@ -12,7 +12,8 @@ from mae.callbacks.online_eval import Online
 from mae.callbacks.reconstructions import Panels
 from mae.classify import SCRATCH
 from mae.data.datamodule import DEFAULTS, ImageData
-from mae.data.labelled import FinetuneData, LabelledData, ProbeData, Subset
+from mae.data.labelled import FinetuneData, LabelledData, ProbeData
+from mae.data.sources import Subset
 from mae.errors import UserError
 from mae.evaluation import baseline, cached_probe, plots
 from mae.evaluation.cached_probe import CachedSettings

@@ -100,5 +100,5 @@ def least_seconds(work: float, device: torch.device, dtype: torch.dtype) -> floa
     rate = peak_rate(device, dtype)
     if rate is None and device.type == "cpu":
         with torch.random.fork_rng(devices=[]):
-            rate = max(product_rates(device, dtype, seconds=0.05, tries=1))
+            rate = max(product_rates(device, dtype, seconds=0.05))
     return None if rate is None else work / rate

@@ -3,6 +3,7 @@
 A stage (pre-training, probe, fine-tuning) is a subclass with its network, its loss and its optimiser.
 """
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -372,7 +373,10 @@ class Stage(LightningModule):
         if self.trainer.state.fn != TrainerFn.FITTING and not self.exact:
             self.log_dict(metrics)
         elif not self.trainer.sanity_checking:
-            self.log_dict(self.step_metrics.write(metrics), logger=False)
+            written = self.step_metrics.write(metrics)
+            if not self.exact:
+                written = {key: value for key, value in written.items() if key != "epoch"}  # Lightning has its own
+            self.log_dict(written, logger=False)
 
     # ---- epochs and validation --------------------------------------------------------------------------------------
 
@@ -475,14 +479,26 @@ class Stage(LightningModule):
         """What a resumed run must not change, as plain types: settings, and what follows from several of them."""
         keys = ("base_lr", "weight_decay", "warmup_epochs", "min_lr", *self.recipe_keys)
         settings: dict[str, Any] = {f"model.{key}": getattr(self, key) for key in keys}
+        settings |= {f"model.{key}": self.hparams.get(key) for key in own_arguments(self)}
         if isinstance(data, ImageData):
-            settings |= data.settings()
+            settings |= data.settings() | {f"data.{key}": value for key, value in data.own_settings.items()}
         settings |= {"model_class": class_path(self), "data_class": class_path(data)}
         settings |= {"seed_everything": self.seed, "effective batch": images_per_step(trainer, data)}
         settings["float32_matmul_precision"] = torch.get_float32_matmul_precision()
         for key in ("precision", "gradient_clip_val", "gradient_clip_algorithm"):
             settings[f"trainer.{key}"] = getattr(trainer, key)
         return {key: plain(value) for key, value in settings.items()}
+
+
+def own_arguments(thing: object) -> list[str]:
+    """The constructor's arguments that a user's class adds to those of the package's class that it extends."""
+    package = next(kind for kind in type(thing).__mro__ if kind.__module__.startswith("mae."))
+    known = inspect.signature(package).parameters
+    kinds = [kind for kind in type(thing).__mro__ if issubclass(kind, package) and kind is not package]
+    named = [
+        name for kind in kinds for name, p in inspect.signature(kind).parameters.items() if p.kind != p.VAR_KEYWORD
+    ]
+    return [name for name in dict.fromkeys(named) if name not in known]
 
 
 def class_path(thing: object) -> str:

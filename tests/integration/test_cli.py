@@ -48,6 +48,20 @@ def test_a_mistake_in_a_real_process_is_one_line_and_exit_code_2(tmp_path: Path)
         assert wrong in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("--trainer.max_epochs=ten", "--trainer.max_epochs ten: it must be a whole number or null"),
+        ("--wandb.mode=off", "--wandb.mode off: it must be auto, online, offline, disabled"),
+        ("--model.patch_size=x", "--model.patch_size x: it must be a whole number or a list of 2 numbers"),
+        ("--model.base_lr=x", "--model.base_lr x: it must be a number"),
+        ("--model.mask=0.5", "did you mean --model.mask_ratio?"),
+    ],
+)
+def test_values_of_another_type_and_abbreviations(setting: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in fails(["pretrain", *TINY, setting], capsys)
+
+
 def test_wrong_folders(tmp_path: Path, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").mkdir()

@@ -14,7 +14,7 @@ import torch
 import torchvision
 import yaml
 from conftest import DIGITS, ROOT, TINY, mae
-from run_folders import few_digits
+from run_folders import few_digits, rows
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchvision.transforms import v2
@@ -23,7 +23,7 @@ import mae as package
 from mae import Finetune, ImageData, LinearProbe, Pretrain, UserError
 from mae.data.datasets import TrainSamples
 from mae.launch.stages import PretrainCLI
-from mae.training.module import Stage
+from mae.training.module import Stage, own_arguments
 
 SMALL: dict[str, Any] = {"image_size": 16, "patch_size": 4, "embed_dim": 24, "depth": 1, "num_heads": 2}
 DECODER = {"decoder_embed_dim": 16, "decoder_depth": 1, "decoder_num_heads": 2}
@@ -216,7 +216,7 @@ PARTS = {name: code for code in EXAMPLES for name in re.findall(r"class (\w+)", 
     ("name", "options"),
     [
         ("BlockMasks", ["--model=my_parts.BlockMasks", "--model.block=2"]),
-        ("L1", ["--model", "my_parts.L1"]),
+        ("SmoothL1", ["--model", "my_parts.SmoothL1", "--model.beta=0.5"]),
         ("PredictMeans", ["--model=my_parts.PredictMeans"]),
         ("Dimmed", ["--data", "my_parts.Dimmed"]),
         (
@@ -239,13 +239,45 @@ def test_the_examples_of_the_guide_change_the_run(name: str, options: list[str],
         stock = []
     done = mae("pretrain", *DIGITS, *TINY, *more, *stock, f"--run_dir={tmp_path / 'stock'}")
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "own" / "metrics.csv").read_text() != (tmp_path / "stock" / "metrics.csv").read_text()
+    own, packaged = ([row["train/loss"] for row in rows(tmp_path / run)] for run in ("own", "stock"))
+    assert len(own) == len(packaged) == 3
+    assert own != packaged
     recorded = yaml.safe_load((tmp_path / "own" / "config.yaml").read_text())
     assert f"my_parts.{name}" in (recorded.get("model_class"), recorded.get("data_class"))
     again = [*stock, f"--run_dir={tmp_path / 'own'}", "--ckpt_path=last", "--trainer.max_steps=6"]
+    if name == "SmoothL1":
+        done = mae("pretrain", *DIGITS, *TINY, *more, *again, *options[:2], "--model.beta=0.25", **environ)
+        assert done.returncode == 2
+        assert "model.beta is 0.25, but 0.5" in done.stderr
     done = mae("pretrain", *DIGITS, *TINY, *more, *again, **environ)
     assert done.returncode == 2
     assert "decoder_pred.weight is" in done.stderr if name == "PredictMeans" else f"my_parts.{name}" in done.stderr
+
+
+class Brighter(ImageData):
+    def __init__(self, gain: float = 2.0, **kwargs: Any):
+        super().__init__(**kwargs)
+
+    def augment(self, image: Tensor) -> Tensor:
+        return image
+
+
+class EvenBrighter(Brighter):
+    def __init__(self, hflip: float = 0.0, offset: int = 1, **kwargs: Any):
+        super().__init__(hflip=hflip, **kwargs)
+
+
+def test_arguments_that_a_subclass_adds_are_found() -> None:
+    assert own_arguments(EvenBrighter(dataset="digits")) == ["offset", "gain"]
+    assert own_arguments(ImageData(dataset="digits")) == []
+
+
+def test_a_setting_of_ones_own_data_cannot_change_in_a_run(tmp_path: Path) -> None:
+    settings = [*DIGITS, *TINY, f"--run_dir={tmp_path}", "--data=test_lightning.Brighter", "--trainer.max_steps=2"]
+    with few_digits():
+        PretrainCLI([*settings, "--data.gain=3"]).fit()
+        with pytest.raises(UserError, match=r"data\.gain is 4\.0, but 3\.0"):
+            PretrainCLI([*settings, "--data.gain=4", "--ckpt_path=last"]).fit()
 
 
 def test_the_guides_plain_trainer_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

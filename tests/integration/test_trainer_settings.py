@@ -173,7 +173,7 @@ def test_what_a_long_run_costs_is_said_before_it_starts(
     monkeypatch.setattr(recipe_text, "least_seconds", lambda *_: 3.2 * 86400)
     PretrainCLI([*settings, f"--run_dir={tmp_path / 'long'}"]).fit()
     said = capsys.readouterr().out
-    assert said.index("this run takes 3 days at least, matrix products alone") < said.index("step 1/1")
+    assert said.index("this run takes 3 days at least, by the rate") < said.index("step 1/1")
     assert "`mae pretrain --config pretrain/small`" in said
 
 

@@ -213,6 +213,9 @@ def report_lines(summaries: dict[str, dict[str, Any]], findings: list[Finding]) 
         if len(summary["unreadable"]) > MAX_UNREADABLE:
             yield f"    and {len(summary['unreadable']) - MAX_UNREADABLE:,} more"
         yield ""
+    if "val" not in summaries:
+        yield "val: none; --data.holdout 0.1 holds out a tenth of the images, the same ones in every command"
+        yield ""
     train = summaries["train"]
     if train["sizes"]:
         yield "mean and std of the training images, each counting the same, as settings:"

@@ -70,6 +70,18 @@ def test_classes_without_held_out_images_can_be_divided(tmp_path: Path) -> None:
     assert (len(train), len(val)) == (8, 2)
 
 
+def test_images_without_labels_can_be_held_out(tmp_path: Path) -> None:
+    save_images(tmp_path, 10)
+    data = ImageData(root=str(tmp_path), image_size=8, num_workers=0, batch_size_per_device=2, holdout=0.2)
+    data.setup("fit")
+    assert data.train_source is not None
+    assert data.val_source is not None
+    kept, held_out = ({source.name(i) for i in range(len(source))} for source in (data.train_source, data.val_source))
+    assert (len(kept), len(held_out), kept & held_out) == (8, 2, set())
+    assert data.settings()["data.holdout"] == 0.2
+    assert len(next(iter(data.train_dataloader())).images) == 2
+
+
 def test_unlabelled_train_folder_with_held_out_images(tmp_path: Path) -> None:
     save_images(tmp_path / "train", 5)
     save_images(tmp_path / "val", 2)

@@ -13,10 +13,11 @@ from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 
 from mae.data.crops import random_crop_box, single_draw_box
+from mae.data.datamodule import ImageData
 from mae.data.datasets import TrainSamples
-from mae.data.labelled import FinetuneData, LabelledData, ProbeData, RandAugment, Subset, check_classes
+from mae.data.labelled import FinetuneData, LabelledData, ProbeData, RandAugment, check_classes
 from mae.data.sampling import generator
-from mae.data.sources import ArraySource
+from mae.data.sources import ArraySource, Subset
 from mae.errors import UserError
 
 
@@ -75,6 +76,10 @@ def test_a_held_out_part_is_apart_and_the_test_images_are_not_in_it() -> None:
     assert not held_out & set(names(data))
     assert np.bincount(data.val_source.labels).tolist() == [100] * 10  # type: ignore[arg-type]
     assert len(names(data)) == 3000
+    before = ImageData("digits", holdout=0.25)
+    before.load()
+    assert isinstance(before.val_source, Subset)
+    assert before.val_source.indices == data.val_source.indices  # pre-training leaves out the very same images
     few = digits(holdout=0.25, labels_per_class=8)
     assert (len(few.train_source), len(few.val_source)) == (60, 20)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="class 0 has 1 training image: none can be held out"):

@@ -41,6 +41,8 @@ def test_what_cannot_be_shown_is_one_line(pretrained: Path, tmp_path: Path, caps
     args = ["attention", str(tmp_path / "a.png"), "--model", str(pretrained), "--out", str(tmp_path / "o.png")]
     assert main([*args, "--block", "7"]) == 2
     assert "--block 7: block 7 must be in 0 to" in capsys.readouterr().err
+    assert main([args[0], str(tmp_path), *args[2:]]) == 2
+    assert f"{tmp_path} is a folder: name the images to show, such as {tmp_path}/*.jpg" in capsys.readouterr().err
     (tmp_path / "a.png").write_bytes(b"no image")
     assert main(args) == 2
     assert "a.png" in capsys.readouterr().err

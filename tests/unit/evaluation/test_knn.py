@@ -57,7 +57,9 @@ def test_knn_is_of_features_as_they_are_and_the_others_stand_beside_it_by_name(
     expected = scores(load_encoder(pretrained), labelled, pretrained)
     assert expected["knn"] != expected["knn_whitened"]
     figures = f"{expected['knn']:.2f} % knn, {expected['knn_whitened']:.2f} % knn_whitened"
-    assert line == f"k-NN top-1 {figures} (k 20, T 0.07; 400 training images, 100 test images)"
+    error = (expected["knn"] * (100 - expected["knn"]) / 100) ** 0.5
+    about = f"k 20, T 0.07; 400 training images, 100 test images, standard error {error:.1f}"
+    assert line == f"k-NN top-1 {figures} ({about})"
     untrained = scores(baseline.untrained_encoder(read_weights(pretrained))[0], labelled, pretrained)
     figures = f"{untrained['knn']:.2f} % knn, {untrained['knn_whitened']:.2f} % knn_whitened"
     assert second == f"untrained  {figures} (the run's weights before its first step, seed 0)"
