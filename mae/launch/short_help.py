@@ -51,11 +51,9 @@ HELP_TEXTS = {
                 ROOT,
                 HelpLine("--data.image_size", None, "pixels, one number or [height, width]; by default 224"),
                 BATCH,
-                WORKERS,
             ],
             "Model": [
                 HelpLine("--model.size", "base", "nano, micro, tiny, small, base, large or huge"),
-                HelpLine("--model.timm_encoder", None, "a timm model's name, in place of the paper's encoder"),
                 HelpLine("--model.patch_size", "16", "pixels, one number or [height, width]"),
                 HelpLine("--model.mask_ratio", "0.75", "fraction of patches that are hidden"),
                 HelpLine("--model.norm_pix_loss", "true", "predict patches normalised one by one"),

@@ -131,9 +131,8 @@ class StageCLI(LightningCLI):
         try:
             config = parser.parse_args(args)
         except UserError as error:
-            # Lightning's signature lists the precisions, and the parser's message about a value that is none of them
-            # takes a page: the value is taken from it to give a message of one line.
-            if wrong := re.search(r'"trainer\.precision".* Given value: (\S+)', str(error), re.DOTALL):
+            # Of the many precisions in Lightning's signature few suit a device: those are named.
+            if wrong := re.match(r"--trainer\.precision (\S+): it must be", str(error)):
                 precision.check_precision(wrong[1], "")
             raise
         if config.run_dir is None:

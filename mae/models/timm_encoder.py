@@ -64,6 +64,10 @@ def build_encoder(
             f"a {name} computes on the whole grid of patches; timm's networks that can see a subset are "
             "VisionTransformer and Eva (RoPE)"
         )
+    if network.num_classes:
+        raise ValueError(f"it has a head of {network.num_classes} classes: create it with num_classes=0")
+    if isinstance(network.norm, nn.Identity):
+        raise ValueError("it has no norm behind its blocks, but one behind the pooling: create it with global_pool=''")
     embed = network.patch_embed
     for what, found, wanted in (
         ("patch_size", tuple(embed.patch_size), tuple(patch_size)),

@@ -92,6 +92,19 @@ def test_what_cannot_be_used_is_refused_with_the_reason(name: str, arguments: di
         network(name, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("made", "words"),
+    [
+        ({"num_classes": 3}, "a head of 3 classes"),
+        ({"num_classes": 0, "global_pool": "avg"}, "create it with global_pool"),
+    ],
+)
+def test_a_module_with_a_head_or_without_a_norm_is_refused(made: dict[str, Any], words: str) -> None:
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=28, in_chans=1, **SMALL, **made)
+    with pytest.raises(ValueError, match=words):
+        MaskedAutoencoder(image_size=28, patch_size=7, in_chans=1, timm_encoder=encoder)
+
+
 def test_a_stem_that_mixes_patches_is_found_out() -> None:
     encoder = timm.create_model("vit_tiny_patch16_224", img_size=28, in_chans=1, num_classes=0, **SMALL)
     stem = encoder.patch_embed.proj
