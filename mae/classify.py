@@ -105,9 +105,9 @@ class Classify(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        # Whoever loads the checkpoint has the weights, and need not have the file that the encoder came from.
         if "timm_encoder" in self.config:
-            return  # an encoder of timm's is not told by these
+            return  # sizes do not tell how to build one of timm's: its file is needed
+        # Whoever loads the checkpoint has the weights, and need not have the file that the encoder came from.
         own = {key: self.config[key] for key in ("patch_size", "embed_dim", "depth", "num_heads")}
         checkpoint["hyper_parameters"] |= {"encoder": SCRATCH, "size": None, **own}
 

@@ -154,9 +154,8 @@ class ImageData(LightningDataModule):
         if jpeg_scaling and (device_resident or dataset != "folder"):
             raise UserError("--data.jpeg_scaling true has no effect on images that are kept decoded in memory")
         self.device_resident, self.jpeg_scaling = device_resident, jpeg_scaling
-        self.own_settings: dict[
-            str, Any
-        ] = {}  # of a subclass, which a resumed run must not change; the program sets it
+        # Of a subclass, which a resumed run must not change; the command line sets them.
+        self.own_settings: dict[str, Any] = {}
         self.distort: Distort | None = None
         self.train_source: Source | None = None
         self.val_source: Source | None = None

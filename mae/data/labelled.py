@@ -71,7 +71,7 @@ class LabelledData(ImageData):
         if self.subset_file is not None:
             return read_subset_file(source, Path(self.subset_file))
         if self.label_fraction is None and self.labels_per_class is None:
-            return list(range(len(source)))
+            return super().subset(source)
         chosen = []
         for label, ranked in by_class(source, range(len(source)), self.subset_seed, "subset").items():
             count = self.labels_per_class or max(1, round((self.label_fraction or 0) * len(ranked)))

@@ -91,10 +91,15 @@ class Scores(nn.Module):
         return Report(100 * int(confusion.diag().sum()) / n, 100 * hits / n, loss / n, images, confusion, classes)
 
 
+def top5_tells(classes: float) -> bool:
+    """Whether top-5 says anything: of five classes or fewer every guess is among the first five."""
+    return classes > 5
+
+
 def score_line(title: str, report: Report) -> str:
     """The result in one line, to quote."""
     worst = ", ".join(f"{name} {accuracy:.1f}" for name, accuracy, _ in report.worst(3))
-    top5 = f", top-5 {report.acc5:.2f} %" if len(report.classes) > 5 else ""  # of five classes it says nothing
+    top5 = f", top-5 {report.acc5:.2f} %" if top5_tells(len(report.classes)) else ""
     return (
         f"{title} top-1 {report.acc1:.2f} %{top5}, loss {report.loss:.4f} on {report.images} "
         f"held-out images; worst classes: {worst}"

@@ -24,6 +24,7 @@ import yaml
 from mae.commands import report_parser
 from mae.errors import TrainingFailed, UserError
 from mae.evaluation import knn
+from mae.evaluation.metrics import top5_tells
 from mae.launch import stages as stages_module
 from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
@@ -40,8 +41,6 @@ TITLES = {"pretrain": "pre-training", "knn": "k-NN", "probe": "linear probe", "f
 IDENTITY = ("dataset", "root", "train_dir", "val_dir", "image_size", "in_chans", "mean", "std", "num_workers")
 
 PER_RUN = ("run_dir", "ckpt_path", "seed_everything")  # set for each run here; a run's config.yaml has them, too
-
-MOST_OF_TOP5 = 5  # classes; of so few top-5 says nothing
 
 STOP_SECONDS = 30.0  # in which a stage that is to stop may end by itself
 
@@ -212,7 +211,7 @@ class StageRun(NamedTuple):
                     return {}
                 names = {f"top-1 ({name})": name for name in ("knn", "knn_whitened")}
                 names |= {f"untrained ({name})": f"untrained_{name}" for name in ("knn", "knn_whitened")}
-            elif classes_of(path) <= MOST_OF_TOP5:
+            elif not top5_tells(classes_of(path)):
                 del names["top-5"]
             names["images"] = "images"
             figures |= {f"{name}{suffix}": result[key] for name, key in names.items() if key in result}
