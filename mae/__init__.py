@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mae.data.datamodule import ImageData
     from mae.errors import UserError
+    from mae.evaluation.transform import transform
     from mae.finetune import Finetune
     from mae.launch.api import embed_images, run_linprobe, run_pretrain
     from mae.linprobe import LinearProbe
@@ -25,6 +26,7 @@ __all__ = [
     "load_encoder",
     "run_linprobe",
     "run_pretrain",
+    "transform",
 ]
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ _MODULES = {
     "load_encoder": "weights.load",
     "run_linprobe": "launch.api",
     "run_pretrain": "launch.api",
+    "transform": "evaluation.transform",
 }
 
 

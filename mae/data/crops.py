@@ -13,6 +13,12 @@ from torch import Tensor
 
 Box = tuple[int, int, int, int]
 
+# How images become pixels in evaluation, as runs record it; runs of earlier versions recorded nothing.
+RESIZED_THEN_CROPPED, AS_THEY_ARE = "resized, then cropped", "as they are"
+BEFORE_IT_WAS_RECORDED = "cropped, then resized"
+
+LONGEST_SIDE = 16  # of a resized image, in sides of what it has to cover; longer images are cut first, to save memory
+
 
 class Crop(NamedTuple):
     """A random resized crop: `scale` is the area as a fraction of the image, `ratio` is width / height."""
@@ -155,18 +161,41 @@ def _box_sides(
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
-def center_box(height: int, width: int, size: tuple[int, int], crop_pct: float = 1.0) -> Box:
-    """The box of a height x width image for evaluation, to be resized to `size` (height, width).
+def usual_crop_pct(size: tuple[int, int]) -> float:
+    """The official 224 / 256 for images of 128 to 224 pixels; 1 for smaller and larger ones."""
+    return 224 / 256 if 128 <= min(size) <= 224 else 1.0
 
-    The usual two steps are to resize until the image just covers size / crop_pct, and to cut `size` out of the centre.
-    This box does both with one resize, to the nearest whole pixel of the original. The official 256 -> 224 is
-    crop_pct 0.875.
+
+def evaluation_pixels(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
+    """(C, H, W) -> (C, *size): the official two steps of evaluation, resize and centre crop.
+
+    The image is resized, bicubic with antialiasing, until it just covers size / crop_pct, and `size` is cut out of its
+    centre; the official 256 -> 224 is crop_pct 0.875. Both round as torchvision does. An image that covers it already
+    is not filtered.
 
     Args:
         crop_pct: In (0, 1]; with 1 the limiting side is kept whole.
     """
     if not 0 < crop_pct <= 1:
         raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
-    step = crop_pct * min(height / size[0], width / size[1])  # pixels of the original per pixel of the result
+    height, width = image.shape[1:]
+    cover = int(size[0] / crop_pct), int(size[1] / crop_pct)
+    height_limit, width_limit = (
+        LONGEST_SIDE * mine * other_side // other + 1
+        for mine, other, other_side in ((cover[0], cover[1], width), (cover[1], cover[0], height))
+    )
+    part = min(height, height_limit), min(width, width_limit)
+    box = (height - part[0]) // 2, (width - part[1]) // 2, *part
+    resized = (
+        max(cover[0], int(cover[1] * part[0] / part[1])),
+        max(cover[1], int(cover[0] * part[1] / part[0])),
+    )
+    top, left = round((resized[0] - size[0]) / 2), round((resized[1] - size[1]) / 2)
+    return _dense(resized_crop(image, box, resized)[:, top : top + size[0], left : left + size[1]])
+
+
+def center_box(height: int, width: int, size: tuple[int, int]) -> Box:
+    """The largest centred box of the shape of `size` (height, width), of a height x width image."""
+    step = min(height / size[0], width / size[1])  # pixels of the original per pixel of the result
     box_height, box_width = max(1, round(step * size[0])), max(1, round(step * size[1]))
     return (height - box_height) // 2, (width - box_width) // 2, box_height, box_width

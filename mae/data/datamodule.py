@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from mae.data.channel_stats import mean_and_std, moments
-from mae.data.crops import Crop
+from mae.data.crops import AS_THEY_ARE, RESIZED_THEN_CROPPED, Crop, usual_crop_pct
 from mae.data.datasets import (
     Batch,
     DecodedSamples,
@@ -135,7 +135,7 @@ class ImageData(LightningDataModule):
         if num_workers is None:
             num_workers = default_workers()
         if crop_pct is None:
-            crop_pct = 224 / 256 if 128 <= min(self.image_size) <= 224 else 1.0
+            crop_pct = usual_crop_pct(self.image_size)
         check_ranges("data", "(0, 1]", crop_pct=crop_pct)
         check_ranges("data", "[0, 1]", hflip=hflip)
         check_ranges("data", "[0, 1)", holdout=holdout)
@@ -331,10 +331,19 @@ class ImageData(LightningDataModule):
             "data.holdout": self.holdout,
             "data.device_resident": self.device_resident,
             "data.jpeg_scaling": self.jpeg_scaling,
+            "evaluation pixels": self.evaluation_rule,
             "data.mean": self.mean,
             "data.std": self.std,
             "number of training images": len(self.train_source or ()),
         }
+
+    @property
+    def evaluation_rule(self) -> str | None:
+        """How images become pixels in evaluation, of which nothing goes on under another rule; None: nothing does."""
+        own_size = self.dataset != "folder" and self.image_size == DEFAULTS[self.dataset].image_size
+        if self.val_source is None:
+            return None
+        return AS_THEY_ARE if own_size and self.crop_pct == 1 else RESIZED_THEN_CROPPED
 
     def scaling_difference(self, count: int = 16) -> float:
         """Mean absolute difference that `jpeg_scaling` makes to `count` training crops, in levels of 255."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
-from mae.data.crops import Box, Crop, batched_resized_crop, center_box, is_channels_last
+from mae.data.crops import Box, Crop, batched_resized_crop, center_box, evaluation_pixels, is_channels_last
 from mae.data.decode import BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
@@ -214,8 +214,7 @@ class WholeSamples(Samples):
             try:
                 if isinstance(picture, BadImage):
                     raise picture
-                box = center_box(picture.height, picture.width, self.size, self.crop_pct)
-                images.append(picture.resized_crop(box, self.size))
+                images.append(evaluation_pixels(picture.pixels(), self.size, self.crop_pct))
             except BadImage as error:
                 errors.append(error)
                 continue

@@ -318,14 +318,15 @@ def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
     _check_end(data, path, image.format or "", stream.tell())
     image.load()  # raises on data that ends early: LOAD_TRUNCATED_IMAGES stays False
 
+    return _as_picture(image, data, in_chans)
+
+
+def _as_picture(image: Image.Image, data: bytes, in_chans: int) -> Picture:
     # The official MAE pipeline (torchvision's ImageFolder) ignores the orientation and sees such photographs lying on
     # their side; here they are turned upright. Hardly any file of ImageNet has one.
     turn = _UPRIGHT.get(_orientation(image))
     image = _with_channels(_eight_bit(image, data), in_chans)
-    return _as_picture(image if turn is None else image.transpose(turn), in_chans)
-
-
-def _as_picture(image: Image.Image, in_chans: int) -> Picture:
+    image = image if turn is None else image.transpose(turn)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
     return Picture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1), "Pillow")
 
@@ -334,7 +335,8 @@ def from_item(image: Any, where: str, in_chans: int) -> Picture:
     """An image as data sets of torchvision and Hugging Face give it.
 
     Args:
-        image: A Pillow image of 8 bits a channel, or a (C, H, W) tensor of uint8 or uint16.
+        image: A Pillow image, which gives the pixels that its file would give, or a (C, H, W) tensor of uint8 or
+            uint16.
         where: For messages.
 
     Raises:
@@ -351,7 +353,19 @@ def from_item(image: Any, where: str, in_chans: int) -> Picture:
     if in_chans not in _MODES:
         raise BadImage(where, f"is a Pillow image, which gives 1, 3 or 4 channels, not {in_chans}")
     with _errors_as_bad_image(where):
-        return _as_picture(_with_channels(_eight_bit(image, b""), in_chans), in_chans)
+        return _as_picture(image, _png_file(image), in_chans)
+
+
+def _png_file(image: Image.Image) -> bytes:
+    """The file of a PNG that Pillow has opened and not yet decoded; empty for all other images."""
+    file = getattr(image, "fp", None)
+    if image.format != "PNG" or file is None:
+        return b""
+    place = file.tell()
+    file.seek(0)
+    data: bytes = file.read()
+    file.seek(place)
+    return data
 
 
 def _orientation(image: Image.Image) -> int:
@@ -368,7 +382,7 @@ def is_turned(image: Image.Image) -> bool:
 
 def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
     """The image in a mode of 8 bits per channel: 16-bit samples become round(x / 257), so 65535 becomes 255."""
-    if image.format == "PNG" and data[24] == 16 and image.mode in ("RGB", "RGBA"):
+    if image.format == "PNG" and data[24:25] == b"\x10" and image.mode in ("RGB", "RGBA"):
         samples = _png_16_bit_colour(image, data)
     elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         samples = np.asarray(image)[..., None]

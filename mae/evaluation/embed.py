@@ -19,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mae.commands import embed_parser
+from mae.data.crops import RESIZED_THEN_CROPPED
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch, WholeSamples
 from mae.data.decode import BadImage
@@ -80,6 +81,7 @@ def embed_command(args: Sequence[str]) -> None:
         "dtype": config.dtype,
         "image_size": list(data.image_size),
         **{key: getattr(data, key) for key in ("in_chans", "mean", "std", "crop_pct")},
+        "evaluation_pixels": RESIZED_THEN_CROPPED,
         "images": len(source),
         "list_of_images": source.fingerprint(),
         "batch_size": config.batch_size,

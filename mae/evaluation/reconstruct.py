@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from mae.commands import reconstruct_parser
-from mae.data.crops import center_box, resized_crop
+from mae.data.crops import evaluation_pixels
 from mae.data.datasets import normalize
 from mae.data.decode import BadImage, decode_image
 from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
@@ -56,7 +56,7 @@ def read_images(paths: Sequence[str], in_chans: int, size: Pair) -> torch.Tensor
         pixels = [decode_image(path, in_chans) for path in paths]
     except BadImage as error:
         raise UserError(str(error)) from None
-    return torch.stack([resized_crop(p, center_box(p.shape[1], p.shape[2], size), size) for p in pixels])
+    return torch.stack([evaluation_pixels(p, size) for p in pixels])
 
 
 def load_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:

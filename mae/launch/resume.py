@@ -6,6 +6,7 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+from mae.data.crops import BEFORE_IT_WAS_RECORDED, RESIZED_THEN_CROPPED
 from mae.data.datamodule import ImageData
 from mae.errors import UserError
 from mae.options import flatten_settings
@@ -153,6 +154,9 @@ class ResumePoint:
             key: recipe[key] if recipe[key].startswith("mae.") else "a class of this package"
             for key in ("model_class", "data_class")
         }
+        # Nor of evaluation pixels.
+        if recipe.get(pixels := "evaluation pixels") == RESIZED_THEN_CROPPED:
+            classes[pixels] = BEFORE_IT_WAS_RECORDED
         for key, before in ({**classes, **stored} if stored else {}).items():
             if recipe.get(key) != before:
                 self.reject_changed_setting(key, recipe.get(key), before, f"the run that {self.path} belongs to")

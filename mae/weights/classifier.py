@@ -126,4 +126,4 @@ def build_classifier(weights: Weights) -> VisionTransformer:
     with to_be_loaded(weights.config):
         network = build(weights.config, len(about["classes"]), about["pool"], about["head"])
     network.load_state_dict(weights.timm_state, assign=True)
-    return network.eval().requires_grad_(False)
+    return weights.with_preprocessing(network).eval().requires_grad_(False)

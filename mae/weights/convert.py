@@ -242,8 +242,6 @@ def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
     else:
         checks.append(check_same_outputs("transformers", own_outputs(weights), transformers_outputs(folded, path)))
     lost = [FOLDED] if folded is not weights else []
-    if weights.classifier:
-        lost.append("the central crop: transformers' processor resizes the whole image to a square")
     return Conversion(path, folded, lost, checks)
 
 

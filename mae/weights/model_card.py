@@ -43,16 +43,9 @@ def timm_config(weights: Weights) -> dict[str, Any]:
         "global_pool": arguments["global_pool"],
         "model_args": arguments,
         "pretrained_cfg": {
+            **weights.preprocessing,
             "tag": "mae",
             "custom_load": False,
-            "input_size": [config["in_chans"], *config["image_size"]],
-            "fixed_input_size": True,
-            "interpolation": "bicubic",
-            "crop_pct": about["crop_pct"] if about else 0.875,
-            "crop_mode": "center",
-            "mean": list(weights.description["mean"]),
-            "std": list(weights.description["std"]),
-            "num_classes": arguments["num_classes"],
             "pool_size": None,
             "first_conv": "patch_embed.proj",
             "classifier": "head",
@@ -108,12 +101,16 @@ def hf_config(weights: Weights) -> dict[str, Any]:
 
 
 def hf_processor(weights: Weights) -> dict[str, Any]:
-    """The `preprocessor_config.json` for transformers."""
-    height, width = weights.config["image_size"]
+    """The `preprocessor_config.json` for transformers: resize the short side, then centre crop."""
+    size = weights.config["image_size"][0]
     return {
-        "image_processor_type": "ViTImageProcessor",
+        # transformers' ViTImageProcessor has no centre crop; this one is that of DINOv2.
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": weights.config["in_chans"] == 3,
         "do_resize": True,
-        "size": {"height": height, "width": width},
+        "size": {"shortest_edge": int(size / weights.crop_pct)},
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
         "resample": 3,  # bicubic
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -10,6 +10,7 @@ from timm.models import adapt_input_conv
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mae.data.crops import usual_crop_pct
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
 from mae.models.meta_device import to_be_loaded
@@ -114,6 +115,7 @@ class Weights(NamedTuple):
             model = MaskedAutoencoder(**self.config)
         model.load_state_dict(self.state, assign=True)
         model.fix_positions()  # assignment loses this
+        self.with_preprocessing(model.encoder)
         return model.eval()
 
     def encoder(self) -> VisionTransformer:
@@ -128,7 +130,31 @@ class Weights(NamedTuple):
         with to_be_loaded(self.config):
             encoder = MaskedAutoencoder(**self.config).encoder
         encoder.load_state_dict(state, assign=True)
-        return encoder.eval().requires_grad_(False)
+        return self.with_preprocessing(encoder).eval().requires_grad_(False)
+
+    def with_preprocessing(self, network: VisionTransformer) -> VisionTransformer:
+        """The same network; timm's `resolve_model_data_config` now finds the images that it takes."""
+        network.pretrained_cfg = network.default_cfg = self.preprocessing  # type: ignore[assignment]
+        return network
+
+    @property
+    def crop_pct(self) -> float:
+        """Side of the centre crop in evaluation, as a fraction of the side of the resized image."""
+        usual = usual_crop_pct(as_pair(self.config["image_size"]))
+        return self.classifier["crop_pct"] if self.classifier else usual
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """How images become the input of these weights, under the names of timm's `pretrained_cfg`."""
+        return {
+            "input_size": (self.config["in_chans"], *as_pair(self.config["image_size"])),
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": self.crop_pct,
+            "crop_mode": "center",
+            **{key: self.description[key] and tuple(self.description[key]) for key in ("mean", "std")},
+            "num_classes": len(self.classifier["classes"]) if self.classifier else 0,
+        }
 
     def adapted(self, image_size: int | Pair | None = None, in_chans: int | None = None) -> "Weights":
         """These weights for images of another size or with other channels.

@@ -557,51 +557,20 @@ def test_random_crop_box_falls_back_to_the_centre(height, width, expected):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "size", "crop_pct", "expected"),
+    ("height", "width", "size", "expected"),
     [
-        (256, 256, (224, 224), 0.875, (16, 16, 224, 224)),  # nothing to resize: plain centre crop
-        (375, 500, (224, 224), 0.875, (23, 86, 328, 328)),
-        (375, 500, (224, 224), 1.0, (0, 62, 375, 375)),
-        (500, 375, (224, 224), 1.0, (62, 0, 375, 375)),
-        (100, 100, (64, 128), 1.0, (25, 0, 50, 100)),  # the width limits
-        (100, 400, (64, 128), 1.0, (0, 100, 100, 200)),  # the height limits
-        (32, 32, (32, 32), 1.0, (0, 0, 32, 32)),
-        (1, 1000, (224, 224), 0.875, (0, 499, 1, 1)),
-        (20000, 10000, (224, 224), 1.0, (5000, 0, 10000, 10000)),
+        (375, 500, (224, 224), (0, 62, 375, 375)),
+        (500, 375, (224, 224), (62, 0, 375, 375)),
+        (100, 100, (64, 128), (25, 0, 50, 100)),  # the width limits
+        (100, 400, (64, 128), (0, 100, 100, 200)),  # the height limits
+        (32, 32, (32, 32), (0, 0, 32, 32)),
+        (1, 1000, (224, 224), (0, 499, 1, 1)),
+        (20000, 10000, (224, 224), (5000, 0, 10000, 10000)),
     ],
 )
-def test_center_box(height, width, size, crop_pct, expected):
-    assert center_box(height, width, size, crop_pct) == expected
+def test_center_box(height, width, size, expected):
+    assert center_box(height, width, size) == expected
     assert inside(expected, height, width)
-
-
-@pytest.mark.parametrize("size", [(224, 224), (96, 160)])
-@pytest.mark.parametrize(("height", "width"), [(375, 500), (640, 333), (150, 130)])
-def test_center_box_looks_at_what_resize_then_crop_looks_at(height, width, size):
-    """Against the two steps themselves, on a picture whose pixels say where they are."""
-    crop_pct = 0.875
-    rows, columns = np.mgrid[:height, :width]
-    where = np.stack([rows / height, columns / width], axis=2).astype(np.float32)
-    top, left, box_height, box_width = center_box(height, width, size, crop_pct)
-    assert inside((top, left, box_height, box_width), height, width)
-
-    factor = max(size[0] / height, size[1] / width) / crop_pct
-    covering = round(height * factor), round(width * factor)
-    cut_top, cut_left = ((covering[axis] - size[axis]) // 2 for axis in (0, 1))
-    for axis, length in ((0, height), (1, width)):
-        plane = Image.fromarray(where[..., axis].copy())
-        two_steps = np.asarray(plane.resize(covering[::-1], Image.Resampling.BICUBIC))
-        two_steps = two_steps[cut_top : cut_top + size[0], cut_left : cut_left + size[1]]
-        part = plane.crop((left, top, left + box_width, top + box_height))
-        one_step = np.asarray(part.resize(size[::-1], Image.Resampling.BICUBIC))
-        # The two steps cut at a whole pixel of the resized image, ours at one of the original.
-        assert np.abs(two_steps - one_step).max() * length < 0.5 * length / covering[axis] + 1
-
-
-def test_center_box_refuses_a_bad_crop_pct():
-    for crop_pct in (0.0, 1.1, 87.5):
-        with pytest.raises(ValueError, match="crop_pct"):
-            center_box(10, 10, (4, 4), crop_pct)
 
 
 # --- folders

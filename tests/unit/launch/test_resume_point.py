@@ -80,3 +80,20 @@ def test_a_setting_out_of_its_range_is_named(interval: str, good: list[Any], bad
         with pytest.raises(UserError) as error:
             check_ranges("model", interval, key=value)
         assert str(error.value) == f"--model.key {value}: it must be {words}"
+
+
+@pytest.mark.parametrize(("crop_pct", "refused"), [("0.9", True), ("1", False)])
+def test_evaluation_pixels_of_a_run_stay_as_it_began(tmp_path: Path, crop_pct: str, refused: bool) -> None:
+    """A run of the time before its checkpoints said how; digits that are not resized are the same either way."""
+    settings = [*RUN, f"--run_dir={tmp_path}", f"--data.crop_pct={crop_pct}"]
+    PretrainCLI([*settings, "--trainer.max_steps=1"]).fit()
+    path = step_file(tmp_path, 1)
+    content = torch.load(path, weights_only=True)
+    del content["mae"]["recipe"]["evaluation pixels"]
+    checkpoint_files.write(content, path)
+    if refused:
+        with pytest.raises(UserError, match="pixels is resized, then cropped, but cropped, then resized in the run"):
+            PretrainCLI([*settings, "--trainer.max_steps=2"]).fit()
+    cli = PretrainCLI([*settings, "--trainer.max_steps=2", *(["--allow_changes=true"] if refused else [])])
+    cli.fit()
+    assert cli.model.global_step == 2

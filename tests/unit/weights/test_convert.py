@@ -13,7 +13,9 @@ import pytest
 import timm
 import torch
 from conftest import REFERENCE
+from image_files import smooth
 from packaging.version import Version
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -117,7 +119,9 @@ def test_transformers_compute_the_same(tmp_path: Path, norm_pix_loss: bool) -> N
         torch.testing.assert_close(found.logits, model.predict(images, noise, 0.6).pred, rtol=0, atol=1e-5)
         assert torch.equal(found.mask.bool(), wanted.mask)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "hf")
-    assert list(processor.image_mean) == ABOUT["mean"]
+    photo, transform = Image.fromarray(smooth(40, 60)), mae.transform(tmp_path / "hf")
+    given = processor(photo, return_tensors="pt")["pixel_values"][0]
+    assert (given - transform(photo)).abs().max() <= 2.1 / 255 / min(ABOUT["std"])
     theirs.save_pretrained(tmp_path / "again")  # under the names of this version of transformers, not those of its hub
     require_same(usable_weights(tmp_path / "again"), usable_weights(tmp_path / "hf"))
 
