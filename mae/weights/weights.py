@@ -15,7 +15,7 @@ from mae.models.mae import MaskedAutoencoder, Pair, as_pair
 from mae.models.meta_device import to_be_loaded
 from mae.weights.state_dict_keys import ENCODER, State
 
-Format = Literal["mae", "official", "timm", "hf"]
+Format = Literal["mae", "official", "timm", "hf", "torchvision", "mmpretrain"]
 
 POSITIONS = (f"{ENCODER}pos_embed", "decoder_pos_embed")
 
