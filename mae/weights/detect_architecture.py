@@ -118,9 +118,9 @@ def timm_settings(config: dict[str, Any], opened: Opened, state: State) -> dict[
     pool, norm_after_pool = model_args.get("global_pool", config.get("global_pool")), model_args.get("fc_norm")
     stem = state.get(f"{ENCODER}patch_embed.proj.weight", torch.empty(0))
     network = timm_network(config["architecture"], {"num_classes": config.get("num_classes", 1000), **model_args})
-    if network is not None and network.embed_dim == len(stem):
-        if other := other_than_here(network):
-            raise UserError(f"{opened.path}: timm's {config['architecture']} {other}, which this network does not have")
+    if network is not None and (other := other_than_here(network)):
+        raise UserError(f"{opened.path}: timm's {config['architecture']} {other}, other than this network")
+    if isinstance(network, VisionTransformer) and network.embed_dim == len(stem):
         block: Any = network.blocks[0]
         settings |= {"num_heads": block.attn.num_heads, "image_size": network.patch_embed.img_size}
         settings |= {"eps": block.norm1.eps}
@@ -130,20 +130,21 @@ def timm_settings(config: dict[str, Any], opened: Opened, state: State) -> dict[
     return settings | {"pool": TIMM_POOLS.get(pool), "norm_after_pool": norm_after_pool}
 
 
-def timm_network(name: Any, arguments: dict[str, Any]) -> VisionTransformer | None:
-    """What timm builds by this name, without values; None where it knows no ViT of this name."""
+def timm_network(name: Any, arguments: dict[str, Any]) -> nn.Module | None:
+    """What timm builds by this name, without values; None where it knows no such name."""
     if not isinstance(name, str) or not timm.is_model(name):
         return None
     try:
         with meta_parameters():
-            network = timm.create_model(name, **arguments)
+            return timm.create_model(name, **arguments)
     except Exception as error:  # whatever timm raises on arguments that do not go
         raise ValueError(f"timm builds no {name} with {arguments}: {error}") from None
-    return network if isinstance(network, VisionTransformer) else None
 
 
-def other_than_here(network: VisionTransformer) -> str | None:
+def other_than_here(network: nn.Module) -> str | None:
     """What a network of timm's computes otherwise than the one here, where no tensor shows it; None: nothing."""
+    if not isinstance(network, VisionTransformer):
+        return f"is of the kind {type(network).__name__}"
     block: Any = network.blocks[0]
     activation = getattr(getattr(block, "mlp", None), "act", None)
     if type(block) is not Block:

@@ -33,6 +33,7 @@ def by_transformers(processor: dict[str, Any], image_size: Pair, in_chans: int) 
     """What a `preprocessor_config.json` tells, in any form that transformers has written."""
     if not processor:
         return Preprocessing({}, [])
+    processor = {key: value for key, value in processor.items() if value is not None}
     settings, notes = normalisation(processor, in_chans)
     short, whole = sides(processor)
     crop = pair_of(processor["crop_size"]) if processor.get("do_center_crop") else None

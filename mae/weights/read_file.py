@@ -179,7 +179,8 @@ def open_torch(path: Path, content: Any = None) -> Opened:
     # Dictionaries beside each other: of student and teacher, of encoder and decoder.
     parts = [name for name, value in content.items() if holds_tensors(value)]
     rivals = [name for name in parts if name not in TENSOR_KEYS and encoder_roots(content[name])]
-    used = parts if key is None else [key, *rivals] if rivals else []
+    beside = any(isinstance(value, Tensor) for value in content.values())
+    used = [key, *rivals] if key and rivals else [] if key or beside else parts
     state = dict(content[key] if key else content)
     if used:
         state = {f"{part}.{name}": value for part in used for name, value in content[part].items()}

@@ -27,6 +27,9 @@ HF_PARTS = ("vit.", "decoder.", "classifier.", "pooler.")  # of a model of trans
 MM_HEADS = ("head.fc.", "head.layers.head.")  # mmpretrain's, beside the encoder
 
 
+SOLO_LEARN_WIDTHS = (192, 384)  # of its vit_tiny and vit_small, which have more heads than others of their width
+
+
 class Unwrapped(NamedTuple):
     """The tensors of one encoder and of what belongs to it."""
 
@@ -85,6 +88,9 @@ def unwrap(path: Path, state: State, prefix: str | None) -> Unwrapped | None:
         notes.append(f"{count} left out: {', '.join(parts_of(left, root))}")
     if dialect == "official" and root.endswith(ENCODER):
         dialect = "mae"
+    stem = ours.get(f"{ENCODER}patch_embed.proj.weight")
+    if decoder and f"{parent}classifier.weight" in left and stem is not None and len(stem) in SOLO_LEARN_WIDTHS:
+        notes.append("if solo-learn wrote it, it has 12 heads: state --num_heads 12")
     recorded: dict[str, Any] = {key: in_unit_range(state[name]) for key, name in means.items()}
     if dialect == "torchvision":
         recorded["pool"] = "class"

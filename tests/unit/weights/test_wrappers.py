@@ -4,12 +4,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from foreign import HEADS, KINDS, WIDE, State, autoencoder, official, prefixed, torch_file
+from foreign import (
+    HEADS,
+    KINDS,
+    MM_BLOCK,
+    TORCHVISION_BLOCK,
+    WIDE,
+    State,
+    autoencoder,
+    classifier,
+    official,
+    prefixed,
+    respelled,
+    torch_file,
+)
 from torch.testing import assert_close
 
 import mae
 from mae.cli import main
 from mae.errors import UserError
+from mae.weights.classifier import build_classifier
 from mae.weights.detect import usable_weights
 from mae.weights.detect_architecture import ArchOverrides
 
@@ -115,6 +129,31 @@ def test_the_option_on_the_command_line_and_in_python(tmp_path: Path, capsys: py
     assert torch.equal(student.norm.bias, networks["student"].encoder.norm.bias)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"--prefix teacher: .* is a file of this project, which has one encoder"):
         usable_weights(ours, ArchOverrides(prefix="teacher"))
+
+
+def test_classifiers_of_torchvision_and_mmpretrain(tmp_path: Path) -> None:
+    images = torch.rand(2, 3, 28, 28)
+    mean, token = classifier("mean"), classifier("class")
+    names = {"patch_embed.proj": "patch_embed.projection", "blocks.": "layers.", "fc_norm.": "ln2."}
+    mm = prefixed(respelled(dict(mean.state_dict()), MM_BLOCK | names), "backbone.")
+    names = {"patch_embed.proj": "conv_proj", "cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}
+    names |= {"norm.": "encoder.ln.", "blocks.": "encoder.layers.encoder_layer_", "head.": "heads.head."}
+    for state, network in (
+        (respelled(mm, {"backbone.head.": "head.fc."}), mean),
+        (respelled(dict(token.state_dict()), TORCHVISION_BLOCK | names), token),
+    ):
+        weights = usable_weights(torch_file(state, tmp_path / "x.pth"), HEADS)
+        with torch.no_grad():
+            assert_close(build_classifier(weights)(images), network(images), rtol=0, atol=1e-6)
+        assert not any("pool" in note or "left out" in note for note in weights.notes)
+
+
+def test_the_heads_of_solo_learn_are_not_those_of_others(tmp_path: Path) -> None:
+    path = KINDS["solo-learn"].write(autoencoder(**WIDE), tmp_path)
+    assert "if solo-learn wrote it, it has 12 heads: state --num_heads 12" in usable_weights(path).notes
+    assert not any(
+        "solo" in note for note in usable_weights(KINDS["lightly"].write(autoencoder(**WIDE), tmp_path)).notes
+    )
 
 
 def test_a_decoder_of_another_kind_is_left_out(tmp_path: Path) -> None:
