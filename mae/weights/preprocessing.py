@@ -68,9 +68,9 @@ def by_transformers(processor: dict[str, Any], image_size: Pair, in_chans: int) 
     resample = processor.get("resample", 3)
     if processor.get("do_resize", True) and resample != 3:
         notes.append(f"resizes {FILTERS.get(resample, f'with filter {resample}')}; here bicubically")
-    return Preprocessing(
-        settings | {"crop_pct": min(crop_pct, 1.0)}, [f"preprocessor_config.json: it {n}" for n in notes]
-    )
+    if {"size", "do_resize", "do_center_crop"} & processor.keys():
+        settings["crop_pct"] = min(crop_pct, 1.0)
+    return Preprocessing(settings, [f"preprocessor_config.json: it {note}" for note in notes])
 
 
 def normalisation(processor: dict[str, Any], in_chans: int) -> tuple[dict[str, Any], list[str]]:
