@@ -99,6 +99,7 @@ def add_override_options(parser: ToolParser) -> None:
         "decoder_num_heads": (int, "Attention heads of the decoder"),
         "norm_pix_loss": (bool, "Whether the decoder predicts normalised patches or plain pixels"),
         "pool": (Literal["mean", "class"], "Tokens that a classifier judges by"),
+        "prefix": (str, "Prefix of the encoder to take, of several"),
     }
     for name, (kind, meaning) in unrecorded.items():
         parser.add_argument(f"--{name}", type=kind | None, default=None, help=f"{meaning}, if SRC does not tell.")

@@ -18,8 +18,9 @@ from mae.models.meta_device import meta_parameters
 from mae.models.vit import build
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchitectureDetector, ArchOverrides
 from mae.weights.read_file import Opened, open_weights
-from mae.weights.state_dict_keys import DECODER, ENCODER, Dialect, State, dialect_of, to_ours
+from mae.weights.state_dict_keys import DECODER, ENCODER, State, dialect_of, to_ours
 from mae.weights.weights import Format, Weights, fold_batchnorm, merge_lora
+from mae.weights.wrappers import Unwrapped, unwrap
 
 UNUSED_TENSORS = (f"{ENCODER}head_drop", "vit.pooler.", "pooler.", "vit.embeddings.mask_token")  # how names begin
 
@@ -31,7 +32,9 @@ ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "
 def overrides_from(config: Namespace) -> ArchOverrides:
     """The values of these options."""
     grid = None if config.grid is None else (config.grid[0], config.grid[1])
-    return ArchOverrides(config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool)
+    return ArchOverrides(
+        config.num_heads, config.decoder_num_heads, config.norm_pix_loss, grid, config.pool, config.prefix
+    )
 
 
 def usable_weights(src: str | Path, overrides: ArchOverrides = NO_OVERRIDES) -> Weights:
@@ -64,6 +67,8 @@ def require_usable(weights: Weights) -> Weights:
 def detect_opened(opened: Opened, overrides: ArchOverrides) -> Weights:
     """The weights in an opened file; their `problems` say why they cannot be used, if so."""
     state, description = opened.state, opened.description
+    if description is not None and overrides.prefix is not None:
+        raise UserError(f"--prefix {overrides.prefix}: {opened.path} is a file of this project, which has one encoder")
     if description is not None and opened.about.get("key") == "state_dict":
         weights = Weights(opened.path, as_float32(run_state(state, description)), description)
     else:
@@ -76,28 +81,48 @@ def detect_opened(opened: Opened, overrides: ArchOverrides) -> Weights:
 def detect_by_names(opened: Opened, overrides: ArchOverrides) -> Weights:
     """The weights of any file but a run's own checkpoints."""
     path, state, description = opened.path, opened.state, opened.description
-    dialect = dialect_of(state)
-    if dialect is None:
-        raise UserError(
-            f"{path} holds no ViT that is known here: its tensors are {', '.join(list(state)[:MOST_NAMED])}, ...; "
-            "the names of this project, of the official code, of timm and of transformers' ViTMAE are known"
-        )
-    for key, value in state.items():
+    unwrapped = unwrap(path, state, overrides.prefix) if description is None else None
+    if unwrapped is None:
+        if all(key.startswith("model.") for key in state):
+            state = {key.removeprefix("model."): value for key, value in state.items()}
+        if (dialect := dialect_of(state)) is None:
+            raise UserError(
+                f"{path} holds no ViT that is known here: its tensors are {', '.join(list(state)[:MOST_NAMED])}, ...; "
+                "the names of this project, of the official code, of timm, of transformers' ViTMAE, of torchvision and "
+                "of mmpretrain are known"
+            )
+        unwrapped = Unwrapped(to_ours(state, dialect), dialect, [], "", {})
+    dialect = unwrapped.dialect
+    for key, value in unwrapped.state.items():
         if not value.is_floating_point() and not key.endswith("batches_tracked"):
             raise UserError(f"{path}: {key} is {value.dtype}, but weights must be floating-point numbers")
-    state = as_float32(to_ours(state, dialect))
+    state = as_float32(unwrapped.state)
     unused = [key for key in state if key.startswith(UNUSED_TENSORS)]
     state = {key: value for key, value in state.items() if key not in unused}
-    notes = [*opened.notes, *([f"not used: {', '.join(unused[:MOST_NAMED])}"] if unused else [])]
-    dtypes = sorted({str(v.dtype).removeprefix("torch.") for v in opened.state.values() if v.is_floating_point()})
+    notes = [*opened.notes, *unwrapped.notes, *([f"not used: {', '.join(unused[:MOST_NAMED])}"] if unused else [])]
+    dtypes = sorted({str(v.dtype).removeprefix("torch.") for v in unwrapped.state.values() if v.is_floating_point()})
     if dtypes not in ([], ["float32"]):
         notes.append(f"stored as {' and '.join(dtypes)}, used as float32")
-    file_format = format_of(opened, dialect)
+    file_format = format_of(opened, unwrapped)
     if description is not None:
         return Weights(path, state, description, file_format, tuple(notes))
+    opened = opened._replace(about=opened.about | {"recorded": unwrapped.recorded})
     if f"{ENCODER}fc_norm.weight" in state and f"{ENCODER}head.1.weight" in state:
         state = fold_batchnorm(state)
         notes.append("a probe of the mean of tokens: its BatchNorm is folded into the linear layer")
+    weights = described(opened, state, overrides, file_format, notes)
+    if unwrapped.decoder and (problems := problems_of(weights)):
+        # Nothing says that a decoder in a module of its own is built like this one.
+        encoder = {key: value for key, value in state.items() if key.startswith(ENCODER)}
+        notes.append(f"its decoder ({unwrapped.decoder}) is left out, since it is another one than here: {problems[0]}")
+        weights = described(opened, encoder, overrides, file_format, notes)
+    return weights
+
+
+def described(
+    opened: Opened, state: State, overrides: ArchOverrides, file_format: Format, notes: Sequence[str]
+) -> Weights:
+    """The weights with the description that is detected from tensors under our names."""
     try:
         detector = ArchitectureDetector(opened, state, overrides)
         description = detector.description()
@@ -105,10 +130,10 @@ def detect_by_names(opened: Opened, overrides: ArchOverrides) -> Weights:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: the settings that are stored with it cannot be used ({type(error).__name__}: {error})"
+            f"{opened.path}: the settings that are stored with it cannot be used ({type(error).__name__}: {error})"
         ) from None
-    notes += detector.notes
-    return Weights(path, state, description, file_format, tuple(notes), (), detector.target_assumed_from)
+    notes = (*notes, *detector.notes)
+    return Weights(opened.path, detector.state, description, file_format, notes, (), detector.target_assumed_from)
 
 
 def reject_contradictions(weights: Weights, overrides: ArchOverrides) -> None:
@@ -124,18 +149,19 @@ def as_float32(state: State) -> State:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def format_of(opened: Opened, dialect: Dialect) -> Format:
+def format_of(opened: Opened, unwrapped: Unwrapped) -> Format:
     """timm's names are the official ones of an encoder: the dictionary around them makes the difference."""
     if "architecture" in opened.about.get("config", {}):
         return "timm"
-    if dialect == "official" and opened.about.get("key") != "model":
-        has_decoder = any(key.startswith(DECODER) for key in opened.state)
-        return "mae" if opened.description else "official" if has_decoder else "timm"
-    return dialect
+    if unwrapped.dialect == "official" and opened.about.get("key") != "model":
+        official_decoder = not unwrapped.decoder and any(key.startswith(DECODER) for key in unwrapped.state)
+        return "mae" if opened.description else "official" if official_decoder else "timm"
+    return unwrapped.dialect
 
 
 def run_state(state: State, description: dict[str, Any]) -> State:
     """The weights in a run's .ckpt: of a classifier the averaged ones where there are any, with adapters merged."""
+    state = {key.removeprefix("model."): value for key, value in state.items()}
     averaged = {key.removeprefix("ema.module."): value for key, value in state.items() if key.startswith("ema.module.")}
     if "classifier" not in description:
         return averaged or state

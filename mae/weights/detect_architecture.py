@@ -8,12 +8,17 @@ import math
 import re
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import nn
 
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair, sincos_positions
+from mae.models.meta_device import meta_parameters
 from mae.models.vit import Pool
+from mae.weights.preprocessing import by_timm, by_transformers
 from mae.weights.read_file import Opened
 from mae.weights.state_dict_keys import DECODER, ENCODER, State
 from mae.weights.weights import target_in_words
@@ -21,6 +26,8 @@ from mae.weights.weights import target_in_words
 ENCODER_HEADS = {size.embed_dim: size.num_heads for size in SIZES.values()}  # by width
 
 DECODER_HEADS = {512: 16}  # by width; all published models have this one
+
+TIMM_POOLS: dict[Any, Pool] = {"token": "class", "avg": "mean"}
 
 SINCOS_TOLERANCE = 5e-3  # positions stored as bfloat16 are off by up to 2e-3
 
@@ -33,22 +40,43 @@ class ArchOverrides(NamedTuple):
     norm_pix_loss: bool | None = None
     grid: Pair | None = None  # rows and columns of patches
     pool: Pool | None = None  # the tokens that a classifier's head takes
+    prefix: str | None = None  # of the encoder's tensors, where there are several encoders
 
 
 NO_OVERRIDES = ArchOverrides()
 
 
-def recorded_settings(opened: Opened) -> dict[str, Any]:
+def recorded_settings(opened: Opened, state: State) -> dict[str, Any]:
     """The settings that a configuration, the arguments of a script or the name of an architecture records."""
-    config, args = opened.about.get("config") or {}, opened.about.get("args")
-    args = args if isinstance(args, dict) else {}
+    config, args = opened.about.get("config") or {}, script_arguments(opened)
     recorded = settings_by_name(config.get("architecture") or opened.about.get("arch") or args.get("model"))
     recorded |= {key: args[key] for key in ("norm_pix_loss", "mask_ratio") if key in args}
-    if "model_type" in config:
-        recorded |= transformers_settings(config)
-    elif "architecture" in config:
-        recorded |= timm_settings(config)
+    if isinstance(pool := args.get("global_pool"), bool):  # the official fine-tuning and probe
+        recorded["pool"] = "mean" if pool else "class"
+        recorded["crop_pct"] = official_crop(args.get("input_size") or 224)  # of the probe always 224
+    more: dict[str, Any] = {}
+    if "architecture" in config:
+        more = timm_settings(config, opened, state)
+    elif "model_type" in config:
+        more = transformers_settings(config)
+    elif "gp" in args and opened.about.get("arch"):  # timm's training script
+        arguments = {**(args.get("model_kwargs") or {}), **({"global_pool": args["gp"]} if args["gp"] else {})}
+        more = timm_settings({"architecture": opened.about["arch"], "model_args": arguments}, opened, state)
+        more |= {key: args.get(key) for key in ("mean", "std", "crop_pct")}
+    recorded |= {key: value for key, value in more.items() if value is not None}
+    recorded |= opened.about.get("recorded") or {}
     return {key: value for key, value in recorded.items() if value is not None}
+
+
+def script_arguments(opened: Opened) -> dict[str, Any]:
+    """The arguments of the script that wrote the file; empty where it holds none."""
+    args = opened.about.get("args")
+    return args if isinstance(args, dict) else {}
+
+
+def official_crop(size: int) -> float:
+    """The part of the short side that the official evaluation keeps, for images of this size."""
+    return 1.0 if size > 224 else 224 / 256
 
 
 def settings_by_name(name: Any) -> dict[str, Any]:
@@ -73,21 +101,59 @@ def transformers_settings(config: dict[str, Any]) -> dict[str, Any]:
     settings["pool"] = "class"
     if labels := config.get("id2label"):
         settings["classes"] = [labels[key] for key in sorted(labels, key=int)]
-    processor = config.get("processor", {})
-    return settings | {key: processor[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in processor}
-
-
-def timm_settings(config: dict[str, Any]) -> dict[str, Any]:
-    model_args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
-    settings = {key: cfg[key] for key in ("mean", "std", "license", "crop_pct") if key in cfg}
-    for ours, theirs in (("num_heads", "num_heads"), ("image_size", "img_size")):
-        if theirs in model_args:
-            settings[ours] = model_args[theirs]
-    if config.get("global_pool") == "avg":
-        settings["pool"] = "mean"
-    if cfg.get("label_names"):
-        settings["classes"] = cfg["label_names"]
     return settings
+
+
+def timm_settings(config: dict[str, Any], opened: Opened, state: State) -> dict[str, Any]:
+    """What timm builds from a configuration, where it is of these tensors' size; else what the configuration says.
+
+    Raises:
+        UserError: It is a network that this one cannot stand for.
+    """
+    model_args, cfg = config.get("model_args") or {}, config.get("pretrained_cfg") or {}
+    settings: dict[str, Any] = {"license": cfg.get("license")}
+    settings |= {ours: model_args.get(theirs) for ours, theirs in (("num_heads",) * 2, ("image_size", "img_size"))}
+    labels = config.get("label_names") or cfg.get("label_names")
+    settings["classes"] = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
+    pool, norm_after_pool = model_args.get("global_pool", config.get("global_pool")), model_args.get("fc_norm")
+    stem = state.get(f"{ENCODER}patch_embed.proj.weight", torch.empty(0))
+    network = timm_network(config["architecture"], {"num_classes": config.get("num_classes", 1000), **model_args})
+    if network is not None and (other := other_than_here(network)):
+        raise UserError(f"{opened.path}: timm's {config['architecture']} {other}, other than this network")
+    if isinstance(network, VisionTransformer) and network.embed_dim == len(stem):
+        block: Any = network.blocks[0]
+        settings |= {"num_heads": block.attn.num_heads, "image_size": network.patch_embed.img_size}
+        settings |= {"eps": block.norm1.eps}
+        pool, norm_after_pool = network.global_pool, not isinstance(network.fc_norm, nn.Identity)
+    if f"{ENCODER}head.weight" in state and pool not in (None, *TIMM_POOLS):
+        raise UserError(f"{opened.path}: its global_pool is {pool!r}; this network pools by 'avg' or 'token'")
+    return settings | {"pool": TIMM_POOLS.get(pool), "norm_after_pool": norm_after_pool}
+
+
+def timm_network(name: Any, arguments: dict[str, Any]) -> nn.Module | None:
+    """What timm builds by this name, without values; None where it knows no such name."""
+    if not isinstance(name, str) or not timm.is_model(name):
+        return None
+    try:
+        with meta_parameters():
+            return timm.create_model(name, **arguments)
+    except Exception as error:  # whatever timm raises on arguments that do not go
+        raise ValueError(f"timm builds no {name} with {arguments}: {error}") from None
+
+
+def other_than_here(network: nn.Module) -> str | None:
+    """What a network of timm's computes otherwise than the one here, where no tensor shows it; None: nothing."""
+    if not isinstance(network, VisionTransformer):
+        return f"is of the kind {type(network).__name__}"
+    block: Any = network.blocks[0]
+    activation = getattr(getattr(block, "mlp", None), "act", None)
+    if type(block) is not Block:
+        return f"has blocks of the kind {type(block).__name__}"
+    if type(activation).__name__ != "GELU" or getattr(activation, "approximate", "none") != "none":
+        return f"computes with {activation}"
+    if network.global_pool == "avg" and getattr(network, "pool_include_prefix", False):
+        return "averages the class token, too (pool_include_prefix)"
+    return None
 
 
 class ArchitectureDetector:
@@ -101,8 +167,12 @@ class ArchitectureDetector:
     def __init__(self, opened: Opened, state: State, overrides: ArchOverrides) -> None:
         """`state`: the tensors of `opened` under our names."""
         self.opened, self.path = opened, opened.path
-        self.state, self.overrides = state, overrides
-        self.recorded = recorded_settings(opened)
+        self.overrides = overrides
+        self.recorded = recorded_settings(opened, state)
+        if self.recorded.get("norm_after_pool") and self.recorded.get("pool") == "class":
+            # Of the class token alone, a norm after the pool is the same as one before it.
+            state = {key.replace(f"{ENCODER}fc_norm.", f"{ENCODER}norm."): value for key, value in state.items()}
+        self.state = state
         self.notes: list[str] = []
         self.target_assumed_from = ""
 
@@ -115,7 +185,11 @@ class ArchitectureDetector:
         recorded = self.recorded
         model = self.model_arguments()
         in_chans = model["in_chans"]
-        description: dict[str, Any] = {"model": model, "mask_ratio": recorded.get("mask_ratio", 0.75)}
+        self.read_preprocessing(as_pair(model["image_size"]), in_chans)
+        if recorded.get("mask_ratio") == 0:
+            self.notes.append("its mask_ratio is 0, as for features: where patches are hidden, it is 0.75")
+        ratio = recorded.get("mask_ratio") or 0.75
+        description: dict[str, Any] = {"model": model, "mask_ratio": ratio}
         for key, imagenet, neutral in (("mean", IMAGENET_DEFAULT_MEAN, 0.0), ("std", IMAGENET_DEFAULT_STD, 1.0)):
             description[key] = list(recorded.get(key) or (imagenet if in_chans == 3 else [neutral] * in_chans))
         if not recorded.get("mean"):
@@ -124,10 +198,22 @@ class ArchitectureDetector:
         if "norm_pix_loss" in model and "mask_ratio" not in recorded:
             self.notes.append("its mask ratio is not recorded: assumed to be 0.75")
         if any(key.startswith(f"{ENCODER}head.") for key in self.state):
-            description["classifier"] = self.classifier_settings()
+            description["classifier"] = self.classifier_settings(model["image_size"])
+        elif "crop_pct" in recorded:
+            description["crop_pct"] = recorded["crop_pct"]
         if licence := self.licence():
             description["licence"] = licence
         return description
+
+    def read_preprocessing(self, image_size: Pair, in_chans: int) -> None:
+        """Add to what is recorded what a configuration says of mean, std and crop, and note what is not followed."""
+        config = self.opened.about.get("config") or {}
+        if "architecture" in config:
+            told = by_timm(config.get("pretrained_cfg") or {}, image_size)
+        else:
+            told = by_transformers(config.get("processor") or {}, image_size, in_chans)
+        self.recorded |= told.settings
+        self.notes += told.notes
 
     def model_arguments(self) -> dict[str, Any]:
         """The arguments of MaskedAutoencoder; without those of the decoder where there is none."""
@@ -228,7 +314,7 @@ class ArchitectureDetector:
             + (", unless its positions leave out the class token, which this network needs" if no_class_token else "")
         )
 
-    def classifier_settings(self) -> dict[str, Any]:
+    def classifier_settings(self, image_size: Pair) -> dict[str, Any]:
         """classes, pool, head, crop_pct and lora_scale of a classifier."""
         batchnorm = f"{ENCODER}head.1.weight" in self.state
         head = self.state.get(f"{ENCODER}head.1.weight" if batchnorm else f"{ENCODER}head.weight", torch.empty(0))
@@ -238,13 +324,16 @@ class ArchitectureDetector:
         if pool is None:
             pool = "class"
             self.notes.append("its pool is not recorded: its head is assumed to take the class token (pool class)")
+        crop_pct = self.recorded.get("crop_pct", official_crop(min(image_size)))
         if "crop_pct" not in self.recorded:
-            self.notes.append("its crop is not recorded: assumed to be 0.875 of the shorter side")
+            self.notes.append(
+                f"its crop is not recorded: assumed to be {crop_pct:g} of the shorter side, as in the official code"
+            )
         return {
             "classes": classes,
             "pool": pool,
             "head": "batchnorm" if batchnorm else "plain" if pool == "mean" and not norm_after_pool else "linear",
-            "crop_pct": self.recorded.get("crop_pct", 0.875),
+            "crop_pct": crop_pct,
             "lora_scale": 1.0,
         }
 

@@ -26,6 +26,8 @@ FORMAT_NAMES = {
     "official": "the official code",
     "timm": "timm",
     "hf": "Hugging Face's transformers",
+    "torchvision": "torchvision",
+    "mmpretrain": "mmpretrain",
 }
 
 POSITION_KINDS = {"zeros": "all zeros", "sin-cos": "the sin-cos table", "learned": "learned"}

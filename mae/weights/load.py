@@ -31,6 +31,7 @@ def load(
     decoder_num_heads: int | None = None,
     norm_pix_loss: bool | None = None,
     grid: Pair | None = None,
+    prefix: str | None = None,
 ) -> MaskedAutoencoder:
     """Load the whole autoencoder, in eval mode. Whatever had to be assumed about it is a warning.
 
@@ -42,11 +43,12 @@ def load(
         norm_pix_loss: Whether the decoder predicts normalised patches or plain pixels, where the file does not record
             it.
         grid: Rows and columns of patches, where they are neither recorded nor equal.
+        prefix: Of the tensors to take, such as "teacher", where the file holds several encoders.
 
     Raises:
         UserError: The file does not exist, is damaged or of another kind, or has no decoder.
     """
-    weights = read_with_warnings(src, ArchOverrides(num_heads, decoder_num_heads, norm_pix_loss, grid))
+    weights = read_with_warnings(src, ArchOverrides(num_heads, decoder_num_heads, norm_pix_loss, grid, prefix=prefix))
     weights.require_decoder()
     return weights.build()
 
@@ -59,6 +61,7 @@ def load_encoder(
     in_chans: int | None = None,
     num_heads: int | None = None,
     grid: Pair | None = None,
+    prefix: str | None = None,
 ) -> VisionTransformer:
     """Load the encoder for features: timm's VisionTransformer in eval mode, frozen.
 
@@ -71,11 +74,12 @@ def load_encoder(
         in_chans: Another number of channels than its own three; the patch embedding is adapted by timm's rule.
         num_heads: As in `load`.
         grid: As in `load`.
+        prefix: As in `load`.
 
     Raises:
         UserError: As in `load`, or it is a classifier's encoder.
     """
-    weights = read_with_warnings(src, ArchOverrides(num_heads=num_heads, grid=grid))
+    weights = read_with_warnings(src, ArchOverrides(num_heads=num_heads, grid=grid, prefix=prefix))
     weights.require_pretrained(allow_finetuned, "allow_finetuned=True")
     return weights.adapted(image_size, in_chans).encoder()
 
@@ -242,7 +246,10 @@ def fill_data_settings(
 
 
 def trained_data_settings(description: dict[str, Any]) -> dict[str, Any]:
-    """Size, channels, mean and std of the images that weights were trained on, as settings of the data."""
+    """Size, channels, mean and std of the images that weights were trained on, as settings of the data.
+
+    Files of other software may tell the crop of evaluation, too.
+    """
     model = description["model"]
     settings = {"image_size": tuple(model["image_size"]), "in_chans": model["in_chans"]}
-    return settings | {key: description[key] for key in ("mean", "std")}
+    return settings | {key: description[key] for key in ("mean", "std", "crop_pct") if key in description}

@@ -23,6 +23,7 @@ from torch import Tensor
 from mae.errors import UserError
 from mae.runtime import checkpoint_files
 from mae.weights.state_dict_keys import State, bare_name
+from mae.weights.wrappers import encoder_roots
 
 # Of a run folder, the first of these that exists is read.
 RUN_FILES = ("model.safetensors", "checkpoints/last.ckpt", "encoder.safetensors")
@@ -175,13 +176,27 @@ def open_torch(path: Path, content: Any = None) -> Opened:
         about["args"] = vars(about["args"])
     key = next((key for key in TENSOR_KEYS if isinstance(content.get(key), Mapping)), None)
     notes = [f"the averaged weights are used ({key})"] if key in AVERAGED_KEYS else []
+    # Dictionaries beside each other: of student and teacher, of encoder and decoder.
+    parts = [name for name, value in content.items() if holds_tensors(value)]
+    rivals = [name for name in parts if name not in TENSOR_KEYS and encoder_roots(content[name])]
+    beside = any(isinstance(value, Tensor) for value in content.values())
+    used = [key, *rivals] if key and rivals else [] if key or beside else parts
     state = dict(content[key] if key else content)
+    if used:
+        state = {f"{part}.{name}": value for part in used for name, value in content[part].items()}
     optimizer = any(name.startswith("optimizer") for name in content if isinstance(name, str))
     if key is not None:
         about["key"] = key
     if not isinstance(description, dict):
         description = None
     return Opened(path, with_bare_names(path, state), description, about, optimizer, notes)
+
+
+def holds_tensors(value: Any) -> bool:
+    """Whether it is a dictionary of tensors by their names."""
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in value.items())
 
 
 def load_pickle(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""Names of the same tensors in this project, the official code, timm and Hugging Face's transformers.
+"""Names of the same tensors in this project, the official code, timm, transformers, torchvision and mmpretrain.
 
 Our names are those of MaskedAutoencoder: timm's behind `encoder.`, and the official ones for the decoder. All names of
 a classifier, also those of its head, begin with `encoder.`. Values are never changed, but transformers stores queries,
@@ -6,12 +6,14 @@ keys and values as three tensors.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-Dialect = Literal["mae", "official", "hf"]  # timm's names are the official ones of an encoder
+# timm's names are the official ones of an encoder. The last two are only read.
+Dialect = Literal["mae", "official", "hf", "torchvision", "mmpretrain"]
 
 State = dict[str, Tensor]
 
@@ -60,10 +62,41 @@ BLOCK_KEY = re.compile(r"(encoder\.blocks\.|decoder_blocks\.)(\d+\.)(.*)")
 
 QKV = ("query", "key", "value")
 
+# torchvision's and mmpretrain's names, turned into timm's one after the other.
+BLOCK_SPELLINGS = (
+    (r"\.ln_?([12])\.", r".norm\1."),
+    (r"\.self_attention\.in_proj_", ".attn.qkv."),
+    (r"\.self_attention\.out_proj\.", ".attn.proj."),
+    (r"\.mlp\.(0|linear_1)\.", ".mlp.fc1."),
+    (r"\.mlp\.(3|linear_2)\.", ".mlp.fc2."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+
+ENCODER_SPELLINGS = (
+    (r"^(patch_embed\.projection|conv_proj)\.", "patch_embed.proj."),
+    (r"^class_token$", "cls_token"),
+    (r"^encoder\.pos_embedding$", "pos_embed"),
+    (r"^(encoder\.layers\.encoder_layer_|layers\.)", "blocks."),
+    (r"^(encoder\.ln|ln1)\.", "norm."),
+    (r"^ln2\.", "fc_norm."),
+    (r"^heads\.head\.", "head."),
+    *BLOCK_SPELLINGS,
+)
+
+# Of a decoder that is a module of its own.
+DECODER_SPELLINGS = (
+    (r"^(layers\.encoder_layer_|blocks\.)", "decoder_blocks."),
+    (r"^pos_embed(ding)?$", "decoder_pos_embed"),
+    (r"^(ln1?|norm)\.", "decoder_norm."),
+    (r"^prediction_head\.", "decoder_pred."),
+    *BLOCK_SPELLINGS,
+)
+
 
 def bare_name(key: str) -> str:
-    """The name without the prefixes that wrappers add: DDP, torch.compile, a LightningModule."""
-    return re.sub(r"^((module|_orig_mod|model)\.)+", "", key).replace("._orig_mod.", ".")
+    """The name without what DDP and torch.compile add to it."""
+    return re.sub(r"^((module|_orig_mod)\.)+", "", key).replace("._orig_mod.", ".")
 
 
 def dialect_of(state: State) -> Dialect | None:
@@ -81,6 +114,8 @@ def to_ours(state: State, dialect: Dialect) -> State:
     """The tensors under our names. A name that the dialect does not know stays as it is."""
     if dialect == "mae":
         return dict(state)
+    if dialect in ("torchvision", "mmpretrain"):
+        return {ENCODER + respelled(key, ENCODER_SPELLINGS): value for key, value in state.items()}
     if dialect == "official":
         return {official_to_ours(key): value for key, value in state.items()}
     ours = {hf_to_ours(key): value for key, value in state.items()}
@@ -117,8 +152,7 @@ def official_name(key: str) -> str:
 
 
 def hf_to_ours(key: str) -> str:
-    for pattern, spelling in HF_SPELLINGS:
-        key = re.sub(pattern, spelling, key)
+    key = respelled(key, HF_SPELLINGS)
     for theirs, ours in HF_NAMES.items():
         if key.startswith(theirs):
             return BLOCK_KEY.sub(lambda m: m[1] + m[2] + renamed(m[3], HF_BLOCK), ours + key.removeprefix(theirs))
@@ -132,6 +166,17 @@ def ours_to_hf(key: str) -> str:
         if key.startswith(ours):  # the last, empty one matches every name
             return theirs + key.removeprefix(ours)
     raise AssertionError(key)
+
+
+def spelled_decoder(key: str) -> str:
+    """Our name of a tensor in a decoder that is a module of its own; an unknown name stays as it is."""
+    return respelled(key, DECODER_SPELLINGS)
+
+
+def respelled(key: str, spellings: Iterable[tuple[str, str]]) -> str:
+    for pattern, spelling in spellings:
+        key = re.sub(pattern, spelling, key)
+    return key
 
 
 def renamed(key: str, names: dict[str, str]) -> str:

@@ -16,7 +16,7 @@ from mae.models.mae import MaskedAutoencoder, Pair, as_pair
 from mae.models.meta_device import to_be_loaded
 from mae.weights.state_dict_keys import ENCODER, State
 
-Format = Literal["mae", "official", "timm", "hf"]
+Format = Literal["mae", "official", "timm", "hf", "torchvision", "mmpretrain"]
 
 POSITIONS = (f"{ENCODER}pos_embed", "decoder_pos_embed")
 
@@ -140,8 +140,8 @@ class Weights(NamedTuple):
     @property
     def crop_pct(self) -> float:
         """Side of the centre crop in evaluation, as a fraction of the side of the resized image."""
-        usual = usual_crop_pct(as_pair(self.config["image_size"]))
-        return self.classifier["crop_pct"] if self.classifier else usual
+        told: float | None = (self.classifier or self.description).get("crop_pct")
+        return usual_crop_pct(as_pair(self.config["image_size"])) if told is None else told
 
     @property
     def preprocessing(self) -> dict[str, Any]:

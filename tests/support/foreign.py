@@ -161,6 +161,79 @@ def hub_encoder(n: MaskedAutoencoder, folder: Path) -> Path:
     return folder / "x.safetensors"
 
 
+# What others call the tensors of a block, a decoder and an encoder, by our official names.
+MM_BLOCK = {"norm1": "ln1", "norm2": "ln2", "mlp.fc1": "ffn.layers.0.0", "mlp.fc2": "ffn.layers.1"}
+TORCHVISION_BLOCK = {
+    **{
+        "norm1": "ln_1",
+        "norm2": "ln_2",
+        "mlp.fc1": "mlp.0",
+        "mlp.fc2": "mlp.3",
+        "attn.proj": "self_attention.out_proj",
+    },
+    **{"attn.qkv.": "self_attention.in_proj_"},
+}
+
+
+def parts(n: MaskedAutoencoder) -> tuple[State, State]:
+    """The encoder's and the decoder's tensors under the official names."""
+    state = official(n)
+    decoder = {key: value for key, value in state.items() if key.startswith(("decoder_", "mask_token"))}
+    return {key: value for key, value in state.items() if key not in decoder}, decoder
+
+
+def respelled(state: State, names: dict[str, str]) -> State:
+    for old, new in names.items():
+        state = {key.replace(old, new): value for key, value in state.items()}
+    return state
+
+
+def lightly(n: MaskedAutoencoder, folder: Path) -> Path:
+    """lightly's MaskedVisionTransformerTIMM, with the head that its ViT has and does not use, and MAEDecoderTIMM."""
+    encoder, decoder = parts(n)
+    encoder |= {"head.weight": torch.ones(1000, n.config["embed_dim"]), "head.bias": torch.ones(1000)}
+    state = {"backbone.mask_token": torch.zeros(1, 1, 32), **prefixed(encoder, "backbone.vit.")}
+    return torch_file({"state_dict": state | prefixed(decoder, "decoder."), "epoch": 3}, folder / "x.ckpt")
+
+
+def lightly_on_torchvision(n: MaskedAutoencoder, folder: Path) -> Path:
+    """lightly's MAEBackbone and MAEDecoder; the mask token is beside them."""
+    encoder, decoder = (respelled(state, TORCHVISION_BLOCK) for state in parts(n))
+    names = {"patch_embed.proj": "conv_proj", "cls_token": "class_token", "pos_embed": "encoder.pos_embedding"}
+    names |= {"norm.": "encoder.ln.", "blocks.": "encoder.layers.encoder_layer_"}
+    encoder = respelled(encoder, names) | {"heads.head.weight": torch.ones(9, 32), "heads.head.bias": torch.ones(9)}
+    names = {"decoder_pos_embed": "pos_embedding", "decoder_norm.": "ln.", "decoder_pred": "prediction_head"}
+    decoder = respelled(decoder, names | {"decoder_blocks.": "layers.encoder_layer_"})
+    state = {"mask_token": decoder.pop("mask_token"), **prefixed(encoder, "backbone.")}
+    return torch_file(state | prefixed(decoder, "decoder."), folder / "x.pth")
+
+
+def solo_learn(n: MaskedAutoencoder, folder: Path) -> Path:
+    encoder, decoder = parts(n)
+    state = prefixed(encoder, "backbone.") | {"classifier.weight": torch.ones(5, 32), "classifier.bias": torch.ones(5)}
+    return torch_file({"state_dict": state | prefixed(decoder, "decoder."), "epoch": 3}, folder / "x.ckpt")
+
+
+def stable_pretraining(n: MaskedAutoencoder, folder: Path) -> Path:
+    """Its patch embedding is stored twice; its decoder is another one; a callback trains a probe."""
+    encoder, _ = parts(n)
+    stem = {key: value for key, value in encoder.items() if key.startswith("patch_embed.")}
+    state = prefixed(encoder, "encoder.vit.") | prefixed(stem, "encoder.")
+    state |= {"decoder.mask_token": torch.zeros(1, 1, 16), "decoder.transformer.context_proj.weight": torch.ones(2, 2)}
+    state |= {"callbacks_modules.probe.weight": torch.ones(5, 32)}
+    return torch_file({"state_dict": prefixed(state, "model."), "epoch": 3}, folder / "x.ckpt")
+
+
+def mmpretrain(n: MaskedAutoencoder, folder: Path) -> Path:
+    encoder, decoder = (respelled(state, MM_BLOCK) for state in parts(n))
+    encoder = respelled(encoder, {"patch_embed.proj": "patch_embed.projection", "blocks.": "layers.", "norm.": "ln1."})
+    decoder = respelled(decoder, {"decoder_norm.": "ln1."})
+    state = prefixed(encoder, "backbone.") | prefixed(decoder, "neck.")
+    state |= {"data_preprocessor.mean": torch.tensor([127.5, 51.0, 0.0]).view(3, 1, 1)}
+    state |= {"data_preprocessor.std": torch.tensor([51.0, 51.0, 25.5]).view(3, 1, 1)}
+    return torch_file({"meta": {"cfg": "text"}, "state_dict": state}, folder / "x.pth")
+
+
 KINDS = {
     "state dict under our names": Kind(lambda n, d: torch_file(n.state_dict(), d / "x.pt"), "mae"),
     "official encoder": Kind(
@@ -181,6 +254,18 @@ KINDS = {
         lambda n, d: torch_file({"state_dict": prefixed(official(n), "model."), "epoch": 1}, d / "x.ckpt"), "official"
     ),
     "compiled blocks": Kind(lambda n, d: torch_file({"model": in_the_midst(official(n))}, d / "x.pth"), "official"),
+    "any prefix": Kind(lambda n, d: torch_file(prefixed(official(n), "_base.model.net."), d / "x.pth"), "official"),
+    "transformers in a LightningModule": Kind(
+        lambda n, d: torch_file({"state_dict": prefixed(hub(n), "model.")}, d / "x.ckpt"), "hf"
+    ),
+    "encoder and decoder beside each other": Kind(
+        lambda n, d: torch_file(dict(zip(("encoder", "decoder"), parts(n), strict=True)), d / "x.pth"), "mae"
+    ),
+    "lightly": Kind(lightly, "timm"),
+    "lightly on torchvision": Kind(lightly_on_torchvision, "torchvision"),
+    "solo-learn": Kind(solo_learn, "timm"),
+    "stable-pretraining": Kind(stable_pretraining, "timm", "encoder"),
+    "mmpretrain": Kind(mmpretrain, "mmpretrain"),
     "safetensors": Kind(lambda n, d: (save_file(official(n), d / "x.safetensors"), d / "x.safetensors")[1], "official"),
     "timm": Kind(lambda n, d: torch_file(official(n, encoder=True), d / "x.pth"), "timm", "encoder"),
     "timm training": Kind(timm_training, "timm", "encoder"),
@@ -346,8 +431,13 @@ BAD: dict[str, tuple[str, Callable[[Path], bytes], str]] = {
     "a ResNet": (".pth", model(resnet()), "no ViT that is known here: its tensors are conv1.weight"),
     "all keys renamed": (
         ".pth",
-        model(prefixed(official(autoencoder()), "backbone.")),
-        "no ViT that is known here: its tensors are backbone.",
+        model({key.replace(".", "_"): value for key, value in official(autoencoder()).items()}),
+        "no ViT that is known here: its tensors are ",
+    ),
+    "student and teacher": (
+        ".pth",
+        lambda d: torch_bytes({name: official(autoencoder()) for name in ("student", "teacher")}, d),
+        "holds 2 encoders, behind the prefixes 'student' and 'teacher': state which.*--prefix",
     ),
     "a name twice": (
         ".pth",
