@@ -1,5 +1,6 @@
 """`mae stats`: mean and std of the channels of a data set, as `mae doctor` finds them."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +34,8 @@ def channel_statistics(data: ImageData) -> tuple[list[float], list[float]]:
         UserError: An image cannot be read.
     """
     data.load()
+    if data.layout:
+        print(data.layout, file=sys.stderr, flush=True)  # what is on standard output can be given to a command
     source = data.train_source
     assert source is not None
     if isinstance(source, FileSource):
