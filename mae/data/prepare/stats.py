@@ -23,7 +23,10 @@ def stats_command(args: Sequence[str]) -> None:
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(ImageData, "data")
     data = ImageData(**parser.parse_args(list(args)).data.as_dict())
-    for key, values in zip(("mean", "std"), channel_statistics(data), strict=True):
+    statistics = channel_statistics(data)
+    if data.layout:
+        print(data.layout, file=sys.stderr)  # what is on standard output can be given to a command
+    for key, values in zip(("mean", "std"), statistics, strict=True):
         print(as_option(key, values))
 
 
@@ -34,8 +37,6 @@ def channel_statistics(data: ImageData) -> tuple[list[float], list[float]]:
         UserError: An image cannot be read.
     """
     data.load()
-    if data.layout:
-        print(data.layout, file=sys.stderr, flush=True)  # what is on standard output can be given to a command
     source = data.train_source
     assert source is not None
     if isinstance(source, FileSource):
