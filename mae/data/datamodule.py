@@ -216,7 +216,7 @@ class ImageData(LightningDataModule):
             return load_torchvision(self.dataset, self.require_root().path, self.download)
         splits = open_splits(self.require_root(), self.in_chans, self.train_dir, self.val_dir)
         train, val = splits.sources["train"], splits.sources.get("val")
-        self.layout = str(splits)
+        self.layout = str(splits) + ("; val is not used, as holdout is set" if val and self.holdout else "")
         if val is not None and train.classes and val.classes:
             relabel(val, train.classes, str(splits.places["train"]))
         return train, val

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from conftest import save_images
+from conftest import TINY, save_images
 
 from mae.cli import main
 from mae.data.decode import Leftovers, find_images
@@ -175,6 +175,11 @@ def test_the_line_is_printed_where_images_are_counted(tmp_path: Path, capsys: py
     said = capsys.readouterr().out
     assert "1 file in train in formats that are not read (.jxl)" in said
     assert "1 hidden folder with images in train (@eaDir)" in said
+    args = ["pretrain", f"--data.root={root}", *TINY, "--data.image_size=28", "--data.num_workers=0"]
+    args += ["--data.batch_size_per_device=2", "--trainer.max_steps=1", "--data.holdout=0.5"]
+    assert main([*args, f"--run_dir={tmp_path / 'run'}"]) == 0
+    said = f"\nimages        2 for training, 4 held out; {line}; val is not used, as holdout is set\n"
+    assert said in "\n" + capsys.readouterr().out
     (root / "train").mkdir()
     assert main(["doctor", str(root)]) == 2
     assert "has both Train/ and train/: say which one is for train with --train_dir" in capsys.readouterr().err

@@ -247,6 +247,25 @@ def test_empty_and_single_classes_are_treated_alike(
     assert not (tmp_path / "run").exists()
 
 
+def test_images_that_are_left_out_are_counted_beside_the_others(
+    pretrained: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, left = tmp_path / "images", "left out: .jxl 1 (pip install pillow-jxl-plugin), .svg 2"
+    save_images(root, 2, (28, 28))
+    for name in ("a.jxl", "b.svg", "c.SVG", "notes.txt"):
+        (root / name).touch()
+    assert main(["predict", str(root), f"--model={finetuned}", f"--out={tmp_path / 'x.csv'}", "--num_workers=0"]) == 0
+    assert capsys.readouterr().out.endswith(f"x.csv: 2 images, 10 classes; {left}\n")
+    args = ["embed", f"--encoder={pretrained}", f"--out={tmp_path / 'x.npz'}", "--num_workers=0"]
+    assert main([*args, f"--data.root={root}"]) == 0
+    assert f"2 images; {left}\n" in capsys.readouterr().out
+    for path in root.glob("*.png"):
+        path.unlink()
+    predict = ["predict", root, f"--model={finetuned}", f"--out={tmp_path / 'x.csv'}"]
+    for command in (predict, ["knn", f"--encoder={pretrained}", f"--data.root={root}"]):
+        assert f"images holds no image that can be read; {left}; convert to" in fails(capsys, *command)
+
+
 def test_predict_writes_a_row_an_image(
     finetuned: Path, digit_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
