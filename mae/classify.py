@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
+from mae.data.labelled import require_classes
 from mae.errors import UserError
 from mae.evaluation.metrics import Report, Scores
 from mae.models.mae import Pair
@@ -43,8 +44,7 @@ class Classify(Stage):
         drop_path: float = 0.0,
         activation_checkpointing: bool = False,
     ) -> None:
-        if len(classes) < 2:
-            raise UserError(f"{len(classes)} class: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
+        require_classes(classes)
         weights = None if encoder == SCRATCH else read_weights(encoder)
         if weights:
             weights.require_pretrained(allow_finetuned, "--model.allow_finetuned true")

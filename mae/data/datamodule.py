@@ -32,10 +32,10 @@ from mae.data.datasets import (
     normalize,
 )
 from mae.data.decode import BadImage
+from mae.data.layout import open_splits
 from mae.data.loaders import Loader, ReplayLoader, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
 from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel
-from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
 from mae.options import check_ranges
 from mae.runtime.storage import Place
@@ -68,10 +68,12 @@ class ImageData(LightningDataModule):
             dependencies. `cifar10`, `fashion_mnist`: torchvision's files below `root`.
         root: Folder of the data. If it has the sub-folders train/ and val/, these are the splits, each with one folder
             per class (`root/train/CLASS/*`), with images only, or with the shards of `mae pack`; otherwise all images
-            below it are for training. Shards may also lie on a store that fsspec knows: s3://bucket/folder,
-            http://host/folder. A .tar file of images works, too.
+            below it are for training. Training, valid, validation and test are known, too, in any case. Shards may
+            also lie on a store that fsspec knows: s3://bucket/folder, http://host/folder. A .tar file of images works,
+            too.
         train_dir: Folder or .tar file of the training split, relative to root (default: train, if it exists).
-        val_dir: Folder or .tar file of the validation split, relative to root (default: val, if it exists).
+        val_dir: Folder or .tar file of the validation split, relative to root (default: val, if it exists, or what is
+            called like it).
         image_size: Pixels, one side of a square or [height, width] (default: that of the encoder or model; else that
             of the data set, 224 for folders).
         in_chans: Channels that images are converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy files (default:
@@ -159,6 +161,7 @@ class ImageData(LightningDataModule):
         self.distort: Distort | None = None
         self.train_source: Source | None = None
         self.val_source: Source | None = None
+        self.layout = ""  # of files: which folder was taken for which split, what each holds, and what was left out
 
     def channel_values(
         self, key: str, values: Sequence[float] | None, default: Sequence[float] | None
@@ -211,11 +214,11 @@ class ImageData(LightningDataModule):
             return load_digits()
         if self.dataset != "folder":
             return load_torchvision(self.dataset, self.require_root().path, self.download)
-        places = split_places(self.require_root(), self.train_dir, self.val_dir)
-        train = open_images(places["train"], self.in_chans)
-        val = open_images(places["val"], self.in_chans) if "val" in places else None
+        splits = open_splits(self.require_root(), self.in_chans, self.train_dir, self.val_dir)
+        train, val = splits.sources["train"], splits.sources.get("val")
+        self.layout = str(splits) + ("; val is not used, as holdout is set" if val and self.holdout else "")
         if val is not None and train.classes and val.classes:
-            relabel(val, train.classes, str(places["train"]))
+            relabel(val, train.classes, str(splits.places["train"]))
         return train, val
 
     def augment(self, image: Tensor) -> Tensor:

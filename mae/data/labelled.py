@@ -1,6 +1,5 @@
 """Labelled data for linear probing and fine-tuning: label subsets, held-out training images, strong augmentation."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import is_dir
 from mae.data.sampling import seeded
-from mae.data.sources import FolderSource, Source, by_class
+from mae.data.sources import Source, by_class
 from mae.errors import UserError
 from mae.options import check_ranges
 
@@ -63,7 +61,7 @@ class LabelledData(ImageData):
         assert self.train_source is not None
         check_classes(self.train_source, "training")
         if self.val_source is not None:
-            check_classes(self.val_source, "held-out", fewest=0)
+            check_classes(self.val_source, "held-out", fewest=0, known=self.train_source.classes)
         super().divide()
 
     def subset(self, source: Source) -> list[int]:
@@ -87,32 +85,32 @@ class LabelledData(ImageData):
         return super().settings() | {f"data.{key}": getattr(self, key) for key in keys}
 
 
-def check_classes(source: Source, which: str, fewest: int = 2) -> None:
-    """Check that every class has images and that every label is one of the classes.
+def check_classes(source: Source, which: str, fewest: int = 2, known: Sequence[str] = ()) -> None:
+    """Check that there are two classes or more, every class has images, and every label is one of the classes.
 
     Args:
         which: The split, for messages.
         fewest: Images that each class needs at least.
+        known: Classes of the training images: where there are such, one may be missing, or have an empty folder.
 
     Raises:
         UserError: Names the class or the label.
     """
     if source.labels is None:
+        loose = f", since {source.loose} lies beside the folders" if source.loose else ""
         raise UserError(
-            f"the {which} images have no labels: put them into one folder per class (train/CLASS/*, val/CLASS/*); "
-            "name the splits with --data.train_dir and --data.val_dir"
+            f"the {which} images have no labels{loose}: put them into one folder per class (train/CLASS/*, "
+            "val/CLASS/*); name the splits with --data.train_dir and --data.val_dir"
         )
     if wrong := [label for label in set(source.labels) if not 0 <= label < len(source.classes)]:
         raise UserError(
             f"a {which} image has the label {wrong[0]}, outside the {len(source.classes)} classes 0 to "
             f"{len(source.classes) - 1}"
         )
-    if isinstance(source, FolderSource):
-        with os.scandir(source.root) as entries:
-            folders = sorted(e.name for e in entries if is_dir(e) and not e.name.startswith("."))
-        filled = {source.classes[label] for label in set(source.labels)}
-        if empty := [name for name in folders if name not in filled]:
-            raise UserError(f"{source.root / empty[0]} holds no image: fill or remove the folder of this class")
+    if empty := [name for name in source.empty_folders if name not in known]:
+        raise UserError(f"the {which} folder {empty[0]}/ holds no image: fill or remove the folder of this class")
+    if not known:
+        require_classes(source.classes)
     counts = np.bincount(source.labels, minlength=len(source.classes))
     if few := [(source.classes[i], int(count)) for i, count in enumerate(counts) if count < fewest]:
         raise UserError(
@@ -120,23 +118,35 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
         )
 
 
+def require_classes(classes: Sequence[str]) -> None:
+    """Raise a UserError where there are fewer than two classes."""
+    if len(classes) < 2:
+        names = f" ({classes[0]})" if classes else ""
+        raise UserError(f"{len(classes)} class{names}: a classifier needs at least 2 (--data.root holds train/CLASS/*)")
+
+
 def read_subset_file(source: Source, path: Path) -> list[int]:
     """Indices of the images that a file lists, in ascending order.
 
     Raises:
-        UserError: The file cannot be read, lists an unknown image, or lists none of a class.
+        UserError: The file cannot be read, lists an unknown image or a bare name of several, or lists none of a class.
     """
     try:
         lines = {line.strip() for line in path.read_text().splitlines() if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
-    chosen, matched = [], set()
+    chosen, matched = [], dict[str, str]()  # the image of each line
     for index in range(len(source)):
         name = source.name(index)
         if matches := {name, name.rsplit("/", 1)[-1]} & lines:
             chosen.append(index)
-            matched |= matches
-    if missing := sorted(lines - matched):
+            if other := next((matched[line] for line in matches if line in matched), None):
+                raise UserError(
+                    f"--data.subset_file {path} names {name.rsplit('/', 1)[-1]!r}, which is {other} and {name}: "
+                    "give paths below the training folder"
+                )
+            matched |= dict.fromkeys(matches, name)
+    if missing := sorted(lines - set(matched)):
         raise UserError(f"--data.subset_file {path} names {missing[0]!r}, which is no training image")
     assert source.labels is not None
     if empty := sorted(set(range(len(source.classes))) - {source.labels[i] for i in chosen}):

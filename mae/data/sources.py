@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.data.decode import BadImage, Picture, find_images, from_item, open_image, read_file
+from mae.data.decode import BadImage, Leftovers, Picture, find_images, from_item, open_image, read_file
 from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
+from mae.options import plural
 
 
 class Source:
@@ -23,10 +24,16 @@ class Source:
     Attributes:
         labels: Class number of each image; None if the images have no labels.
         classes: Names of the classes, by class number; empty if the images have no labels.
+        leftovers: What lies among the images and is none of them.
+        empty_folders: Folders without images among those of the classes.
+        loose: An image beside folders, because of which there are no labels; else "".
     """
 
     labels: list[int] | None = None
     classes: list[str]
+    leftovers: Leftovers = Leftovers()
+    empty_folders: Sequence[str] = ()
+    loose: str = ""
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -160,11 +167,13 @@ class FolderSource(FileSource):
         self.root, self.in_chans = root, in_chans
         # Bytes in an array, not a list of str: workers are forked, and the reference counts of a million Python objects
         # would copy these into each of them.
-        paths = find_images(root)
+        self.leftovers = Leftovers()
+        paths = find_images(root, self.leftovers)
         if not paths:
-            raise UserError(f"{root} holds no image")
+            raise self.leftovers.no_image(root)
         self.paths = np.array([os.fsencode(path) for path in paths])
         self.labels, self.classes = class_labels(paths)
+        note_folders(self, paths)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -217,6 +226,24 @@ def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
     classes = sorted(set(folders))
     number = {name: i for i, name in enumerate(classes)}
     return [number[folder] for folder in folders], classes
+
+
+def note_folders(source: Source, names: Sequence[str]) -> None:
+    """Set what there is to say about the folders of a source of files with these names."""
+    folders = source.leftovers.folders
+    if source.labels is not None:
+        source.empty_folders = sorted({folder.split("/", 1)[0] for folder in folders} - set(source.classes))
+    elif any("/" in name for name in names):
+        source.loose = next(name for name in names if "/" not in name)
+    folders.clear()  # no longer needed, and forked workers would copy it
+
+
+def describe(source: Source) -> str:
+    """What a source holds, and what was left out: "7 images, 2 classes; left out: .heic 1"."""
+    notes = [plural(len(source), "image") + (f", {plural(len(source.classes), 'class')}" if source.labels else "")]
+    notes += [f"no labels, since {source.loose} lies beside the folders"] if source.loose else []
+    notes += [f"no image in {', '.join(source.empty_folders)}"] if source.empty_folders else []
+    return "; ".join([*notes, *filter(None, [source.leftovers.note()])])
 
 
 def relabel(source: Source, classes: Sequence[str], whose: str) -> None:

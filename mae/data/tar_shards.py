@@ -11,14 +11,15 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, find_images
-from mae.data.sources import FileSource, FolderSource, class_labels
+from mae.data.decode import IMAGE_SUFFIXES, BadImage, Leftovers, find_images, is_hidden
+from mae.data.sources import FileSource, FolderSource, class_labels, note_folders
 from mae.errors import UserError
 from mae.runtime.files import atomic_write
 from mae.runtime.storage import Place, Range
@@ -135,7 +136,13 @@ def read_index(place: Place) -> Index:
 
 
 class RecordSource(FileSource):
-    """Images in a few large files, found by an index."""
+    """Images in a few large files, found by an index.
+
+    Attributes:
+        inside: Folder in a tar file that names are relative to, with a slash at its end; else "".
+    """
+
+    inside = ""
 
     def __init__(self, place: Place, index: Index, in_chans: int):
         self.place, self.index, self.in_chans = place, index, in_chans
@@ -153,7 +160,7 @@ class RecordSource(FileSource):
         return self.index.name(index)
 
     def where(self, index: int) -> str:
-        return f"{self.place}/{self.index.files[self.index.file[index]]}: {self.name(index)}"
+        return f"{self.place}/{self.index.files[self.index.file[index]]}: {self.inside}{self.name(index)}"
 
     def read(self, index: int) -> bytes:
         data = next(self.read_all([index]))
@@ -174,7 +181,11 @@ class RecordSource(FileSource):
 
 
 def scan_tar(
-    path: Path, start: int = 0, size: int | None = None, suffixes: frozenset[str] = IMAGE_SUFFIXES
+    path: Path,
+    start: int = 0,
+    size: int | None = None,
+    suffixes: frozenset[str] = IMAGE_SUFFIXES,
+    leftovers: Leftovers | None = None,
 ) -> Iterator[tuple[str, int, int]]:
     """Name, first byte and size of every image in a tar file, without reading the images.
 
@@ -182,6 +193,7 @@ def scan_tar(
         start: First byte of the tar in the file; it may be inside another one.
         size: Size of the tar in bytes (default: up to the end of the file).
         suffixes: Suffixes of the members to return, in lower case.
+        leftovers: Gets what else is there, as for `find_images`.
 
     Raises:
         UserError: The file cannot be read, is damaged or compressed, or an image in it is a link.
@@ -200,8 +212,12 @@ def scan_tar(
                     name = posixpath.normpath(member.name).lstrip("/")  # as after unpacking
                     if name.startswith("../"):
                         raise UserError(f"{path}: {member.name} would lie outside the folder: unpack the archive")
-                    hidden = any(part.startswith(".") for part in name.split("/"))
-                    if member.isdir() or hidden or os.path.splitext(name)[1].lower() not in suffixes:
+                    suffix = os.path.splitext(name)[1].lower()
+                    *above, last = name.split("/")
+                    hidden = next((part for part in above if is_hidden(part)), "")
+                    if last.startswith(".") or member.isdir() or hidden or suffix not in suffixes:
+                        if leftovers is not None and not is_hidden(last):
+                            leftovers.add_member(name, suffix, hidden, member.isdir())
                         continue
                     if not member.isreg() or member.issparse():
                         raise UserError(f"{path}: {member.name} is a link or a sparse file: unpack the archive")
@@ -214,17 +230,47 @@ def scan_tar(
         raise UserError(f"{path} is not a tar file that can be read: {error}; unpack it if it is compressed") from None
 
 
+class TarImages:
+    """The images in an uncompressed tar file: one scan, of which several sources can be made.
+
+    Attributes:
+        records: (0, first byte, size) of each image by its name, sorted. Of several members with one name the last
+            counts, as in unpacking.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """
+        Raises:
+            UserError: There is no image, or as for `scan_tar`.
+        """
+        self.path, self.leftovers = path, Leftovers()
+        found = {name: (0, offset, size) for name, offset, size in scan_tar(path, leftovers=self.leftovers)}
+        if not found:
+            raise self.leftovers.no_image(path)
+        self.records = dict(sorted(found.items()))
+
+    def source(self, in_chans: int, inside: str = "") -> RecordSource:
+        """The images in a folder of the tar file, in the order that the unpacked folder would have."""
+        prefix = f"{inside}/" if inside else ""
+        records = {name[len(prefix) :]: place for name, place in self.records.items() if name.startswith(prefix)}
+        leftovers = Leftovers() if inside else replace(self.leftovers)  # counts are of the whole file
+        leftovers.folders = {name[len(prefix) :] for name in self.leftovers.folders if name.startswith(prefix)}
+        source = record_source(Place(self.path.parent), [self.path.name], records, in_chans, leftovers)
+        source.inside = prefix
+        return source
+
+
 def tar_source(path: Path, in_chans: int) -> RecordSource:
     """The images of an uncompressed tar file, in the order that the unpacked folder would have."""
-    # Of several members with one name the last counts, as in unpacking.
-    records = {name: (0, offset, size) for name, offset, size in scan_tar(path)}
-    if not records:
-        raise UserError(f"{path} holds no image")
-    return record_source(Place(path.parent), [path.name], records, in_chans)
+    return TarImages(path).source(in_chans)
 
 
 def record_source(
-    place: Place, files: Sequence[str], records: dict[str, tuple[int, int, int]], in_chans: int
+    place: Place,
+    files: Sequence[str],
+    records: dict[str, tuple[int, int, int]],
+    in_chans: int,
+    leftovers: Leftovers | None = None,
 ) -> RecordSource:
     """A source of images in files, sorted and labelled by their names as a folder of them would be.
 
@@ -235,33 +281,10 @@ def record_source(
     file, offset, size = zip(*(records[name] for name in names), strict=True)
     labels, classes = class_labels(names)
     index = make_index(files, file, offset, size, names, labels=labels, classes=classes)
-    return RecordSource(place, index, in_chans)
-
-
-def holds_images(place: Place) -> bool:
-    """Whether there is something for `open_images`: a folder or a tar file; at a remote place, an index."""
-    return (place / INDEX).exists() if place.remote else place.exists()
-
-
-def split_places(root: Place, train_dir: str | None, val_dir: str | None, option: str = "--data.") -> dict[str, Place]:
-    """The places of the splits: `train`, which is the root itself if it has no splits, and `val` if there is one.
-
-    Args:
-        option: Prefix of the options train_dir and val_dir, for messages.
-
-    Raises:
-        UserError: One of them does not exist.
-    """
-    train, val = root / (train_dir or "train"), root / (val_dir or "val")
-    has_train, has_val = train_dir is not None or holds_images(train), val_dir is not None or holds_images(val)
-    if has_val and not has_train:
-        raise UserError(f"{root} has a held-out folder {val.name}/ but no {train.name}/; set {option}train_dir")
-    places = {"train": train if has_train else root} | ({"val": val} if has_val else {})
-    for split, place in places.items():
-        if not place.remote and not place.exists():
-            key = "" if place is root else f"{option}{split}_dir "
-            raise UserError(f"{key}{place} does not exist")
-    return places
+    source = RecordSource(place, index, in_chans)
+    source.leftovers = leftovers or Leftovers()
+    note_folders(source, names)
+    return source
 
 
 def open_images(place: Place, in_chans: int) -> FileSource:

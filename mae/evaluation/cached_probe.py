@@ -73,9 +73,10 @@ def recipe(settings: CachedSettings, data: LabelledData, start: str) -> str:
     if data.train_source is None or data.val_source is None:
         raise UserError("a probe needs labelled held-out images: val/CLASS/* below --data.root, or --data.val_dir")
     crops = f"; {settings.crops} crops each: {'; '.join(data.augmentations())}" if settings.crops else ""
+    layout = f"{data.layout}; " if data.layout else ""
     return "\n".join(
         [
-            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; "
+            f"images        {len(data.train_source)} for training, {len(data.val_source)} held out; {layout}"
             f"rate, layer and pool are chosen on {settings.holdout:.0%} of each class's training images",
             f"features      {start}; layers {settings.layers}, pools {', '.join(settings.pools)}; centre crop{crops}",
             f"heads         SGD, {settings.epochs} epochs, batch {settings.batch_size}, rates {settings.rates}",

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from mae.commands import embed_parser
 from mae.data.crops import RESIZED_THEN_CROPPED
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch, WholeSamples
-from mae.data.decode import BadImage
+from mae.data.decode import BadImage, printable
+from mae.data.layout import NameTree, find_layout, split_of, tree_of
 from mae.data.loaders import Loader
 from mae.data.sources import FileSource
-from mae.data.tar_shards import INDEX, holds_images, open_images
+from mae.data.tar_shards import INDEX, open_images
 from mae.errors import PeerLost, UserError
 from mae.evaluation import features
 from mae.evaluation.embed_chunks import FeatureChunks, checked_out
@@ -37,8 +39,6 @@ from mae.runtime.storage import Place
 from mae.weights.load import read_weights, trained_data_settings
 
 PART_ROWS = 1024  # images per chunk, about: some MB of features, and a good size for a row group of Parquet
-
-SPLITS = ("train", "val")
 
 MORE = "a larger --max_bad_images leaves unreadable images out, lists them, and goes on from here"
 
@@ -115,11 +115,16 @@ class EveryImage(FileSource):
         Raises:
             UserError: There is no image.
         """
-        shards = not (root / INDEX).exists() and any((root / split / INDEX).exists() for split in SPLITS)
-        prefixes = [f"{split}/" for split in SPLITS if holds_images(root / split)] if shards else [""]
+        prefixes = [""]
+        indexed = (root / INDEX).exists()
+        if not indexed and (root.remote or root.path.is_dir()):
+            tree = tree_of(root)
+            shards = {name for name in tree.folders("") if (root / name / INDEX).exists()}
+            if shards:
+                prefixes = [f"{name}/" for name in tree.folders("") if name in shards or tree.holds_images(name)]
         self.in_chans = in_chans
         self.sources = {prefix: open_images(root / prefix if prefix else root, in_chans) for prefix in prefixes}
-        if not shards and not (root / INDEX).exists():
+        if prefixes == [""] and not indexed:
             source = self.sources[""]
             source.labels, source.classes = folder_labels(source)
         self.starts = np.cumsum([0, *map(len, self.sources.values())])
@@ -170,22 +175,26 @@ class EveryImage(FileSource):
 
 
 def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
-    """Labels (-1 for none) and names of the classes, which are the folders below train/ and val/, or else below root.
+    """Labels (-1 for none) and names of the classes, which are the folders below those of splits, or else below root.
 
     Args:
         source: Its labels are the first folders of the names.
     """
-    splits = set(source.classes) & set(SPLITS)
-    if splits:  # only those in which every image is in the folder of a class
-        names = map(source.name, range(len(source)))
-        splits -= {name.split("/", 1)[0] for name in names if name.count("/") < 2}
-    if not splits:
-        return (None, []) if set(source.classes) <= set(SPLITS) else (source.labels, source.classes)
+    if source.labels is None:
+        return None, []
+    tree, prefixes = NameTree([source.name(i) for i in range(len(source))]), list[str]()
+    with suppress(UserError):  # which of two folders is for training does not matter here
+        splits = find_layout(tree, Place(".")).splits.values()
+        # only those in which every image is in the folder of a class
+        prefixes = [f"{split}/" for split in splits if not tree.images(split)]
+    if not prefixes:
+        return (None, []) if all(map(split_of, source.classes)) else (source.labels, source.classes)
     number: dict[str, int] = {}
     labels = []
-    for name in map(source.name, range(len(source))):
-        split, folder, *_ = name.split("/", 2)
-        labels.append(number.setdefault(folder, len(number)) if split in splits else -1)
+    for name in tree.names:
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        folder = "" if prefix is None else name[len(prefix) :].split("/", 1)[0]
+        labels.append(number.setdefault(folder, len(number)) if folder else -1)
     return labels, list(number)
 
 
@@ -207,7 +216,9 @@ def compute(
         missing = chunks.missing()
         first_view = (chunks.key, missing, len(chunks.bad()))
         done = chunks.count - len(missing)
-        print(f"{len(source)} images" + (f"; {done} of {chunks.count} parts are there" if done else ""), flush=True)
+        said = [f"{len(source)} images", *(part.leftovers.note() for part in source.sources.values())]
+        said += [f"{done} of {chunks.count} parts are there" if done else ""]
+        print(printable("; ".join(filter(None, said))), flush=True)
     key, missing, bad = fabric.broadcast(first_view)
     mine = missing[fabric.global_rank :: fabric.world_size]
     turns = -(-len(missing) // fabric.world_size)

@@ -12,9 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mae.commands import CLASSIFIER_HELP, predict_parser
 from mae.data.datamodule import TRAINING_ONLY, ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import find_images, read_file
+from mae.data.decode import Leftovers, find_images, printable, read_file
+from mae.data.labelled import check_classes
+from mae.data.layout import Splits, open_held_out
 from mae.data.sources import FileSource, Source, relabel
-from mae.data.tar_shards import holds_images, open_images
 from mae.errors import UserError
 from mae.evaluation import plots
 from mae.evaluation.metrics import Scores, score_line
@@ -118,12 +119,16 @@ def labelled_images(data: ImageData, classifier: Classifier, src: str) -> Source
             raise UserError(f"--data.dataset {data.dataset} has other classes than {src}")
         return data.val_source
     root = data.require_root()
-    val = root / (data.val_dir or "val")
-    folder = val if data.val_dir is not None or holds_images(val) else root
-    source = open_images(folder, data.in_chans)
+    source, place, notes = open_held_out(root, data.in_chans, data.val_dir, classifier.classes)
     if source.labels is None:
-        raise UserError(f"{folder} has no labels: it needs a folder for each class, named like the classes of {src}")
+        loose = f", since {source.loose} lies beside the folders" if source.loose else ""
+        raise UserError(
+            f"{place} has no labels{loose}: it needs a folder for each class, named like the classes of {src}"
+        )
+    if is_first_rank():
+        print(Splits({"val": source}, {"val": place}, notes), flush=True)
     relabel(source, classifier.classes, src)
+    check_classes(source, "held-out", fewest=0, known=classifier.classes)
     return source
 
 
@@ -153,7 +158,8 @@ def predict_command(args: Sequence[str]) -> None:
     settings = {"batch_size_per_device": config.batch_size, "num_workers": config.num_workers}
     settings |= {"image_size": None, "in_chans": None}
     data = classifier_data(classifier, config.model, settings)
-    paths = [file for name in config.images for file in image_paths(Path(name).expanduser())]
+    leftovers = Leftovers()
+    paths = [file for name in config.images for file in image_paths(Path(name).expanduser(), leftovers)]
     source = ImageFiles(paths, data.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
@@ -176,20 +182,21 @@ def predict_command(args: Sequence[str]) -> None:
                 shares = [f"{value:.6f}" for value in row.tolist()]
                 writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
         writer.writerows([source.name(i)] for i in range(row_number, len(paths)))
-    print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes")
+    note = f"; {leftovers.note()}" if leftovers.note() else ""
+    print(printable(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes{note}"))
     if bad:
         raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")
 
 
-def image_paths(path: Path) -> list[Path]:
-    """The images in a folder; a file by itself.
+def image_paths(path: Path, leftovers: Leftovers) -> list[Path]:
+    """The images in a folder; a file by itself. What else is there is added to `leftovers`.
 
     Raises:
         UserError: The folder holds no image.
     """
     if not path.is_dir():
         return [path]
-    paths = [path / name for name in find_images(path)]
+    paths = [path / name for name in find_images(path, leftovers)]
     if not paths:
-        raise UserError(f"{path} holds no image")
+        raise leftovers.no_image(path)
     return paths

@@ -43,6 +43,8 @@ def knn_command(args: Sequence[str]) -> None:
     settings = fill_data_settings(config.data.as_dict(), trained, config.encoder, fixed=("image_size", "in_chans"))
     data = LabelledData(**settings)
     train, test = data.require_labels()
+    if data.layout:
+        print(data.layout, flush=True)
     step = weights.description.get("step") if weights.source.suffix == ".ckpt" else None
     if step is not None:
         unfinished = ", of a run that has not ended" if Path(config.encoder).expanduser().is_dir() else ""

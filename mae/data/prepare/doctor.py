@@ -13,7 +13,8 @@ import numpy as np
 from mae.commands import doctor_parser
 from mae.data.channel_stats import as_option, as_text
 from mae.data.datasets import default_workers
-from mae.data.decode import IMAGE_SUFFIXES, printable
+from mae.data.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES, printable
+from mae.data.layout import open_splits
 from mae.data.prepare.survey import (
     FORMATS,
     TINY,
@@ -24,7 +25,6 @@ from mae.data.prepare.survey import (
     summarise_split,
     survey_split,
 )
-from mae.data.tar_shards import open_images, split_places
 from mae.errors import UserError
 from mae.options import check_ranges, out_file, plural
 from mae.runtime.storage import Place
@@ -33,8 +33,6 @@ from mae.runtime.storage import Place
 MAX_UNREADABLE, MAX_EXAMPLES, MAX_COPIES = 20, 5, 3
 
 FEW = 10  # images; classes with fewer are named
-
-IGNORED_SUFFIXES = {".avif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tga"}  # images that are not read
 
 
 @dataclass
@@ -64,14 +62,13 @@ def doctor_command(args: Sequence[str]) -> None:
     for key in ("json", "list"):
         if config[key]:
             out_file(config[key], f"--{key}")
-    places = split_places(Place(config.dir), config.train_dir, config.val_dir, "--")
-    sources = {key: open_images(place, config.in_chans) for key, place in places.items()}
+    sources, places, notes = open_splits(Place(config.dir), config.in_chans, config.train_dir, config.val_dir, "--")
     splits = {key: survey_split(key, places[key], source, config.in_chans, workers) for key, source in sources.items()}
     groups = find_duplicates(list(splits.values()))
     summaries = {key: summarise_split(split, groups.copies(key)) for key, split in splits.items()}
     problems = chain(stopping_problems(splits, summaries), other_problems(splits, summaries, groups))
     findings = [finding for finding in problems if finding.count]
-    lines = list(report_lines(summaries, findings))
+    lines = [*notes, *report_lines(summaries, findings)]
     if config.json:
         report = {
             "splits": summaries,
@@ -110,7 +107,9 @@ def stopping_problems(splits: dict[str, SplitSurvey], summaries: dict[str, dict[
             advice = "every training and evaluation stops; remove or replace"
         yield new_finding(bad, "unreadable image", f"in {key}", advice, stops=True)
     for key, summary in summaries.items():
-        empty, advice = summary["empty_classes"], "mae linprobe and mae finetune stop; fill or remove"
+        known = summaries["train"]["classes"] if key == "val" else {}
+        empty = [name for name in summary["empty_classes"] if name not in known]
+        advice = "mae knn, linprobe, finetune and evaluate stop; fill or remove"
         yield new_finding(len(empty), "empty class folder", f"in {key}", advice, empty, stops=True)
 
 
@@ -140,10 +139,13 @@ def other_problems(
         what = f"in {key} with a side below {TINY} pixels"
         advice = "perhaps thumbnails or icons; remove, unless the model is for such sizes"
         yield new_finding(summary["small"][TINY], "image", what, advice, example_names(split, split.below(TINY)))
-        ignored = {suffix: count for suffix, count in summary["other_files"].items() if suffix in IGNORED_SUFFIXES}
+        left = split.source.leftovers
         what = f"in {key} in formats that are not read"
-        advice = "images by their suffix, left out; convert to JPEG or PNG, and name JPEGs .jpg"
-        yield new_finding(sum(ignored.values()), "file", what, advice, ignored)
+        remedies = sorted({UNREAD_SUFFIXES[suffix] for suffix in left.suffixes} - {""})
+        advice = f"images by their suffix, left out; {', or '.join([*remedies, 'convert to PNG, TIFF or JPEG'])}"
+        yield new_finding(sum(left.suffixes.values()), "file", what, advice, sorted(left.suffixes))
+        advice = "of systems and programs, left out with the images in them; rename what is wanted"
+        yield new_finding(len(left.hidden), "hidden folder", f"with images in {key}", advice, sorted(left.hidden))
         misnamed = split.marked("other suffix")
         what = f"in {key} under another format's suffix"
         advice = "read by content here, but not by every program; rename"

@@ -20,12 +20,13 @@ from mae.data.channel_stats import as_option, mean_and_std, moments
 from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
+from mae.data.layout import Splits, open_splits, split_places
 from mae.data.loaders import unchanged
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify_shards
 from mae.data.sources import FileSource, relabel
-from mae.data.tar_shards import Index, RecordSource, make_index, open_images, split_places
+from mae.data.tar_shards import Index, RecordSource, make_index
 from mae.errors import UserError
 from mae.options import check_ranges
 from mae.runtime.storage import Place
@@ -166,9 +167,9 @@ def pack_images(config: Namespace) -> None:
         raise UserError(f"--short_side {config.short_side} encodes as JPEG, which has 1 or 3 channels (--in_chans)")
     encoding = Encoding(config.short_side, config.quality or 95)
 
-    sources = open_sources(src, config)
+    sources, places, _ = open_sources(src, config)
     folders = {split: dst / split for split in sources}
-    check_apart(src, dst, folders, config)
+    check_apart(src, dst, folders, places)
     for folder in folders.values():
         check_free(folder, config.overwrite)
     if config.short_side is not None:
@@ -193,27 +194,30 @@ def pack_images(config: Namespace) -> None:
             print(as_option(key, values), flush=True)
 
 
-def open_sources(src: Path, config: Namespace) -> dict[str, FileSource]:
+def open_sources(src: Path, config: Namespace) -> Splits:
     """The images of each split, with the labels that training would use."""
     if not src.exists():
         raise UserError(f"SRC {src} does not exist")
     root = Place(src)
-    places = split_places(root, config.train_dir, config.val_dir, "--")
+    options = config.train_dir, config.val_dir, "--"
+    places, _ = split_places(root, *options)
     archives = holds_archives(src)
     if archives and places["train"].where == root.where:
         sources: dict[str, FileSource] = dict(open_archives(src, config.in_chans))
         if "val" not in sources:
             print(f"{src} holds {TRAIN} but no {VAL}: only train is packed", flush=True)
-        return sources
+        return Splits(sources, dict.fromkeys(sources, root), [])
     if archives:
         print(f"{src} holds archives, too: the unpacked images in {places['train']} are packed", flush=True)
-    sources = {split: open_images(place, config.in_chans) for split, place in places.items()}
+    splits = open_splits(root, config.in_chans, *options)
+    print(splits, flush=True)
+    sources, places = splits.sources, splits.places
     if "val" in sources and sources["train"].classes and sources["val"].classes:
         relabel(sources["val"], sources["train"].classes, str(places["train"]))
-    return sources
+    return splits
 
 
-def check_apart(src: Path, dst: Path, folders: dict[str, Path], config: Namespace) -> None:
+def check_apart(src: Path, dst: Path, folders: dict[str, Path], places: dict[str, Place]) -> None:
     """Refuse to write into the folder that is read: shards would lie among its images, or replace what is read.
 
     Raises:
@@ -222,10 +226,9 @@ def check_apart(src: Path, dst: Path, folders: dict[str, Path], config: Namespac
     source, target = src.resolve(), dst.resolve()
     if target == source or source in target.parents:
         raise UserError(f"DST {dst} lies in SRC {src}: choose a folder outside")
-    names = {"train": config.train_dir or "train", "val": config.val_dir or "val"}
     for split, folder in folders.items():
         output = folder.resolve()
-        for path in (source, (src / names[split]).resolve()):
+        for path in (source, places[split].path.resolve()):
             if path == output or path in output.parents or output in path.parents:
                 raise UserError(f"{folder} would be written and {path} is read: choose another DST")
 

@@ -1,5 +1,6 @@
 """`mae stats`: mean and std of the channels of a data set, as `mae doctor` finds them."""
 
+import sys
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,7 +23,10 @@ def stats_command(args: Sequence[str]) -> None:
     parser.add_argument("--config", action="config")
     parser.add_class_arguments(ImageData, "data")
     data = ImageData(**parser.parse_args(list(args)).data.as_dict())
-    for key, values in zip(("mean", "std"), channel_statistics(data), strict=True):
+    statistics = channel_statistics(data)
+    if data.layout:
+        print(data.layout, file=sys.stderr)  # what is on standard output can be given to a command
+    for key, values in zip(("mean", "std"), statistics, strict=True):
         print(as_option(key, values))
 
 

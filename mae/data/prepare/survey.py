@@ -104,7 +104,7 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
     """Format, colour and marks of an image file, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(BytesIO(data), formats=list(decode.FORMATS))
+        image = Image.open(BytesIO(data), formats=decode.formats_for(data))
         # To look for the EXIF of a PNG that has none, Pillow would decode it to its end.
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {
@@ -190,11 +190,7 @@ def find_empty_classes(source: FileSource, labels: np.ndarray | None) -> list[st
         return []
     counts = np.bincount(labels, minlength=len(source.classes))
     empty = {name for name, count in zip(source.classes, counts, strict=True) if not count}
-    if isinstance(source, FolderSource):
-        root = source.root
-        folders = {name for name in os.listdir(root) if not name.startswith(".") and os.path.isdir(root / name)}
-        empty |= folders - set(source.classes)
-    return sorted(empty)
+    return sorted(empty.union(source.empty_folders))
 
 
 def find_other_files(root: Path) -> tuple[Counter[str], list[str]]:

@@ -62,7 +62,14 @@ FORMATS = [
     ("tif", "TIFF", RGB, {}),
     ("tif", "TIFF", RGB, {"compression": "tiff_lzw"}),
     ("tif", "TIFF", RGB.convert("CMYK"), {}),
+    ("jp2", "JPEG2000", RGB, {}),
+    ("j2k", "JPEG2000", RGB.convert("L"), {"no_jp2": True}),
+    ("jp2", "JPEG2000", RGB.convert("RGBA"), {}),
+    ("avif", "AVIF", RGB, {}),
+    ("heic", "HEIF", RGB, {}),
 ]
+FORMATS = [case for case in FORMATS if case[1] in decode.FORMATS]  # some an installation may lack
+decode.formats_for(b"\0\0\0\x1cftypheic")  # so that Pillow writes HEIC, too
 format_cases = pytest.mark.parametrize(
     ("suffix", "kind", "picture", "options"), FORMATS, ids=[f"{k}-{p.mode}-{'-'.join(o)}" for _, k, p, o in FORMATS]
 )
@@ -86,12 +93,14 @@ def test_content_decides_not_the_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
 def test_exif_orientation_is_applied_once(tmp_path, kind, orientation):
+    if kind not in decode.FORMATS:
+        pytest.skip(f"this installation does not read {kind}")
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = tmp_path / f"x.{kind.lower()}"
-    path.write_bytes(encoded(RGB, kind, exif=exif))
+    path.write_bytes(encoded(RGB, kind, exif=exif.tobytes()))
     image = decode_image(path)
     assert image.shape == ((3, 37, 53) if orientation < 5 else (3, 53, 37))
     np.testing.assert_array_equal(hwc(image), pillow(path, "RGB"))
@@ -216,6 +225,42 @@ def test_32_bit_pixels_are_refused(tmp_path, mode):
     path = tmp_path / "x.tiff"
     path.write_bytes(encoded(RGB.convert("L").convert(mode), "TIFF"))
     assert "32-bit" in bad(path)
+
+
+def test_jpeg_2000_gives_what_the_file_holds_or_is_refused(tmp_path):
+    path = tmp_path / "x.jp2"
+    samples = np.random.default_rng(0).integers(0, 65536, (37, 53), dtype=np.uint16)
+    grey = encoded(Image.fromarray(samples), "JPEG2000")
+    path.write_bytes(grey)
+    np.testing.assert_array_equal(decode_image(path, 1)[0].numpy(), np.floor(samples / 257 + 0.5))
+    place = grey.index(b"\xff\x4f\xff\x51") + 42  # of the bits of a sample, less 1
+    for bits, told in ((0x8F, "1 x 16 bits, signed"), (3, "1 x 4 bits"), (20, "1 x 21 bits")):
+        path.write_bytes(grey[:place] + bytes([bits]) + grey[place + 1 :])
+        assert told in bad(path)
+    colour = encoded(RGB, "JPEG2000")
+    place = colour.index(b"\xff\x4f\xff\x51") + 42
+    path.write_bytes(colour[:place] + b"\x0b" + colour[place + 1 :])
+    assert "3 x 12 bits, unsigned: save as TIFF or PNG" in bad(path)
+    path.write_bytes(encoded(RGB.convert("RGBA"), "JPEG2000", no_jp2=True))
+    assert "4 channels, none said to be alpha" in bad(path)
+
+
+def test_formats_that_an_installation_lacks_are_told_with_what_reads_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    monkeypatch.setattr(decode.features, "check", lambda name: False)
+    read, unread = decode.optional_formats()
+    assert read == {}
+    monkeypatch.setattr(decode, "UNREAD_SUFFIXES", unread)
+    monkeypatch.setattr(decode, "IMAGE_SUFFIXES", decode.IMAGE_SUFFIXES - set(unread))
+    touch(tmp_path, "1.avif", "a/1.heic", "a/2.HEIC", "a/1.txt")
+    leftovers = decode.Leftovers()
+    assert find_images(tmp_path, leftovers) == []
+    heic = '.heic 2 (pip install "vit-mae-lightning[heif]")'
+    assert leftovers.note() == f"left out: .avif 1 (Pillow 11.3 or newer), {heic}"
+    assert str(leftovers.no_image("x")) == f"x holds no image that can be read; {leftovers.note()}"
+    touch(tmp_path, "1.cr2")
+    find_images(tmp_path, leftovers)
+    assert str(leftovers.no_image("x")).endswith('[heif]"); convert to PNG, TIFF or JPEG')
 
 
 # --- .npy

@@ -64,6 +64,14 @@ def test_a_list_of_names_is_the_training_set(image_folder: Path, tmp_path: Path)
         listed.write_text(content)
         with pytest.raises(UserError, match=message):
             LabelledData(root=str(image_folder), subset_file=str(listed)).load()
+    listed.write_text("003.png\ncat/001.png\ndog/001.png\n")
+    with pytest.raises(UserError, match=r"names '003.png', which is cat/003.png and dog/003.png: give paths"):
+        LabelledData(root=str(image_folder), subset_file=str(listed)).load()
+    listed.write_text("own.png\ncat/001.png\n")  # a bare name that is of one image only
+    (image_folder / "train" / "dog" / "000.png").rename(image_folder / "train" / "dog" / "own.png")
+    data = LabelledData(root=str(image_folder), subset_file=str(listed))
+    data.load()
+    assert names(data) == ["cat/001.png", "dog/own.png"]
     with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
         LabelledData(root=str(image_folder), subset_file="nowhere.txt").load()
 
@@ -106,15 +114,17 @@ def test_classes_with_no_or_one_image_and_labels_outside(image_folder: Path) -> 
         LabelledData(root=str(image_folder)).load()
 
     (image_folder / "train" / "bird").mkdir()
-    with pytest.raises(UserError, match="bird holds no image"):
+    with pytest.raises(UserError, match="training folder bird/ holds no image"):
         loaded()
     save_images(image_folder / "train" / "bird", 1)
     with pytest.raises(UserError, match="class bird has 1 training image: at least 2"):
         loaded()
     save_images(image_folder / "train" / "bird", 2)
     loaded()
-    (image_folder / "val" / "bird").mkdir()
-    with pytest.raises(UserError, match="val/bird holds no image"):
+    (image_folder / "val" / "bird").mkdir()  # as without it: a class that has no held-out image
+    loaded()
+    (image_folder / "val" / "bat").mkdir()
+    with pytest.raises(UserError, match="held-out folder bat/ holds no image"):
         loaded()
     source = ArraySource(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), [0, 7], ["a", "b"])
     with pytest.raises(UserError, match="label 7, outside the 2 classes"):

@@ -169,6 +169,8 @@ def test_the_file_does_not_depend_on_time_place_or_random_state(encoder: Path, d
         (["test/c.png", "train/dog/a.png", "val/b.png"], ["", "dog", ""]),
         (["train/a.png", "val/b.png"], None),
         (["car/a.png", "train/b.png"], ["car", "train"]),
+        (["data/Train/dog/a.png", "data/valid/cat/b.png"], ["dog", "cat"]),
+        (["Bus/a.png", "Train/b.png"], ["Bus", "Train"]),
     ],
 )
 def test_labels_are_folders(files: list[str], labels: list[str] | None, encoder: Path, tmp_path: Path) -> None:

@@ -212,6 +212,60 @@ def test_evaluate_repeats_the_score_of_training(
     assert "--data.image_size" in fails(capsys, *args, "--data.dataset=digits", "--data.image_size=14")
 
 
+def test_empty_and_single_classes_are_treated_alike(
+    pretrained: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "images"
+    for split in ("train", "Validation"):
+        for label in "01":
+            save_images(root / split / label, 2, (28, 28), seed=int(label))
+    given = [f"--data.root={root}", "--data.num_workers=0"]
+    trained = [f"--model.encoder={pretrained}", *given, f"--run_dir={tmp_path / 'run'}"]
+    knn = ["knn", f"--encoder={pretrained}", *given]
+    commands = [knn, ["finetune", *trained, "--data.auto_augment=null"]]
+    commands += [["probe", *trained, f"--mode={mode}", "--trainer.devices=1"] for mode in ("recipe", "cached")]
+    evaluate = ["evaluate", f"--model={finetuned}", "--accelerator=cpu", *given]
+
+    (root / "Validation" / "1" / "000.png").unlink()
+    (root / "Validation" / "1" / "001.png").unlink()  # a class without held-out images
+    for command in (knn, evaluate):
+        assert main(command) == 0
+        assert f"val: {root}/Validation (2 images, 1 class; no image in 1)" in capsys.readouterr().out
+    (root / "Validation" / "x").mkdir()
+    (root / "train" / "y").mkdir()
+    for command in commands:
+        assert "the training folder y/ holds no image: fill or remove" in fails(capsys, *command)
+    (root / "train" / "y").rmdir()
+    for command in (*commands, evaluate):
+        assert "the held-out folder x/ holds no image: fill or remove" in fails(capsys, *command)
+    (root / "Validation" / "x").rmdir()
+    (root / "Validation" / "1").rmdir()
+    (root / "train" / "1").rename(tmp_path / "away")
+    for command in commands:
+        line = "mae: error: 1 class (0): a classifier needs at least 2 (--data.root holds train/CLASS/*)"
+        assert fails(capsys, *command) == line
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_that_are_left_out_are_counted_beside_the_others(
+    pretrained: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, left = tmp_path / "images", "left out: .jxl 1 (pip install pillow-jxl-plugin), .svg 2"
+    save_images(root, 2, (28, 28))
+    for name in ("a.jxl", "b.svg", "c.SVG", "notes.txt"):
+        (root / name).touch()
+    assert main(["predict", str(root), f"--model={finetuned}", f"--out={tmp_path / 'x.csv'}", "--num_workers=0"]) == 0
+    assert capsys.readouterr().out.endswith(f"x.csv: 2 images, 10 classes; {left}\n")
+    args = ["embed", f"--encoder={pretrained}", f"--out={tmp_path / 'x.npz'}", "--num_workers=0"]
+    assert main([*args, f"--data.root={root}"]) == 0
+    assert f"2 images; {left}\n" in capsys.readouterr().out
+    for path in root.glob("*.png"):
+        path.unlink()
+    predict = ["predict", root, f"--model={finetuned}", f"--out={tmp_path / 'x.csv'}"]
+    for command in (predict, ["knn", f"--encoder={pretrained}", f"--data.root={root}"]):
+        assert f"images holds no image that can be read; {left}; convert to" in fails(capsys, *command)
+
+
 def test_predict_writes_a_row_an_image(
     finetuned: Path, digit_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

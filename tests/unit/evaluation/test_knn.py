@@ -53,7 +53,9 @@ def test_knn_is_of_features_as_they_are_and_the_others_stand_beside_it_by_name(
     pretrained: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     knn(pretrained, labelled, f"--out={tmp_path / 'knn.json'}")
-    line, second = capsys.readouterr().out.splitlines()
+    taken, line, second = capsys.readouterr().out.splitlines()
+    split = f"{labelled}/{{}} ({{}} images, 10 classes)"
+    assert taken == f"train: {split.format('train', 400)}, val: {split.format('val', 100)}"
     expected = scores(load_encoder(pretrained), labelled, pretrained)
     assert expected["knn"] != expected["knn_whitened"]
     figures = f"{expected['knn']:.2f} % knn, {expected['knn_whitened']:.2f} % knn_whitened"
@@ -108,7 +110,7 @@ def test_of_a_run_that_has_not_ended_the_step_is_said(
 ) -> None:
     shutil.copytree(pretrained / "checkpoints", tmp_path / "run" / "checkpoints", symlinks=True)
     knn(tmp_path / "run", labelled, "--baseline=false", f"--out={tmp_path / 'knn.json'}")
-    line, _ = capsys.readouterr().out.splitlines()
+    _, line, _ = capsys.readouterr().out.splitlines()
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     assert line == f"weights of step 3: {last}, of a run that has not ended"
     assert json.loads((tmp_path / "knn.json").read_text())["step"] == 3

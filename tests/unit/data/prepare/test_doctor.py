@@ -23,10 +23,12 @@ from PIL import Image
 from mae.cli import main
 from mae.data import decode
 from mae.data.decode import IMAGE_SUFFIXES
+from mae.data.layout import Splits
 from mae.data.prepare import doctor
 from mae.data.prepare.survey import CHUNK, COLOURS, FORMATS, format_codes
 from mae.data.sources import FileSource, class_labels
 from mae.data.tar_shards import INDEX, make_index, scan_tar, write_index
+from mae.runtime.storage import Place
 
 
 def draw(height: int, width: int, seed: int) -> Image.Image:
@@ -66,7 +68,7 @@ def sick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (dog / "zero.png").touch()
     (dog / "gone.png").symlink_to("nowhere.png")
     (dog / "lost.txt").symlink_to("nowhere.txt")
-    for name in ("cat/notes.txt", "dog/photo.heic", "none/notes.txt", ".hidden.txt", "README"):
+    for name in ("cat/notes.txt", "dog/photo.psd", "none/notes.txt", ".hidden.txt", "README"):
         (root / "train" / name).write_text("no image")
     return root
 
@@ -115,7 +117,7 @@ def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> N
         "sizes": {"smallest": [20, 48], "median": [40, 48], "largest": [40, 48]},
         "small": {"224": 14, "32": 1},
         "copies": 2,
-        "other_files": {".txt": 2, ".heic": 1, "": 1},
+        "other_files": {".txt": 2, ".psd": 1, "": 1},
         "dangling_links": ["dog/gone.png", "dog/lost.txt"],
     }
     assert val == {
@@ -154,7 +156,7 @@ def test_findings_are_said_most_serious_first(sick: Path, tmp_path: Path, capsys
         (False, "1 class with fewer than 10 images in train", ["cat 7"]),
         (False, "1 class in train that val lacks", ["dog"]),
         (False, "1 image in train with a side below 32 pixels", ["dog/tiny.png"]),
-        (False, "1 file in train in formats that are not read", [".heic"]),
+        (False, "1 file in train in formats that are not read", [".psd"]),
         (False, "1 image in train under another format's suffix", ["dog/wrong.jpg"]),
         (False, "2 dangling links in train", ["dog/gone.png", "dog/lost.txt"]),
     ]
@@ -374,7 +376,8 @@ def test_a_dead_loader_process_names_its_image(
                 os.kill(os.getpid(), signal.SIGKILL)
             return super().read(index)
 
-    monkeypatch.setattr(doctor, "open_images", lambda place, in_chans: Deadly(100))
+    splits = Splits({"train": Deadly(100)}, {"train": Place(tmp_path)}, [])
+    monkeypatch.setattr(doctor, "open_splits", lambda *_: splits)
     assert main(["doctor", str(tmp_path), "--num_workers=1"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert "the last file it read: 70.ppm" in line
@@ -385,7 +388,8 @@ def peak_memory(folder: Path) -> tuple[list[int], str]:
     peaks = []
     with contextlib.redirect_stdout(io.StringIO()) as out:
         for count in (2_000, 20_000):
-            doctor.open_images = lambda place, in_chans, count=count: Pixels(count)  # type: ignore[assignment, misc]
+            splits = Splits({"train": Pixels(count)}, {"train": Place(folder)}, [])
+            doctor.open_splits = lambda *_, splits=splits: splits  # type: ignore[assignment, misc]
             doctor.doctor_command([str(folder), "--num_workers=0"])
             peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     return peaks, out.getvalue()

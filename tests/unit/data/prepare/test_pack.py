@@ -514,7 +514,9 @@ def test_a_damaged_index(shards: Path, capsys: pytest.CaptureFixture[str]) -> No
 def test_the_command_and_its_exit_codes(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dst = tmp_path / "out"
     assert main(["pack", str(images), str(dst), "--num_workers", "2"]) == 0
-    assert capsys.readouterr().out.startswith(f"wrote {dst}/train: 24 images, ")
+    taken, wrote, *_ = capsys.readouterr().out.splitlines()
+    assert taken == f"train: {images}/train (24 images, 2 classes), val: {images}/val (8 images, 2 classes)"
+    assert wrote.startswith(f"wrote {dst}/train: 24 images, ")
     flip(dst / "val" / "000000.tar", 600)
     assert main(["pack", "--verify", str(dst)]) == 2
     said = capsys.readouterr()
