@@ -18,7 +18,8 @@ from mae.data.decode import is_dir
 from mae.data.sampling import seeded
 from mae.data.sources import FolderSource, Source, by_class
 from mae.errors import UserError
-from mae.options import check_ranges
+from mae.options import check_ranges, expand_home
+from mae.runtime.text import escaped
 
 
 class LabelledData(ImageData):
@@ -69,7 +70,7 @@ class LabelledData(ImageData):
     def subset(self, source: Source) -> list[int]:
         """Indices of the images to train on, in ascending order."""
         if self.subset_file is not None:
-            return read_subset_file(source, Path(self.subset_file))
+            return read_subset_file(source, Path(expand_home(self.subset_file)))
         if self.label_fraction is None and self.labels_per_class is None:
             return super().subset(source)
         chosen = []
@@ -109,7 +110,7 @@ def check_classes(source: Source, which: str, fewest: int = 2) -> None:
         )
     if isinstance(source, FolderSource):
         with os.scandir(source.root) as entries:
-            folders = sorted(e.name for e in entries if is_dir(e) and not e.name.startswith("."))
+            folders = sorted(escaped(e.name) for e in entries if is_dir(e) and not e.name.startswith("."))
         filled = {source.classes[label] for label in set(source.labels)}
         if empty := [name for name in folders if name not in filled]:
             raise UserError(f"{source.root / empty[0]} holds no image: fill or remove the folder of this class")
@@ -127,13 +128,14 @@ def read_subset_file(source: Source, path: Path) -> list[int]:
         UserError: The file cannot be read, lists an unknown image, or lists none of a class.
     """
     try:
-        lines = {line.strip() for line in path.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
+        lines = {line.strip() for line in path.read_text("utf-8", "surrogateescape").split("\n") if line.strip()}
+    except OSError as error:
         raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
     chosen, matched = [], set()
     for index in range(len(source)):
         name = source.name(index)
-        if matches := {name, name.rsplit("/", 1)[-1]} & lines:
+        names = {name, name.rsplit("/", 1)[-1]}
+        if matches := (names | set(map(escaped, names))) & lines:
             chosen.append(index)
             matched |= matches
     if missing := sorted(lines - matched):

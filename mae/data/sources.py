@@ -15,6 +15,7 @@ from torch import Tensor
 from mae.data.decode import BadImage, Picture, find_images, from_item, open_image, read_file
 from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
+from mae.runtime.text import escaped
 
 
 class Source:
@@ -210,13 +211,13 @@ def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) 
 
 
 def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
-    """Labels by the first folder of each name, and the sorted classes; none if an image has no folder."""
+    """Labels by the first folder of each name, and the sorted classes, escaped; none if an image has no folder."""
     if not all("/" in name for name in names):
         return None, []
     folders = [name.split("/", 1)[0] for name in names]
     classes = sorted(set(folders))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[folder] for folder in folders], classes
+    return [number[folder] for folder in folders], list(map(escaped, classes))
 
 
 def relabel(source: Source, classes: Sequence[str], whose: str) -> None:

@@ -8,7 +8,6 @@ where it was killed nor on the number of processes.
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -33,6 +32,7 @@ from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.storage import Place
+from mae.runtime.text import escaped, printable
 from mae.weights.load import read_weights, trained_data_settings
 
 PART_ROWS = 1024  # images per chunk, about: some MB of features, and a good size for a row group of Parquet
@@ -138,8 +138,8 @@ class EveryImage(FileSource):
         return prefix + source.name(i)
 
     def path(self, index: int) -> str:
-        """The name as valid text: bytes that are not UTF-8 are written out, as \\xff."""
-        return os.fsencode(self.name(index)).decode("utf-8", "backslashreplace")
+        """The name as the file holds it, see `escaped`."""
+        return escaped(self.name(index))
 
     def label(self, index: int) -> str | None:
         _, source, i = self._locate(index)
@@ -184,7 +184,7 @@ def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
     for name in map(source.name, range(len(source))):
         split, folder, *_ = name.split("/", 2)
         labels.append(number.setdefault(folder, len(number)) if split in splits else -1)
-    return labels, list(number)
+    return labels, list(map(escaped, number))
 
 
 def compute(
@@ -283,7 +283,9 @@ def write_output(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> Non
     bad = chunks.bad()
     if len(bad) > max_bad:
         raise UserError(f"{len(bad)} images cannot be read, among them {source.where(bad[0][0])}: {bad[0][1]}; {MORE}")
-    chunks.finish(source, "".join(f"{source.path(index)}\t{' '.join(reason.split())}\n" for index, reason in bad))
+    chunks.finish(
+        source, "".join(f"{source.path(index)}\t{printable(' '.join(reason.split()))}\n" for index, reason in bad)
+    )
     left_out = f"; {len(bad)} unreadable images are left out, listed in {chunks.bad_list}" if bad else ""
     size = f"{' and '.join(chunks.columns)} of {chunks.about['width']} {chunks.about['dtype']} each"
     print(f"wrote {chunks.out}: {len(source) - len(bad)} images, {size}{left_out}", flush=True)
