@@ -239,12 +239,13 @@ class StageCLI(LightningCLI):
             Stopped: After a signal, once the run is saved.
             KeyboardInterrupt: After a second Ctrl-C.
         """
-        try:
-            self.check_start()
-            with signals.noted(), translated_errors(self.trainer, self.resume.hint, self.out_of_memory_message):
-                self.train()
-        finally:
-            self.clean_up()
+        with signals.noted():
+            try:
+                self.check_start()
+                with translated_errors(self.trainer, self.resume.hint, self.out_of_memory_message):
+                    self.train()
+            finally:
+                self.clean_up()
 
     def check_start(self) -> None:
         """What can only be checked once the trainer is there.

@@ -235,6 +235,64 @@ def test_second_stage_in_one_process_is_a_run_of_its_own(tmp_path: Path) -> None
     assert offline_run(tmp_path / "pretrain") != offline_run(tmp_path / "probe")
 
 
+# W&B's own variables
+
+
+def offline_record(folder: Path) -> Any:
+    end()
+    (file,) = offline_run(folder).glob("*.wandb")
+    return next(r.run for r in read_records(file) if r.HasField("run"))
+
+
+VARIABLES = {
+    **{"WANDB_PROJECT": "theirs", "WANDB_NAME": "called", "WANDB_RUN_GROUP": "seeds", "WANDB_ENTITY": "team"},
+    **{"WANDB_TAGS": "a,b", "WANDB_NOTES": "a note", "WANDB_JOB_TYPE": "train", "WANDB_RUN_ID": "My-run_1"},
+}
+
+
+def test_variables_hold_unless_the_option_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    wandb_logger(tmp_path / "run", WandbSettings(mode="offline"), CONFIG)
+    run = offline_record(tmp_path / "elsewhere")
+    assert (run.project, run.display_name, run.run_group, run.entity) == ("theirs", "called", "seeds", "team")
+    assert (list(run.tags), run.notes, run.job_type, run.run_id) == (["a", "b"], "a note", "train", "My-run_1")
+    assert [path.name for path in (tmp_path / "run" / "wandb").iterdir()] == ["id"]
+
+    monkeypatch.delenv("WANDB_DIR")
+    wandb_logger(tmp_path / "own", WandbSettings("offline", project="p", entity="e", name="n"), CONFIG)
+    run = offline_record(tmp_path / "own")
+    assert (run.project, run.display_name, run.run_group, run.entity) == ("p", "n", "seeds", "e")
+
+
+def test_a_resumed_run_keeps_its_id_whatever_the_variables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "My-run_1")
+    first = wandb_logger(tmp_path, WandbSettings(mode="offline"), CONFIG)
+    assert first is not None
+    log(first, range(1, 4))
+    end(first)
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    monkeypatch.setenv("WANDB_RESUME", "never")
+    new_second()
+    second = wandb_logger(tmp_path, WandbSettings(mode="offline"), CONFIG, 2, csv_rows(1, 2))
+    assert second is not None
+    assert second.version == "My-run_1"
+    assert "run My-run_1 (not WANDB_RUN_ID, which is for new runs) continued from step 2" in capfd.readouterr().out
+
+
+def test_a_new_run_under_a_used_id_says_which_rows_are_not_sent(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.history["used"] = [{"_step": step} for step in range(5)]
+    monkeypatch.setenv("WANDB_RUN_ID", "used")
+    logger = wandb_logger(tmp_path, WandbSettings(), CONFIG)
+    assert logger is not None
+    assert ", run used, which has rows up to step 4 that are not sent again" in capfd.readouterr().out
+
+
 # Where to record
 
 
