@@ -93,6 +93,6 @@ def test_python(pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     settings = dict(word.removeprefix("--").split("=") for word in DIGITS[1:])
     own = {key.replace(".", "__"): yaml.safe_load(value) for key, value in settings.items()}
     with pytest.raises(UserError, match=f"{tmp_path}/none does not exist"):
-        mae.run_pretrain("digits", Path("~/new"), size="nano", model__init="~/none", **own)
+        mae.run_pretrain("digits", Path("~/new"), size="nano", model__init="~/none", model__patch_size=7, **own)
     assert as_yaml(Path("~/new")) == "~/new"
     assert list((tmp_path / "here").iterdir()) == []
