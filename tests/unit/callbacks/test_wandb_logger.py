@@ -266,6 +266,7 @@ def test_variables_hold_unless_the_option_is_given(tmp_path: Path, monkeypatch: 
     assert (run.project, run.display_name, run.run_group, run.entity) == ("p", "n", "seeds", "e")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_id_whatever_the_variables_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -283,6 +284,7 @@ def test_a_resumed_run_keeps_its_id_whatever_the_variables_say(
     assert "run My-run_1 (not WANDB_RUN_ID, which is for new runs) continued from step 2" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_new_run_under_a_used_id_says_which_rows_are_not_sent(
     server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -291,6 +293,7 @@ def test_a_new_run_under_a_used_id_says_which_rows_are_not_sent(
     logger = wandb_logger(tmp_path, WandbSettings(), CONFIG)
     assert logger is not None
     assert ", run used, which has rows up to step 4 that are not sent again" in capfd.readouterr().out
+    end(logger)
 
 
 # Where to record
