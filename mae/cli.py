@@ -16,6 +16,7 @@ from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError,
 from mae.launch.short_help import short_help, wants_short_help, with_full_help
 from mae.runtime import signals
 from mae.runtime.environment import environment_rank, is_first_rank
+from mae.runtime.text import printable_output
 
 ALONE_SECONDS = 7.0
 TRAINING = ("pretrain", "linprobe", "finetune")
@@ -61,7 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 done, or stopped and back in the batch system's queue; 1 failed; 2 the user's mistake; 130 after Ctrl-C; 143 after
     another signal.
     """
-    args = list(sys.argv[1:] if argv is None else argv)
+    with printable_output():
+        return exit_code(list(sys.argv[1:] if argv is None else argv))
+
+
+def exit_code(args: Sequence[str]) -> int:
+    """As `main`."""
     try:
         if not args or args[0] in ("-h", "--help"):
             print(usage())

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from mae.errors import UserError, did_you_mean
 
@@ -33,7 +33,8 @@ class ToolParser(ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **settings: Any) -> Any:  # type: ignore[override]
         words = list(sys.argv[1:] if args is None else args)
-        return super().parse_args(with_config_paths(words, self.prog.removeprefix("mae ")), *more, **settings)
+        config = super().parse_args(with_config_paths(words, self.prog.removeprefix("mae ")), *more, **settings)
+        return expand_home(config)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UserError(self.readable(message))
@@ -48,6 +49,23 @@ class ToolParser(ArgumentParser):
         if match := re.match(r"unrecognized arguments: (--[^\s=]+)", message):
             return message + did_you_mean(match[1], [option for a in self._actions for option in a.option_strings])
         return wrong_type(message) or message
+
+
+def expand_home(value: Any) -> Any:
+    """Settings with `~` and `~user` replaced where a text begins with them, as the shell does for words of its own.
+
+    Every text counts as a path, so that none can be forgotten, but for what W&B is to call a run.
+    """
+    if isinstance(value, Namespace):
+        for key in list(vars(value)):
+            if key != "wandb":
+                value[key] = expand_home(value[key])
+        return value
+    if isinstance(value, dict):
+        return {key: expand_home(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 TYPE_NAMES = {
@@ -118,6 +136,7 @@ def find_config(config: str, command: str = "") -> str:
     Raises:
         UserError: There is neither a file nor a packaged config of this name.
     """
+    config = os.path.expanduser(config)
     if not config or config.startswith("-") or re.search(r"[{:\n]", config) or Path(config).is_file():
         return config
     name = config.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
@@ -160,6 +179,16 @@ def out_file(path: str, option: str = "--out") -> Path:
     if not os.access(out if out.exists() else out.parent, os.W_OK):
         raise UserError(f"{option} {out} cannot be written: no permission")
     return out
+
+
+def require_utf8(path: str | Path, option: str = "") -> None:
+    """Refuse a place for weights, or for chunks of features, that torch and safetensors could not open.
+
+    Raises:
+        UserError: Its name is not UTF-8.
+    """
+    if re.search("[\ud800-\udfff]", str(path)):
+        raise UserError(f"{option} {path} is not a UTF-8 name, as torch and safetensors need: rename it".lstrip())
 
 
 def check_ranges(group: str, interval: str, **values: Any) -> None:

@@ -12,9 +12,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 from tqdm.utils import ObjectWrapper
 
+from mae.runtime.text import CLEAR_LINE
 from mae.training.module import Stage
-
-CLEAR_LINE = "\r\x1b[K"  # tqdm clears what it has drawn, not the ^C that the terminal adds
 
 
 class AboveBar(ObjectWrapper):  # type: ignore[misc]
@@ -39,7 +38,7 @@ class AboveBar(ObjectWrapper):  # type: ignore[misc]
 
     def print(self, text: str) -> None:
         with tqdm.external_write_mode(file=self.bar.fp):
-            self.bar.fp.write(CLEAR_LINE)
+            self.bar.fp.write(CLEAR_LINE)  # tqdm clears what it has drawn, not the ^C that the terminal adds
             self.bar.fp.flush()
             self._wrapped.write(text)
             self._wrapped.flush()

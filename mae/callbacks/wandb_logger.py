@@ -15,14 +15,16 @@ from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_only
 
 from mae.callbacks.wandb_file import cut_torn_tail, last_step
-from mae.callbacks.wandb_settings import Mode, WandbSettings, requested_mode, wandb_mode
+from mae.callbacks.wandb_settings import Mode, WandbSettings, wandb_mode
 from mae.runtime.files import atomic_write_text
+from mae.runtime.text import DRAWING_THREAD, printable
 
 T = TypeVar("T")
 
@@ -32,6 +34,8 @@ INIT_SECONDS = 30.0  # for the server to create the run, once it has accepted th
 START_SECONDS = 3 * INIT_SECONDS  # for the whole start: the helper process, the server, and offline where that fails
 FINISH_SECONDS = 60.0  # for the last uploads; what is left stays on disk for `wandb sync`
 KILL_SECONDS = 5.0  # for threads to notice that the helper process has been killed
+
+RUN_ID = r"[^/\\#?%:\s]+"  # as W&B takes it
 
 QUEUE = 1000  # rows that may wait for the helper process
 PATIENCE_SECONDS = 5.0  # that a full queue is waited for, before the helper process is given up
@@ -48,7 +52,7 @@ class _Recorder:
         self.lost = False
         self.process = os.getpid()  # in a fork, `finish` does nothing
         self.helper: subprocess.Popen[bytes] | None = None
-        self.thread = threading.Thread(target=self._work, name="wandb-recorder", daemon=True)
+        self.thread = threading.Thread(target=self._work, name=DRAWING_THREAD, daemon=True)
         self.thread.start()
         atexit.register(self.finish)
 
@@ -146,18 +150,94 @@ class RunLogger(WandbLogger):
     The newest row is held back until a later one comes, since its figures come in several calls, before and after a
     validation. A row that is held back when the run stops is sent by the next start, from metrics.csv or measured anew.
 
+    Nothing is recorded, and nothing is on disk, before `start`; nor where W&B is disabled or does not start.
+
     Args:
-        recorder: None on all ranks but the first.
+        run_dir: The run folder.
+        settings: Where to record.
+
+    Attributes:
+        recorder: None where nothing is recorded, as on all ranks but the first.
         recorded: Step of the last row that W&B has.
     """
 
-    def __init__(self, recorder: _Recorder | None = None, recorded: int = -1, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.recorder, self.recorded = recorder, recorded
+    def __init__(self, run_dir: Path, settings: WandbSettings):
+        project = settings.project or os.environ.get("WANDB_PROJECT") or "mae"
+        name = settings.name or os.environ.get("WANDB_NAME") or run_dir.resolve().name
+        super().__init__(save_dir=run_dir, project=project, name=printable(name))
+        self.run_dir, self.settings, self.started = run_dir, settings, False
+        self.recorder: _Recorder | None = None
+        self.recorded = -1
         self.held: dict[int, dict[str, Any]] = {}
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """W&B's run; None before `start`, for which Lightning would not wait."""
+        return self._experiment
+
+    @rank_zero_only
+    def start(self, config: dict[str, Any], resumed_at: int | None = None, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """Start or continue the W&B run and print one line that says where it is recorded; once.
+
+        Args:
+            config: All settings of the run.
+            resumed_at: Optimiser step of the checkpoint; None for a new run.
+            rows: Rows of metrics.csv up to that step, each with its "step"; values are text or numbers, "" for none.
+        """
+        global _open
+        if self.started:
+            return
+        self.started = True
+        recorder = None
+        try:
+            # Otherwise offline runs connect to W&B's error tracker, and wait for it at exit.
+            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+            mode, reason = wandb_mode(self.settings)
+            if mode == "disabled":
+                print(f"W&B: {reason}, recording nothing", flush=True)
+                return
+            if _open is not None:
+                _open.finish()  # the run of an earlier stage in this process
+            run_id = _run_id(self.run_dir, new=resumed_at is None)
+            folder = Path(os.environ.get("WANDB_DIR") or self.run_dir)
+            (folder / "wandb").mkdir(parents=True, exist_ok=True)  # or W&B would record in a temporary folder
+            earlier = {segment: last_row(segment) for segment in segments(folder, run_id)}
+            recorder = _open = _Recorder()
+            about = {"project": self._project, "name": self._name, "entity": self.settings.entity}
+            resume = "allow" if resumed_at is not None or "WANDB_RESUME" not in os.environ else None
+            begin = partial(_start, mode, reason, folder, resume, id=run_id, config=_printable(config), **about)
+            run, reason = recorder.start(begin, START_SECONDS)
+            # The server knows which rows it has; of an offline run it will get those that are on this disk.
+            self.recorded = max(earlier.values(), default=-1) if run.offline else run.starting_step - 1
+            self.recorder, self._experiment = recorder, run
+            continued = _continued(run_id, resumed_at, self.recorded)
+            if resumed_at is not None:
+                self.resend(rows, _pictures(self.run_dir, resumed_at))
+        except Exception as error:
+            if recorder is not None:
+                recorder.finish(KILL_SECONDS)
+            self.recorder = None
+            print(f"W&B: not recording, {_one_line(error)}", flush=True)
+            return
+
+        unsent = _to_upload(earlier)
+        if run.offline:
+            command = _sync_command([*unsent, Path(run.dir).parent], append=resumed_at is not None)
+            print(f"W&B: {reason}, recording offline{continued}; upload with: {command}", flush=True)
+        else:
+            needless = "; it gets what was recorded offline, too: that needs no upload" if unsent else ""
+            print(f"W&B: {reason}, recording at {run.url}{continued}{needless}", flush=True)
+
+    @rank_zero_only
+    def log_image(self, *args: Any, **kwargs: Any) -> None:
+        if self.recorder is not None:
+            super().log_image(*args, **kwargs)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:  # log_image comes here too
+        if self.recorder is None:
+            return
         if step is None:
             step = max(self.held, default=self.recorded + 1)
         if step > self.recorded:
@@ -217,83 +297,39 @@ def _number(value: Any) -> Any:
         return value
 
 
-def wandb_logger(
-    run_dir: Path,
-    settings: WandbSettings,
-    config: dict[str, Any],
-    resumed_at: int | None = None,
-    rows: Sequence[dict[str, Any]] = (),
-) -> RunLogger | None:
-    """Start or continue the W&B run in `run_dir` and print one line that says where it is recorded.
+def _continued(run_id: str, resumed_at: int | None, recorded: int) -> str:
+    """What a start adds to an earlier one, as a part of the line; empty for a new run."""
+    if resumed_at is not None:
+        other = os.environ.get("WANDB_RUN_ID", run_id) != run_id
+        ignored = " (not WANDB_RUN_ID, which is for new runs)" if other else ""
+        return f", run {run_id}{ignored} continued from step {resumed_at}"
+    return f", run {run_id}, which has rows up to step {recorded} that are not sent again" if recorded >= 0 else ""
 
-    Only global rank 0 decides, records and prints. The other ranks get a logger that does nothing, so that Lightning
-    sees the same loggers on all ranks.
 
-    Args:
-        resumed_at: Optimiser step of the checkpoint; None for a new run.
-        rows: Rows of metrics.csv up to that step, each with its "step"; values are text or numbers, "" for none.
-
-    Returns:
-        None if the run is not recorded: W&B is disabled or failed to start.
-    """
-    global _open
-    kwargs: dict[str, Any] = {"project": settings.project, "name": settings.name or run_dir.resolve().name}
-    recorder = None
-    try:
-        if getattr(rank_zero_only, "rank", 0) > 0:
-            disabled = requested_mode(settings, os.environ)[0] == "disabled"
-            return None if disabled else RunLogger(save_dir=run_dir, **kwargs)
-
-        # Otherwise offline runs connect to W&B's error tracker, and wait for it at exit.
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        mode, reason = wandb_mode(settings)
-        if mode == "disabled":
-            print(f"W&B: {reason}, recording nothing", flush=True)
-            return None
-        if _open is not None:
-            _open.finish()  # the run of an earlier stage in this process
-        run_id = _run_id(run_dir, new=resumed_at is None)
-        earlier = {folder: last_row(folder) for folder in segments(run_dir, run_id)}
-        recorder = _open = _Recorder()
-        begin = partial(_start, mode, reason, run_dir, id=run_id, entity=settings.entity, config=config, **kwargs)
-        run, reason = recorder.start(begin, START_SECONDS)
-        # The server knows which rows it has; of an offline run it will get those that are on this disk.
-        recorded = max(earlier.values(), default=-1) if run.offline else run.starting_step - 1
-        logger = RunLogger(recorder, recorded, save_dir=run_dir, experiment=run, **kwargs)
-        if resumed_at is not None:
-            logger.resend(rows, _pictures(run_dir, resumed_at))
-    except Exception as error:
-        if recorder is not None:
-            recorder.finish(KILL_SECONDS)
-        print(f"W&B: not recording, {_one_line(error)}", flush=True)
-        return None
-
-    continued = f", run {run_id} continued from step {resumed_at}" if resumed_at is not None else ""
-    unsent = _to_upload(earlier)
-    if run.offline:
-        command = _sync_command([*unsent, Path(run.dir).parent], append=resumed_at is not None)
-        print(f"W&B: {reason}, recording offline{continued}; upload with: {command}", flush=True)
-    else:
-        needless = "; it gets what was recorded offline, too: that needs no upload" if unsent else ""
-        print(f"W&B: {reason}, recording at {run.url}{continued}{needless}", flush=True)
-    return logger
+def _printable(value: Any) -> Any:
+    """Settings whose texts W&B can store."""
+    if isinstance(value, dict):
+        return {key: _printable(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(_printable, value))
+    return printable(value) if isinstance(value, str) else value
 
 
 def _run_id(run_dir: Path, new: bool) -> str:
-    """The id of the run in W&B, which is kept in the run folder."""
+    """The id of the run in W&B, which is kept in the run folder: a run that goes on has the one that it had."""
     path = run_dir / "wandb" / "id"
-    if not new and path.is_file() and re.fullmatch("[0-9a-z]+", run_id := path.read_text().strip()):
+    if not new and path.is_file() and re.fullmatch(RUN_ID, run_id := path.read_text().strip()):
         return run_id
-    path.parent.mkdir(parents=True, exist_ok=True)  # without the folder, W&B would record in a temporary one
-    # An agent of a sweep has chosen the id already, and W&B takes no other.
-    run_id = os.environ["WANDB_RUN_ID"] if "WANDB_SWEEP_ID" in os.environ else secrets.token_hex(5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5)
     atomic_write_text(path, run_id)
     return run_id
 
 
-def segments(run_dir: Path, run_id: str) -> list[Path]:
-    """The folders that W&B made for this run, one for each start, in the order of time."""
-    folders = (run_dir / "wandb").glob(f"*run-*-{run_id}")
+def segments(folder: Path, run_id: str) -> list[Path]:
+    """The folders that W&B made below this one for the run, one for each start, in the order of time."""
+    name = re.compile(rf"(offline-)?run-\d+_\d+-{re.escape(run_id)}")
+    folders = (path for path in (folder / "wandb").glob("*run-*") if name.fullmatch(path.name))
     return sorted(folders, key=lambda folder: folder.name.removeprefix("offline-"))
 
 
@@ -333,7 +369,7 @@ def _sync_command(folders: list[Path], append: bool) -> str:
     return shlex.join(["wandb", "sync", *(["--append"] if append and _replaces() else []), *map(str, folders)])
 
 
-def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]:
+def _start(mode: Mode, reason: str, dir: Path, resume: str | None, **kwargs: Any) -> tuple[Any, str]:
     """Call `wandb.init`, offline if online fails. Returns the run and the reason for its mode."""
     import wandb
 
@@ -346,9 +382,9 @@ def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]
         git_root=str(Path(__file__).parent),  # the commit of this code, not of the working directory
     )
     # For offline runs, newer versions keep `resume` for `wandb sync`; older ones warn that they do not.
-    resume: Literal["allow"] | None = None if mode == "offline" and _replaces() else "allow"
+    kept: Any = None if mode == "offline" and _replaces() else resume
     try:
-        run = wandb.init(dir=str(dir), mode=mode, resume=resume, settings=settings, **kwargs)
+        run = wandb.init(dir=str(dir), mode=mode, resume=kept, settings=settings, **kwargs)
     except Exception as error:
         if mode == "offline":
             raise
@@ -359,7 +395,7 @@ def _start(mode: Mode, reason: str, dir: Path, **kwargs: Any) -> tuple[Any, str]
             wandb.teardown()
         for folder in set(segments(dir, kwargs["id"])) - before:
             shutil.rmtree(folder, ignore_errors=True)
-        return _start("offline", f"online failed ({_one_line(error)})", dir, **kwargs)
+        return _start("offline", f"online failed ({_one_line(error)})", dir, resume, **kwargs)
     # Over images seen, curves of different batch sizes compare. Rows that lack the number get the last one logged.
     run.define_metric("images_seen")
     run.define_metric("*", step_metric="images_seen", step_sync=True)

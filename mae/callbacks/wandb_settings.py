@@ -18,18 +18,18 @@ PROBE_SECONDS = 5.0  # for the server to accept the key before training starts
 
 @dataclass
 class WandbSettings:
-    """Where the run is recorded.
+    """Where the run is recorded. W&B's own variables (WANDB_PROJECT, WANDB_RUN_GROUP, ...) say what is not set here.
 
     Args:
         mode: "auto" obeys WANDB_MODE, else uploads if the server accepts an API key, and otherwise records on disk for
             a later `wandb sync`. "online" is "auto" without a look at WANDB_MODE. "disabled" writes nothing.
-        project: W&B project.
-        entity: W&B user or team; the account's default if not given.
-        name: Name of the run; the run folder's name if not given.
+        project: W&B project; else WANDB_PROJECT, else mae.
+        entity: W&B user or team; else WANDB_ENTITY, else the account's default.
+        name: Name of the run; else WANDB_NAME, else the run folder's name.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    project: str = "mae"
+    project: str | None = None
     entity: str | None = None
     name: str | None = None
 

@@ -37,7 +37,7 @@ from mae.data.loaders import Loader, ReplayLoader, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
 from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel
 from mae.errors import UserError
-from mae.options import check_ranges
+from mae.options import check_ranges, expand_home
 from mae.runtime.storage import Place
 
 DatasetName = Literal["folder", "digits", "cifar10", "fashion_mnist"]
@@ -127,7 +127,7 @@ class ImageData(LightningDataModule):
         defaults = DEFAULTS[dataset]
         self.dataset = dataset
         self.root = None if root is None else Place(root)
-        self.train_dir, self.val_dir, self.download = train_dir, val_dir, download
+        self.train_dir, self.val_dir, self.download = expand_home(train_dir), expand_home(val_dir), download
         size = defaults.image_size if image_size is None else image_size
         self.image_size = (size, size) if isinstance(size, int) else (size[0], size[1])
         self.in_chans = defaults.in_chans if in_chans is None else in_chans

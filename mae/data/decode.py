@@ -27,6 +27,7 @@ from torch import Tensor
 from mae.data import jpeg
 from mae.data.crops import Box, resized_crop
 from mae.errors import UserError
+from mae.runtime.text import printable
 
 # The formats that Pillow may read, with their suffixes. It goes by the content, and a file named .jpg must not start,
 # say, its Ghostscript reader. JPEG is first, as the first format that accepts the content wins.
@@ -120,11 +121,6 @@ class BadImage(Exception):
 
     def __str__(self) -> str:
         return printable(f"{self.path}: {' '.join(self.reason.split())}")
-
-
-def printable(text: str) -> str:
-    """Text with line breaks and other unprintable characters escaped; file names may hold them, or invalid UTF-8."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @dataclass

@@ -16,7 +16,8 @@ from mae.data.datasets import Batch
 from mae.data.sampling import seeded
 from mae.data.sources import Source, by_class
 from mae.errors import UserError
-from mae.options import check_ranges
+from mae.options import check_ranges, expand_home
+from mae.runtime.text import escaped
 
 
 class LabelledData(ImageData):
@@ -67,7 +68,7 @@ class LabelledData(ImageData):
     def subset(self, source: Source) -> list[int]:
         """Indices of the images to train on, in ascending order."""
         if self.subset_file is not None:
-            return read_subset_file(source, Path(self.subset_file))
+            return read_subset_file(source, Path(expand_home(self.subset_file)))
         if self.label_fraction is None and self.labels_per_class is None:
             return super().subset(source)
         chosen = []
@@ -132,13 +133,14 @@ def read_subset_file(source: Source, path: Path) -> list[int]:
         UserError: The file cannot be read, lists an unknown image or a bare name of several, or lists none of a class.
     """
     try:
-        lines = {line.strip() for line in path.read_text().splitlines() if line.strip()}
-    except (OSError, UnicodeDecodeError) as error:
+        lines = {line.strip() for line in path.read_text("utf-8", "surrogateescape").split("\n") if line.strip()}
+    except OSError as error:
         raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
     chosen, matched = [], dict[str, str]()  # the image of each line
     for index in range(len(source)):
         name = source.name(index)
-        if matches := {name, name.rsplit("/", 1)[-1]} & lines:
+        names = {name, name.rsplit("/", 1)[-1]}
+        if matches := (names | set(map(escaped, names))) & lines:
             chosen.append(index)
             if other := next((matched[line] for line in matches if line in matched), None):
                 raise UserError(

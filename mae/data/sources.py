@@ -16,6 +16,7 @@ from mae.data.decode import BadImage, Leftovers, Picture, find_images, from_item
 from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
 from mae.options import plural
+from mae.runtime.text import escaped
 
 
 class Source:
@@ -219,20 +220,20 @@ def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) 
 
 
 def class_labels(names: Sequence[str]) -> tuple[list[int] | None, list[str]]:
-    """Labels by the first folder of each name, and the sorted classes; none if an image has no folder."""
+    """Labels by the first folder of each name, and the sorted classes, escaped; none if an image has no folder."""
     if not all("/" in name for name in names):
         return None, []
     folders = [name.split("/", 1)[0] for name in names]
     classes = sorted(set(folders))
     number = {name: i for i, name in enumerate(classes)}
-    return [number[folder] for folder in folders], classes
+    return [number[folder] for folder in folders], list(map(escaped, classes))
 
 
 def note_folders(source: Source, names: Sequence[str]) -> None:
     """Set what there is to say about the folders of a source of files with these names."""
     folders = source.leftovers.folders
     if source.labels is not None:
-        source.empty_folders = sorted({folder.split("/", 1)[0] for folder in folders} - set(source.classes))
+        source.empty_folders = sorted({escaped(folder.split("/", 1)[0]) for folder in folders} - set(source.classes))
     elif any("/" in name for name in names):
         source.loose = next(name for name in names if "/" not in name)
     folders.clear()  # no longer needed, and forked workers would copy it

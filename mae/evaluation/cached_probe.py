@@ -2,11 +2,13 @@
 
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from mae.data.labelled import LabelledData
 from mae.errors import UserError
@@ -94,11 +96,7 @@ def run_cached_probe(
     """
     assert data.train_source is not None
     assert data.val_source is not None
-    check_cached_settings(settings, data)
-    try:
-        names, encode = features.multi_layer_features(encoder, settings.layers, settings.pools)
-    except ValueError as error:
-        raise UserError(f"--cached.{error}") from None
+    names, encode = checked_features(encoder, data, settings)
     start = time.perf_counter()
     was_training = encoder.training
     encoder.to(device).eval()
@@ -134,8 +132,14 @@ def run_cached_probe(
     return CachedResult(rows, rows[result.chosen], report, encoded - start, time.perf_counter() - encoded)
 
 
-def check_cached_settings(settings: CachedSettings, data: LabelledData) -> None:
-    """Raise a UserError for a setting that is out of range, or a class with fewer than two training images."""
+def checked_features(
+    encoder: VisionTransformer, data: LabelledData, settings: CachedSettings
+) -> tuple[list[str], Callable[[Tensor], Tensor]]:
+    """`multi_layer_features` by the settings; nothing is computed yet.
+
+    Raises:
+        UserError: A setting is out of range, or a class has fewer than two training images.
+    """
     if settings.crops < 0 or settings.epochs < 1 or settings.batch_size < 1 or not 0 < settings.holdout < 1:
         raise UserError(
             f"--cached.crops {settings.crops}, epochs {settings.epochs}, batch_size {settings.batch_size}, holdout "
@@ -152,3 +156,7 @@ def check_cached_settings(settings: CachedSettings, data: LabelledData) -> None:
             f"class {too_few[0][0]} has {too_few[0][1]} training image: the cached probe holds some of each class out "
             "to choose on (more --data.labels_per_class, or --mode recipe)"
         )
+    try:
+        return features.multi_layer_features(encoder, settings.layers, settings.pools)
+    except ValueError as error:
+        raise UserError(f"--cached.{error}") from None

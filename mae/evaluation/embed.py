@@ -8,7 +8,6 @@ where it was killed nor on the number of processes.
 
 import hashlib
 import itertools
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
@@ -23,7 +22,7 @@ from mae.commands import embed_parser
 from mae.data.crops import RESIZED_THEN_CROPPED
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch, WholeSamples
-from mae.data.decode import BadImage, printable
+from mae.data.decode import BadImage
 from mae.data.layout import NameTree, find_layout, split_of, tree_of
 from mae.data.loaders import Loader
 from mae.data.sources import FileSource
@@ -36,6 +35,7 @@ from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.processes import gather, lost_peer
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.storage import Place
+from mae.runtime.text import escaped, printable
 from mae.weights.load import read_weights, trained_data_settings
 
 PART_ROWS = 1024  # images per chunk, about: some MB of features, and a good size for a row group of Parquet
@@ -145,8 +145,8 @@ class EveryImage(FileSource):
         return prefix + source.name(i)
 
     def path(self, index: int) -> str:
-        """The name as valid text: bytes that are not UTF-8 are written out, as \\xff."""
-        return os.fsencode(self.name(index)).decode("utf-8", "backslashreplace")
+        """The name as the file holds it, see `escaped`."""
+        return escaped(self.name(index))
 
     def label(self, index: int) -> str | None:
         _, source, i = self._locate(index)
@@ -195,7 +195,7 @@ def folder_labels(source: FileSource) -> tuple[list[int] | None, list[str]]:
         prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
         folder = "" if prefix is None else name[len(prefix) :].split("/", 1)[0]
         labels.append(number.setdefault(folder, len(number)) if folder else -1)
-    return labels, list(number)
+    return labels, list(map(escaped, number))
 
 
 def compute(
@@ -218,7 +218,7 @@ def compute(
         done = chunks.count - len(missing)
         said = [f"{len(source)} images", *(part.leftovers.note() for part in source.sources.values())]
         said += [f"{done} of {chunks.count} parts are there" if done else ""]
-        print(printable("; ".join(filter(None, said))), flush=True)
+        print("; ".join(filter(None, said)), flush=True)
     key, missing, bad = fabric.broadcast(first_view)
     mine = missing[fabric.global_rank :: fabric.world_size]
     turns = -(-len(missing) // fabric.world_size)
@@ -296,7 +296,9 @@ def write_output(chunks: FeatureChunks, source: EveryImage, max_bad: int) -> Non
     bad = chunks.bad()
     if len(bad) > max_bad:
         raise UserError(f"{len(bad)} images cannot be read, among them {source.where(bad[0][0])}: {bad[0][1]}; {MORE}")
-    chunks.finish(source, "".join(f"{source.path(index)}\t{' '.join(reason.split())}\n" for index, reason in bad))
+    chunks.finish(
+        source, "".join(f"{source.path(index)}\t{printable(' '.join(reason.split()))}\n" for index, reason in bad)
+    )
     left_out = f"; {len(bad)} unreadable images are left out, listed in {chunks.bad_list}" if bad else ""
     size = f"{' and '.join(chunks.columns)} of {chunks.about['width']} {chunks.about['dtype']} each"
     print(f"wrote {chunks.out}: {len(source) - len(bad)} images, {size}{left_out}", flush=True)

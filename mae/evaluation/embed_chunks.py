@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mae.errors import UserError
-from mae.options import out_file
+from mae.options import out_file, require_utf8
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import (
     PARTIAL,
@@ -45,6 +45,7 @@ def checked_out(path: str, force: bool) -> Path:
     Raises:
         UserError: The format is unknown, or the file cannot be written or exists already.
     """
+    require_utf8(path, "--out")
     out = out_file(path)
     if out.suffix not in WRITERS:
         raise UserError(f"--out {out}: the suffix names the format, which must be {' or '.join(WRITERS)}")

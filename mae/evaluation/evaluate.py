@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mae.commands import CLASSIFIER_HELP, predict_parser
 from mae.data.datamodule import TRAINING_ONLY, ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import Leftovers, find_images, printable, read_file
+from mae.data.decode import Leftovers, find_images, read_file
 from mae.data.labelled import check_classes
 from mae.data.layout import Splits, open_held_out
 from mae.data.sources import FileSource, Source, relabel
@@ -23,6 +23,7 @@ from mae.options import ToolParser, out_file
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
+from mae.runtime.text import escaped, printable
 from mae.weights.classifier import Classifier, load_classifier
 from mae.weights.load import fill_data_settings, trained_data_settings
 
@@ -94,7 +95,7 @@ def evaluate_command(args: Sequence[str]) -> None:
         print(f"  {name}: {accuracy:.2f}" + (f" → {other}" if other else ""))
     if config.out:
         folder = Path(config.out)
-        paths = [*report.write(folder, model=str(config.model)), folder / "confusion.png"]
+        paths = [*report.write(folder, model=printable(config.model)), folder / "confusion.png"]
         plots.confusion(report.confusion, report.classes, report.worst(20), paths[-1])
         print("\n".join(f"wrote {path}" for path in paths))
 
@@ -159,13 +160,13 @@ def predict_command(args: Sequence[str]) -> None:
     settings |= {"image_size": None, "in_chans": None}
     data = classifier_data(classifier, config.model, settings)
     leftovers = Leftovers()
-    paths = [file for name in config.images for file in image_paths(Path(name).expanduser(), leftovers)]
+    paths = [file for name in config.images for file in image_paths(Path(name), leftovers)]
     source = ImageFiles(paths, data.in_chans)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     classifier.network.to(device)
     bad: list[str] = []
     row_number = 0
-    with atomic_write(out) as partial, partial.open("w", newline="") as file:
+    with atomic_write(out) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["path", "class", "probability", *classifier.classes])
         for batch in data.whole(source):
@@ -176,14 +177,14 @@ def predict_command(args: Sequence[str]) -> None:
             with torch.no_grad():
                 probabilities = classifier.network(images).float().softmax(dim=1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
-                writer.writerows([source.name(i)] for i in range(row_number, index))  # unreadable ones
+                writer.writerows([escaped(source.name(i))] for i in range(row_number, index))  # unreadable ones
                 row_number = index + 1
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]
-                writer.writerow([source.name(index), classifier.classes[best], shares[best], *shares])
-        writer.writerows([source.name(i)] for i in range(row_number, len(paths)))
+                writer.writerow([escaped(source.name(index)), classifier.classes[best], shares[best], *shares])
+        writer.writerows([escaped(source.name(i))] for i in range(row_number, len(paths)))
     note = f"; {leftovers.note()}" if leftovers.note() else ""
-    print(printable(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes{note}"))
+    print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes{note}")
     if bad:
         raise UserError(f"{len(bad)} of {len(paths)} images could not be read, their rows are empty: {bad[0]}")
 

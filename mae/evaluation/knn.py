@@ -47,7 +47,7 @@ def knn_command(args: Sequence[str]) -> None:
         print(data.layout, flush=True)
     step = weights.description.get("step") if weights.source.suffix == ".ckpt" else None
     if step is not None:
-        unfinished = ", of a run that has not ended" if Path(config.encoder).expanduser().is_dir() else ""
+        unfinished = ", of a run that has not ended" if Path(config.encoder).is_dir() else ""
         print(f"weights of step {step}: {weights.source}{unfinished}", flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

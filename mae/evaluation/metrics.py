@@ -44,11 +44,11 @@ class Report(NamedTuple):
         """Write results.json, with `more` in it, per_class.csv and confusion.csv; returns their paths."""
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / name for name in ("results.json", "per_class.csv", "confusion.csv")]
-        with paths[1].open("w", newline="") as file:
+        with paths[1].open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["class", "images", "acc1"])
             writer.writerows(zip(self.classes, self.confusion.sum(dim=1).tolist(), self.per_class, strict=True))
-        with paths[2].open("w", newline="") as file:
+        with paths[2].open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["true \\ predicted", *self.classes])
             writer.writerows([name, *row] for name, row in zip(self.classes, self.confusion.tolist(), strict=True))

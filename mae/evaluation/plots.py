@@ -151,12 +151,12 @@ def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, 
     left.set_xlabel("predicted")
     left.set_ylabel("true")
     if len(classes) <= 30:  # more names than this cannot be read
-        left.set_xticks(range(len(classes)), classes, rotation=90)
-        left.set_yticks(range(len(classes)), classes)
+        left.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+        left.set_yticks(range(len(classes)), classes, parse_math=False)
     names = [f"{name} → {other}" if other else name for name, _, other in worst]
     bars = right.barh(range(len(worst)), [accuracy for _, accuracy, _ in worst], color="#4878a8")
     right.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    right.set_yticks(range(len(worst)), names, fontsize=8)
+    right.set_yticks(range(len(worst)), names, fontsize=8, parse_math=False)
     right.invert_yaxis()
     right.set_xlim(0, 105)
     right.set_xlabel("top-1 in percent (→ most often taken for)")

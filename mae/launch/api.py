@@ -17,6 +17,7 @@ from mae.errors import UserError
 from mae.evaluation.embed import embed_command
 from mae.launch.stage_cli import StageCLI
 from mae.launch.stages import LinearProbeCLI, PretrainCLI
+from mae.runtime.text import printable_output
 from mae.training.module import Stage
 
 
@@ -98,8 +99,9 @@ def run(
     if wrong := [key for key in settings if "__" not in key and key not in ("seed_everything", "allow_changes")]:
         raise UserError(f"{wrong[0]}: wanted is group__setting, such as data__{wrong[0]} or model__{wrong[0]}")
     given |= {key.replace("__", "."): value for key, value in settings.items()}
-    cli = kind([f"--{key}={as_yaml(value)}" for key, value in given.items()])
-    cli.fit()
+    with printable_output():
+        cli = kind([f"--{key}={as_yaml(value)}" for key, value in given.items()])
+        cli.fit()
     return Run(cli.run_dir, cli.model, last_logged(cli.run_dir / "metrics.csv"))
 
 
@@ -143,7 +145,8 @@ def embed_images(encoder: str | Path, images: str | Path, batch_size: int = 64, 
                     *("--batch_size", str(batch_size), "--num_workers", str(num_workers)),
                 ]
             )
-        print("".join(line for line in said.getvalue().splitlines(keepends=True) if folder not in line), end="")
+        with printable_output():
+            print("".join(line for line in said.getvalue().splitlines(keepends=True) if folder not in line), end="")
         with np.load(out) as file:
             keys = {key: file[key] for key in file.files}
     name = next(key for key, value in keys.items() if value.ndim == 2)

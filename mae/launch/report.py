@@ -29,6 +29,7 @@ from mae.launch import stages as stages_module
 from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.machine import available_cores, cpu_name
+from mae.runtime.text import printable, printable_lines
 
 Settings = dict[str, Any]
 
@@ -288,7 +289,7 @@ def run_stage(job: StageRun) -> bool:
     print(f"log: {log} ... ", end="", flush=True)
     start = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
-    head = f"# mae {shlex.join(args)}\n# {machine()}\n"  # for the page
+    head = f"# mae {printable(shlex.join(args))}\n# {machine()}\n"  # for the page
     job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
     with log.open("ab") as file:
         before = file.tell()  # the output of earlier attempts stays
@@ -388,7 +389,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
         blocks += [f"## {heading}", f"![{heading}]({panels[-1].relative_to(out).as_posix()})"]
     commands = "\n".join(["## Commands\n", "```bash", *(head[0] for head in heads), "```"])
     text = html.escape("\n\n".join(blocks), quote=False) + f"\n\n{commands}\n"
-    (out / "report.md").write_text(text, encoding="utf-8")
+    (out / "report.md").write_text(printable_lines(text), encoding="utf-8")
 
 
 def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:

@@ -23,10 +23,18 @@ class RunFolder(Callback):
         resume: Where the run goes on from.
         metrics: `metrics.csv`, which is cut back to there.
         write_config: Writes config.yaml.
+        start_recording: Begins what is recorded elsewhere.
     """
 
-    def __init__(self, resume: ResumePoint, metrics: MetricsCSV, write_config: Callable[[], None]) -> None:
-        self.resume, self.metrics, self.write_config = resume, metrics, write_config
+    def __init__(
+        self,
+        resume: ResumePoint,
+        metrics: MetricsCSV,
+        write_config: Callable[[], None],
+        start_recording: Callable[[], None],
+    ) -> None:
+        self.resume, self.metrics = resume, metrics
+        self.write_config, self.start_recording = write_config, start_recording
         self.planned_steps: int | None = None  # the length of the run when its checkpoint was written
         self.warmup_steps: float | None = None  # of its schedule then
 
@@ -43,9 +51,13 @@ class RunFolder(Callback):
         self.planned_steps = checkpoint["mae_counts"].get("total_steps")
         self.warmup_steps = checkpoint["mae_counts"].get("warmup_steps")
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Stage)
+        self.check_length(trainer, pl_module)  # before the stage writes its recipe
+
     def before_first_step(self, trainer: Trainer, stage: Stage) -> None:
-        self.check_length(trainer, stage)
         self.prepare_run_dir(trainer, stage)
+        self.start_recording()
 
     def check_length(self, trainer: Trainer, stage: Stage) -> None:
         """A run may be made longer, and says so; a shorter one would have had other learning rates from the start.
@@ -67,7 +79,7 @@ class RunFolder(Callback):
                 f"{message}: give --trainer.max_epochs and --trainer.max_steps as before; --allow_changes true goes on"
             )
         if trainer.is_global_zero:
-            print(f"{message}: from step {stage.global_step} on the learning rate follows the new schedule", flush=True)
+            print(f"{message}: from step {self.resume.step} on the learning rate follows the new schedule", flush=True)
 
     def prepare_run_dir(self, trainer: Trainer, stage: Stage) -> None:
         """Write the settings, and clear away what earlier starts have left; all ranks call it.

@@ -21,7 +21,8 @@ from mae.callbacks.checkpointing import Checkpoints
 from mae.callbacks.liveness import Alive
 from mae.callbacks.metrics_csv import MetricsCSV
 from mae.callbacks.progress_bar import Progress
-from mae.callbacks.wandb_logger import RunLogger, WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger
+from mae.callbacks.wandb_settings import WandbSettings
 from mae.data.datamodule import ImageData
 from mae.errors import TrainingFailed, UserError
 from mae.launch import out_of_memory, own_class
@@ -30,7 +31,7 @@ from mae.launch.run_errors import translated_errors
 from mae.launch.run_folder import RunFolder
 from mae.launch.stage_parser import StageParser
 from mae.launch.trainer_settings import check_callbacks, check_trainer_settings, set_ddp_options
-from mae.options import check_ranges, run_name
+from mae.options import check_ranges, require_utf8, run_name
 from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.files import atomic_write
@@ -145,6 +146,7 @@ class StageCLI(LightningCLI):
             config.run_dir = self.scratch.name
             if is_first_rank():
                 print("fast_dev_run: a few batches of training and validation; nothing is kept of them", flush=True)
+        require_utf8(config.run_dir, "--run_dir")
         self.config = config
         self.run_dir = Path(config.run_dir)
 
@@ -211,10 +213,7 @@ class StageCLI(LightningCLI):
         configured = self.config_init.trainer.logger
         if configured is False:
             return loggers
-        resumed_at = self.resume.step if self.resume.started_before else None
-        settings = WandbSettings(**self.config.wandb.as_dict())
-        if wandb := wandb_logger(self.run_dir, settings, self.merged_settings(), resumed_at, self.metrics.rows):
-            loggers.append(wandb)
+        loggers.append(RunLogger(self.run_dir, WandbSettings(**self.config.wandb.as_dict())))
         return loggers if configured is True else loggers + as_list(configured)
 
     def make_callbacks(self) -> list[Callback]:
@@ -224,7 +223,7 @@ class StageCLI(LightningCLI):
         if self.config_init.trainer.enable_progress_bar is not False:
             callbacks.append(Progress())
         self.alive = Alive(self.lock, self.config.watchdog_minutes)
-        return [*callbacks, self.alive, RunFolder(self.resume, self.metrics, self.write_config)]
+        return [*callbacks, self.alive, RunFolder(self.resume, self.metrics, self.write_config, self.start_recording)]
 
     def start(self) -> None:
         """What a run that is not resumed does first."""
@@ -239,6 +238,20 @@ class StageCLI(LightningCLI):
         Raises:
             Stopped: After a signal, once the run is saved.
             KeyboardInterrupt: After a second Ctrl-C.
+        """
+        with signals.noted():
+            try:
+                self.check_start()
+                with translated_errors(self.trainer, self.resume.hint, self.out_of_memory_message):
+                    self.train()
+            finally:
+                self.clean_up()
+
+    def check_start(self) -> None:
+        """What can only be checked once the trainer is there.
+
+        Raises:
+            UserError: The run would be another one than that in the run folder, or cannot start like this.
         """
         trainer = self.trainer
         self.resume.keep_global_batch(self.model, trainer, self.datamodule)
@@ -255,12 +268,6 @@ class StageCLI(LightningCLI):
             )
         if trainer.local_rank > 0 and started_here:
             signals.die_with_parent()  # the first rank has started this one
-        with signals.noted():
-            try:
-                with translated_errors(trainer, self.resume.hint, self.out_of_memory_message):
-                    self.train()
-            finally:
-                self.clean_up()
 
     def train(self) -> None:
         path = str(self.resume.path) if self.resume.path else None
@@ -292,6 +299,12 @@ class StageCLI(LightningCLI):
             logger.finish(HURRY_SECONDS)
         atexit.register(end_loaders)
         self.lock.release()
+
+    def start_recording(self) -> None:
+        """Begin the run in W&B, once nothing can be refused any more."""
+        resumed_at = self.resume.step if self.resume.started_before else None
+        for logger in self.wandb_loggers():
+            logger.start(self.merged_settings(), resumed_at, self.metrics.rows)
 
     def wandb_loggers(self) -> list[RunLogger]:
         return [logger for logger in self.trainer.loggers if isinstance(logger, RunLogger)]

@@ -23,6 +23,7 @@ from mae.launch.stage_cli import StageCLI
 from mae.linprobe import LinearProbe
 from mae.pretrain import Pretrain
 from mae.runtime.environment import is_first_rank
+from mae.runtime.text import escaped
 from mae.training.fsdp import full_state
 from mae.weights.load import (
     export_autoencoder,
@@ -92,7 +93,8 @@ class ClassifyCLI(StageCLI):
         paths = export_classifier(state, model.description(), self.run_dir)
         if isinstance(data.train_source, Subset):
             paths.append(self.run_dir / "subset.txt")
-            paths[-1].write_text("".join(f"{data.train_source.name(i)}\n" for i in range(len(data.train_source))))
+            names = map(data.train_source.name, range(len(data.train_source)))
+            paths[-1].write_text("".join(f"{escaped(name)}\n" for name in names), encoding="utf-8")
         if model.report is not None:
             paths += model.report.write(
                 self.run_dir, step=model.global_step, seconds=round(model.step_metrics.seconds, 3)
@@ -169,27 +171,35 @@ class LinearProbeCLI(ClassifyCLI):
             super().reject_other_start()
 
     def fit(self) -> None:
-        if self.config.mode != "recipe":
-            if self.trainer.world_size > 1:
-                raise UserError(f"--mode {self.config.mode} runs in one process: set --trainer.devices 1")
-            try:
-                fast = self.fit_cached()
-                for logger in self.wandb_loggers() if self.config.mode == "cached" else ():
-                    logger.complete()
-            finally:
-                if self.config.mode == "cached":
-                    self.clean_up()
-        if self.config.mode != "cached":
+        mode = self.config.mode
+        if mode == "recipe":
             super().fit()
-        if self.config.mode == "both":
-            self.compare(fast)
+            return
+        try:
+            if self.trainer.world_size > 1:
+                raise UserError(f"--mode {mode} runs in one process: set --trainer.devices 1")
+            if mode == "both":
+                self.check_start()  # before the cached probe, too
+            fast = self.fit_cached()
+            for logger in self.wandb_loggers() if mode == "cached" else ():
+                logger.complete()
+        except BaseException:
+            self.clean_up()
+            raise
+        if mode == "cached":
+            self.clean_up()
+            return
+        super().fit()
+        self.compare(fast)
 
     def fit_cached(self) -> cached_probe.CachedResult:
         settings = CachedSettings(**self.config.cached.as_dict())
         network, device = self.model.model, self.trainer.strategy.root_device
-        self.write_config()
         data = self.datamodule
         recipe = cached_probe.recipe(settings, data, self.model.start_note)
+        cached_probe.checked_features(network, data, settings)
+        self.write_config()
+        self.start_recording()
         print(recipe, flush=True)
         result = cached_probe.run_cached_probe(network, data, settings, self.model.seed, device)
         seconds = round(result.encoding + result.training, 3)

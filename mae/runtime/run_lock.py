@@ -49,7 +49,8 @@ class RunLock:
         self.path = run_dir / FILE
         self.lock: HeldLock | None = None
         self.rank = 0
-        self.made_folder = False
+        self.made: list[Path] = []  # the lock file and the folders that were not there before, the innermost first
+        self.found: set[str] = set()  # in the folder before
 
     def take(self, rank: int = 0, wait: float = 20.0) -> None:
         """Lock the folder for a rank: first for rank 0, before anything in it is read or written; makes the folder.
@@ -101,9 +102,9 @@ class RunLock:
         path = self.path.resolve()
         lock = _held.get(path)
         if lock is None or lock.process != os.getpid():
-            if not self.run_dir.is_dir():
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                self.made_folder = True
+            self.made = [path for path in (self.path, self.run_dir, *self.run_dir.parents) if not path.exists()]
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            self.found = set(os.listdir(self.run_dir)) - {FILE}
             try:
                 descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
             except FileNotFoundError:
@@ -136,13 +137,14 @@ class RunLock:
         return None
 
     def _remove_unused_folder(self, lock: HeldLock) -> None:
-        """Leave a folder in which nothing was done as it was found."""
-        if self.rank == 0 and os.listdir(self.run_dir) == [FILE] and names_open_file(self.path, lock.descriptor):
-            if not try_lock(lock.descriptor, 1):
-                return
+        """Leave a folder in which nothing was done as it was found, and none where there was none."""
+        unused = set(os.listdir(self.run_dir)) - {FILE} == self.found
+        if self.rank or not self.made or not unused or not names_open_file(self.path, lock.descriptor):
+            return
+        if try_lock(lock.descriptor, 1):
             self.path.unlink()
-            if self.made_folder:
-                self.run_dir.rmdir()
+            for folder in self.made[1:]:
+                folder.rmdir()
 
 
 def _holder(descriptor: int) -> str:

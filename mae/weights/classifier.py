@@ -9,6 +9,7 @@ from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair
 from mae.models.meta_device import to_be_loaded
 from mae.models.vit import build
+from mae.runtime.text import printable
 from mae.weights.load import read_weights
 from mae.weights.weights import Weights, resample_positions
 
@@ -113,7 +114,8 @@ def load_classifier(src: str | Path) -> Classifier:
         UserError: `src` holds no classifier.
     """
     weights = read_weights(src)
-    return Classifier(build_classifier(weights), weights.require_classifier()["classes"], weights.description)
+    classes = list(map(printable, weights.require_classifier()["classes"]))
+    return Classifier(build_classifier(weights), classes, weights.description)
 
 
 def build_classifier(weights: Weights) -> VisionTransformer:

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 
 from mae.commands import convert_parser
 from mae.errors import UserError
-from mae.options import out_file
+from mae.options import out_file, require_utf8
 from mae.runtime.files import sync
+from mae.runtime.text import printable_lines
 from mae.weights import model_card, onnx_export
 from mae.weights.classifier import build_classifier
 from mae.weights.conversion_checks import (
@@ -78,7 +79,8 @@ def checked_destination(config: Namespace) -> Path:
     Raises:
         UserError: The path does not suit the format, or an option would have no effect.
     """
-    dst = Path(config.dst).expanduser().absolute()
+    dst = Path(config.dst).absolute()
+    require_utf8(dst, "DST")
     suffixes, _ = FORMATS[config.format]
     if file_suffix(dst) not in suffixes or not dst.name:
         wanted = " or ".join(suffix or "no suffix (a folder)" for suffix in suffixes)
@@ -322,7 +324,8 @@ def write_card(conversion: Conversion, format: str) -> None:
     """Write the model card into the folder; or card and configuration beside the file."""
     path, weights, folder = conversion.path, conversion.weights, conversion.path.is_dir()
     text = model_card.card_text(weights, format, path.name, folder, conversion.checks, conversion.lost)
-    (path / "README.md" if folder else path.with_name(f"{path.name}.md")).write_text(text)
+    card = path / "README.md" if folder else path.with_name(f"{path.name}.md")
+    card.write_text(printable_lines(text), encoding="utf-8")
     if not folder and format != "timm":
         model_card.write_config(path.with_name(f"{path.name}.json"), {"mae": weights.description})
 

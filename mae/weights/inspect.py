@@ -14,6 +14,7 @@ from mae.errors import UserError
 from mae.models.mae import as_pair, sincos_positions
 from mae.options import out_file
 from mae.runtime.checkpoint_files import last_checkpoint
+from mae.runtime.text import printable
 from mae.weights.detect import count_non_finite, detect_opened, first_names, overrides_from
 from mae.weights.detect_architecture import NO_OVERRIDES, SINCOS_TOLERANCE, ArchOverrides
 from mae.weights.model_card import count_of, size_name
@@ -51,9 +52,9 @@ def inspect_command(args: Sequence[str]) -> None:
     try:
         facts = collect_facts(config.src, overrides_from(config))
     except UserError as error:
-        facts = {"source": config.src, "problems": [str(error)], "verdict": str(error)}
+        facts = {"source": printable(config.src), "problems": [str(error)], "verdict": str(error)}
     else:
-        print("\n".join(table_lines(facts)))
+        print("\n".join(map(printable, table_lines(facts))))
     if config.json:
         Path(config.json).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
         print(f"wrote {config.json}")
@@ -75,7 +76,7 @@ def collect_facts(src: str, overrides: ArchOverrides) -> dict[str, Any]:
     weights = detect_opened(opened, overrides)
     # The keys must not be those by which a configuration of transformers or timm is recognised ("model_type",
     # "architecture"): the JSON file may lie beside the weights.
-    facts: dict[str, Any] = {"source": str(weights.source), "bytes": size_on_disk(opened.path)}
+    facts: dict[str, Any] = {"source": printable(str(weights.source)), "bytes": size_on_disk(opened.path)}
     facts |= {"format": weights.format, "holds": weights.holds, "training_state": training_state(opened)}
     unused = () if weights.has_decoder else ("decoder_", "norm_pix_loss")
     model = {key: value for key, value in weights.config.items() if not key.startswith(unused)}
@@ -214,7 +215,7 @@ def possible_uses(src: str, opened: Opened, weights: Weights, options: list[str]
         resume = "yes"
     elif opened.optimizer:
         resume = f"no, other software's training cannot be resumed: {start} starts from its weights"
-    elif Path(src).expanduser().is_dir() and (last := last_checkpoint(src)).is_file():
+    elif Path(src).is_dir() and (last := last_checkpoint(src)).is_file():
         resume = f"no, it holds only weights: {last} has the state of the training"
     else:
         resume = f"no, it has no training state: {start} starts from its weights"

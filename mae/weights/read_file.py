@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mae.errors import UserError
+from mae.options import require_utf8
 from mae.runtime import checkpoint_files
 from mae.weights.state_dict_keys import State, bare_name
 from mae.weights.wrappers import encoder_roots
@@ -65,6 +66,7 @@ def open_weights(src: str | Path) -> Opened:
     path = Path(src).expanduser()
     if path.is_dir():
         path = in_folder(path)
+    require_utf8(path)
     if not path.exists():
         raise UserError(f"{path} does not exist")
     if not path.is_file():

@@ -13,7 +13,7 @@ import numpy as np
 from mae.commands import doctor_parser
 from mae.data.channel_stats import as_option, as_text
 from mae.data.datasets import default_workers
-from mae.data.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES, printable
+from mae.data.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from mae.data.layout import open_splits
 from mae.data.prepare.survey import (
     FORMATS,
@@ -28,6 +28,7 @@ from mae.data.prepare.survey import (
 from mae.errors import UserError
 from mae.options import check_ranges, out_file, plural
 from mae.runtime.storage import Place
+from mae.runtime.text import escaped, printable
 
 # The most names that are printed: of unreadable images, of other examples, of copies of one image.
 MAX_UNREADABLE, MAX_EXAMPLES, MAX_COPIES = 20, 5, 3
@@ -78,10 +79,10 @@ def doctor_command(args: Sequence[str]) -> None:
         Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
         lines.append(f"wrote {config.json}")
     if config.list:
-        with open(config.list, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        with open(config.list, "w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["path", "problem"])
-            writer.writerows(problem_rows(splits, groups))
+            writer.writerows(map(escaped, row) for row in problem_rows(splits, groups))
         lines.append(f"wrote {config.list}")
     elif findings:
         lines.append("--list FILE writes the path of every one")
@@ -155,7 +156,7 @@ def other_problems(
 
 
 def example_names(split: SplitSurvey, which: np.ndarray) -> list[str]:
-    return [split.source.name(int(i)) for i in np.flatnonzero(which)[:MAX_EXAMPLES]]
+    return [escaped(split.source.name(int(i))) for i in np.flatnonzero(which)[:MAX_EXAMPLES]]
 
 
 def unknown_classes(splits: dict[str, SplitSurvey], key: str, other: str) -> list[str]:
@@ -171,7 +172,7 @@ def duplicate_examples(splits: dict[str, SplitSurvey], groups: DuplicateGroups, 
     for group in islice(groups.select(which), MAX_EXAMPLES):
         names: dict[tuple[str, str | None], str] = {}
         for key, index in (locate(splits, number) for number in group):
-            names.setdefault((key, splits[key].class_of(index)), f"{key}: {splits[key].source.name(index)}")
+            names.setdefault((key, splits[key].class_of(index)), f"{key}: {escaped(splits[key].source.name(index))}")
         examples.append(" = ".join(islice(names.values(), MAX_COPIES)))
     return examples
 

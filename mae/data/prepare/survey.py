@@ -26,6 +26,7 @@ from mae.data.loaders import unchanged
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place
+from mae.runtime.text import escaped, printable
 
 FORMATS = {**decode.FORMATS, "NPY": {".npy"}}  # by content, with the suffixes of each
 
@@ -293,10 +294,10 @@ def summarise_split(split: SplitSurvey, copies: int) -> dict[str, Any]:
         sizes = {"smallest": smallest, "median": median, "largest": largest}
     mean, std = mean_and_std(split.moments, len(records)) if len(records) else ([], [])
     return {
-        "place": str(split.place),
+        "place": printable(str(split.place)),
         "images": len(source),
         "bytes": split.bytes,
-        "unreadable": {source.name(index): reason for index, reason in split.errors.items()},
+        "unreadable": {escaped(source.name(index)): printable(reason) for index, reason in split.errors.items()},
         "classes": {name: count for name, count in zip(source.classes, counts, strict=True) if count},
         "per_class": per_class | ({"ratio": filled[-1] / filled[0]} if filled else {}),
         "empty_classes": split.empty_classes,
@@ -310,8 +311,8 @@ def summarise_split(split: SplitSurvey, copies: int) -> dict[str, Any]:
         "copies": copies,
         "mean": mean,
         "std": std,
-        "other_files": dict(split.other_files),
-        "dangling_links": split.dangling_links,
+        "other_files": {escaped(suffix): count for suffix, count in split.other_files.items()},
+        "dangling_links": list(map(escaped, split.dangling_links)),
     }
 
 

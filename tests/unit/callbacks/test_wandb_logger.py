@@ -24,7 +24,7 @@ from PIL import Image
 from mae.callbacks import wandb_logger as wandb_logger_module
 from mae.callbacks import wandb_settings
 from mae.callbacks.wandb_file import cut_torn_tail, read_records
-from mae.callbacks.wandb_logger import RunLogger, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger
 from mae.callbacks.wandb_settings import WandbSettings, wandb_mode
 
 KEY = "0123456789" * 4
@@ -42,6 +42,19 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     monkeypatch.chdir(tmp_path)
     yield
     end()
+
+
+def wandb_logger(
+    run_dir: Path,
+    settings: WandbSettings,
+    config: dict[str, Any],
+    resumed_at: int | None = None,
+    rows: Sequence[dict[str, Any]] = (),
+) -> RunLogger | None:
+    """A logger that has started; None where it records nothing."""
+    logger = RunLogger(run_dir, settings)
+    logger.start(config, resumed_at, rows)
+    return logger if logger.recorder is not None else None
 
 
 def end(logger: RunLogger | None = None) -> None:
@@ -220,6 +233,67 @@ def test_second_stage_in_one_process_is_a_run_of_its_own(tmp_path: Path) -> None
     runs = [wandb_logger(tmp_path / name, WandbSettings(mode="offline"), {}) for name in ("pretrain", "probe")]
     assert len({run.version for run in runs if run is not None}) == 2
     assert offline_run(tmp_path / "pretrain") != offline_run(tmp_path / "probe")
+
+
+# W&B's own variables
+
+
+def offline_record(folder: Path) -> Any:
+    end()
+    (file,) = offline_run(folder).glob("*.wandb")
+    return next(r.run for r in read_records(file) if r.HasField("run"))
+
+
+VARIABLES = {
+    **{"WANDB_PROJECT": "theirs", "WANDB_NAME": "called", "WANDB_RUN_GROUP": "seeds", "WANDB_ENTITY": "team"},
+    **{"WANDB_TAGS": "a,b", "WANDB_NOTES": "a note", "WANDB_JOB_TYPE": "train", "WANDB_RUN_ID": "My-run_1"},
+}
+
+
+def test_variables_hold_unless_the_option_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+    wandb_logger(tmp_path / "run", WandbSettings(mode="offline"), CONFIG)
+    run = offline_record(tmp_path / "elsewhere")
+    assert (run.project, run.display_name, run.run_group, run.entity) == ("theirs", "called", "seeds", "team")
+    assert (list(run.tags), run.notes, run.job_type, run.run_id) == (["a", "b"], "a note", "train", "My-run_1")
+    assert [path.name for path in (tmp_path / "run" / "wandb").iterdir()] == ["id"]
+
+    monkeypatch.delenv("WANDB_DIR")
+    wandb_logger(tmp_path / "own", WandbSettings("offline", project="p", entity="e", name="n"), CONFIG)
+    run = offline_record(tmp_path / "own")
+    assert (run.project, run.display_name, run.run_group, run.entity) == ("p", "n", "seeds", "e")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_id_whatever_the_variables_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "My-run_1")
+    first = wandb_logger(tmp_path, WandbSettings(mode="offline"), CONFIG)
+    assert first is not None
+    log(first, range(1, 4))
+    end(first)
+    monkeypatch.setenv("WANDB_RUN_ID", "other")
+    monkeypatch.setenv("WANDB_RESUME", "never")
+    new_second()
+    second = wandb_logger(tmp_path, WandbSettings(mode="offline"), CONFIG, 2, csv_rows(1, 2))
+    assert second is not None
+    assert second.version == "My-run_1"
+    assert "run My-run_1 (not WANDB_RUN_ID, which is for new runs) continued from step 2" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_new_run_under_a_used_id_says_which_rows_are_not_sent(
+    server: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    server.history["used"] = [{"_step": step} for step in range(5)]
+    monkeypatch.setenv("WANDB_RUN_ID", "used")
+    logger = wandb_logger(tmp_path, WandbSettings(), CONFIG)
+    assert logger is not None
+    assert ", run used, which has rows up to step 4 that are not sent again" in capfd.readouterr().out
+    end(logger)
 
 
 # Where to record
@@ -481,14 +555,15 @@ def test_offline_then_online_sends_all(
 SEGMENT = """
 import sys, time
 from pathlib import Path
-from mae.callbacks.wandb_logger import WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger, WandbSettings
 
 def row(step):
     return {"train/loss": 1 / step, "images_seen": 64 * step, "padding": "x" * 300}
 
 first, last, end = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 rows = [{"step": s, **row(s)} for s in range(1, first + 1)]
-logger = wandb_logger(Path("run"), WandbSettings(), {}, first or None, rows)
+logger = RunLogger(Path("run"), WandbSettings())
+logger.start({}, first or None, rows)
 for step in range(first + 1, last + 1):
     logger.log_metrics(row(step), step=step)
 print("logged", flush=True)
@@ -561,10 +636,11 @@ AFTER_A_SIGNAL = """
 import os, signal, subprocess, sys
 from pathlib import Path
 from mae.callbacks import wandb_logger as tracking
-from mae.callbacks.wandb_logger import WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger, WandbSettings
 
 tracking.FINISH_SECONDS, tracking.PATIENCE_SECONDS, tracking.QUEUE = 3.0, 1.0, 100
-logger = wandb_logger(Path("run"), WandbSettings(), {})
+logger = RunLogger(Path("run"), WandbSettings())
+logger.start({})
 logger.log_metrics({"a": 1.0}, step=0)
 found = subprocess.run(["pgrep", "-P", str(os.getpid()), "wandb-core"], capture_output=True, text=True).stdout
 os.kill(int(found), int(sys.argv[1]))
@@ -574,7 +650,8 @@ print("trained", flush=True)
 if sys.argv[2] == "finish":
     logger.complete()
     logger.finish()
-    second = wandb_logger(Path("second"), WandbSettings(), {})
+    second = RunLogger(Path("second"), WandbSettings())
+    second.start({})
     second.log_metrics({"a": 1.0}, step=3)
     second.complete()
 """
@@ -695,12 +772,11 @@ def test_other_ranks_record_nothing(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rank_zero_only, "rank", 1)
-    logger = wandb_logger(tmp_path / "run", WandbSettings(), CONFIG)
-    assert logger is not None
+    logger = RunLogger(tmp_path / "run", WandbSettings())
+    logger.start(CONFIG)
     logger.log_metrics({"train/loss": 1.0, "images_seen": 64}, step=1)
     logger.log_hyperparams({"a": 1})
     logger.log_image("val/panel", [str(tmp_path / "none.png")], 1)
-    assert wandb_logger(tmp_path / "run", WandbSettings(mode="disabled"), CONFIG) is None
     assert list(tmp_path.iterdir()) == []
     assert capfd.readouterr() == ("", "")
 
@@ -710,7 +786,7 @@ from pathlib import Path
 import lightning as L, torch
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.demos.boring_classes import BoringModel
-from mae.callbacks.wandb_logger import WandbSettings, wandb_logger
+from mae.callbacks.wandb_logger import RunLogger, WandbSettings
 
 class Model(BoringModel):
     def training_step(self, batch, batch_idx):
@@ -720,7 +796,8 @@ class Model(BoringModel):
         self.trainer.logger.log_image("panel", ["panel.png"], self.global_step)
         return loss
 
-logger = wandb_logger(Path("run"), WandbSettings(), {"a": {"b": 1}})
+logger = RunLogger(Path("run"), WandbSettings())
+logger.start({"a": {"b": 1}})
 trainer = L.Trainer(logger=logger, accelerator="cpu", devices=2, strategy="ddp", max_steps=4, log_every_n_steps=1,
                     callbacks=[LearningRateMonitor()], enable_progress_bar=False, enable_model_summary=False)
 trainer.fit(Model())
