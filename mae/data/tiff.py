@@ -32,6 +32,8 @@ BY_PILLOW = PREDICTED | {1, 2, 3, 4, 6, 7, 32773}  # none, CCITT, JPEG, PackBits
 ORIENTATION, INK_SET, GDAL_NODATA = 274, 332, 42113  # tags
 
 # (height, width, bytes of the pixels) -> raises if they are over the limits
+MAX_PAGES = 64  # pages that are looked at, as only the first is read
+
 CheckSize = Callable[[int, int, int], None]
 
 
@@ -49,10 +51,10 @@ def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None
     """
     with _opened(data) as file:
         page: Any = file.pages.first
-        if (count := _stacked(file)) > 1:
+        if _is_stack(file):
             raise ValueError(
-                f"is a stack of {count} pages; only one image a file is read: save each page as a file, or all as the "
-                "bands of one page (planarconfig='separate' in tifffile)"
+                "is a stack of pages of one size, and one image a file is read: save each page as a file, or all as "
+                "the bands of one page (planarconfig='separate' in tifffile)"
             )
         height, width, bands = int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel)
         if min(height, width, bands) < 1:
@@ -106,22 +108,27 @@ class _Silence(logging.Filter):
 
 
 def _further_pages(file: tifffile.TiffFile) -> Iterator[Any]:
-    return islice(iter(file.pages), 1, None)
+    seen = {file.pages.first.offset}
+    for page in islice(iter(file.pages), 1, MAX_PAGES):
+        if page.offset in seen:
+            raise ValueError("file is damaged: its pages go in a circle")
+        seen.add(page.offset)
+        yield page
 
 
-def _stacked(file: tifffile.TiffFile) -> int:
-    """The number of images of the first page's size: of a stack, if it is more than 1."""
+def _is_stack(file: tifffile.TiffFile) -> bool:
+    """Whether there are more images of the first page's size."""
     first: Any = file.pages.first
     size = first.imagelength, first.imagewidth
     for page in _further_pages(file):
         if (page.imagelength, page.imagewidth) == size and not (page.is_reduced or page.is_mask):
-            return len(file.pages)
+            return True
     # ImageJ and tifffile may describe a whole stack in its first page.
     if first.is_imagej and (found := re.search(r"^images=(\d+)", first.imagej_description, re.MULTILINE)):
-        return int(found[1])
+        return int(found[1]) > 1
     if first.is_shaped and (found := re.search(r'"shape": \[([\d, ]+)\]', first.shaped_description)):
-        return math.prod(map(int, found[1].split(","))) // max(1, math.prod(first.shape))
-    return 1
+        return math.prod(map(int, found[1].split(","))) > math.prod(first.shape)
+    return False
 
 
 def _for_pillow(page: Any, kind: str | None, bands: int, in_chans: int) -> bool:
