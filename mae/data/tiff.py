@@ -204,7 +204,7 @@ def _samples(page: Any, data: bytes) -> np.ndarray:
                 f"compression {_name(page.compression)}, predictor {_name(page.predictor)} need the package "
                 "imagecodecs: pip install 'vit-mae-lightning[tiff]'"
             ) from None
-        samples = np.asarray(Image.open(BytesIO(data), formats=("TIFF",)))
+        samples = np.array(Image.open(BytesIO(data), formats=("TIFF",)))
     samples = samples.astype(samples.dtype.newbyteorder("="), copy=False)
     if samples.ndim == 2:
         samples = samples[None]
