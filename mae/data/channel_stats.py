@@ -8,7 +8,12 @@ from torch import Tensor
 
 
 def moments(pixels: Tensor) -> list[tuple[float, float]]:
-    """Mean and mean square of each channel of (C, H, W) pixels, scaled to [0, 1]; from exact integer sums."""
+    """Mean and mean square of each channel of (C, H, W) pixels, from exact sums of integers, scaled to [0, 1].
+
+    float32 is not scaled.
+    """
+    if pixels.is_floating_point():
+        return [(float(c.mean()), float(c.square().mean())) for c in pixels.double()]
     full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
     result = []
     for channel in pixels:
@@ -17,6 +22,13 @@ def moments(pixels: Tensor) -> list[tuple[float, float]]:
         total, squares = int((counts * levels).sum()), int((counts * levels * levels).sum())
         result.append((total / (n * full), squares / (n * full * full)))
     return result
+
+
+def extremes(pixels: Tensor) -> np.ndarray:
+    """(2, C): the smallest and the largest sample of each channel of (C, H, W) pixels, scaled as in `moments`."""
+    full = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype, 1)
+    samples = pixels.numpy()
+    return np.stack([samples.min(axis=(1, 2)), samples.max(axis=(1, 2))]) / full
 
 
 def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]]:
@@ -31,4 +43,5 @@ def as_option(key: str, values: Sequence[float]) -> str:
 
 
 def as_text(values: Sequence[float]) -> str:
-    return ", ".join(f"{value:.4f}" for value in values)
+    """Four decimals, and of small values four significant digits."""
+    return ", ".join(f"{value:.4f}" if abs(value) >= 0.01 or value == 0 else f"{value:.4g}" for value in values)

@@ -1,6 +1,6 @@
 """Crops: choosing a box of an image, and resizing it.
 
-Images are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535].
+Images are (C, H, W) tensors, uint8 in [0, 255], uint16 in [0, 65535] or float32 of any range.
 A box is (top, left, height, width) in whole pixels of the decoded image, after its EXIF rotation.
 """
 
@@ -39,7 +39,8 @@ class Crop(NamedTuple):
 def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
 
-    The dtype is kept: uint8 (nearly always within one level of Pillow's crop and resize) or uint16 (through float32).
+    The dtype is kept: uint8 (nearly always within one level of Pillow's crop and resize), uint16 (through float32) or
+    float32, of which nothing is rounded or clamped.
     The result is dense, and channels last if the image is. A box that already has the size is cut out without
     filtering.
     """

@@ -1,7 +1,7 @@
 """The LightningDataModule: which images are used for training and evaluation, and how they become batches.
 
-Pixels stay integers (uint8, or uint16 from .npy) until they are on the device. There the whole batch is flipped, scaled
-to [0, 1] and normalised by mean and std.
+Pixels stay as they are decoded (uint8; uint16 and float32 from TIFF and .npy) until they are on the device. There the
+whole batch is flipped, integers are scaled to [0, 1], and all is normalised by mean and std.
 """
 
 import os
@@ -31,7 +31,7 @@ from mae.data.datasets import (
     mirrored,
     normalize,
 )
-from mae.data.decode import BadImage
+from mae.data.decode import SCALES, BadImage
 from mae.data.layout import open_splits
 from mae.data.loaders import Loader, ReplayLoader, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
@@ -76,11 +76,11 @@ class ImageData(LightningDataModule):
             called like it).
         image_size: Pixels, one side of a square or [height, width] (default: that of the encoder or model; else that
             of the data set, 224 for folders).
-        in_chans: Channels that images are converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy files (default:
-            that of the encoder or model; else that of the data set, 3 for folders).
-        mean: Mean of each channel in [0, 1], which is subtracted; `mae stats` computes it (default: that of the
-            encoder or model; else that of the data set, ImageNet's for folders of 3 channels).
-        std: Standard deviation of each channel in [0, 1], to divide by; defaults as for mean.
+        in_chans: Channels that images are converted to: 1 grey, 3 RGB, 4 RGBA; any number for .npy and TIFF files of
+            so many bands (default: that of the encoder or model; else that of the data set, 3 for folders).
+        mean: Mean of each channel in [0, 1], of float32 in the files' units, which is subtracted; `mae stats` computes
+            it (default: that of the encoder or model; else that of the data set, ImageNet's for folders of 3 channels).
+        std: Standard deviation of each channel, in the same units, to divide by; defaults as for mean.
         batch_size_per_device: Images per device in one forward pass. The global batch is this x devices x accumulation.
         num_workers: Loader processes per device (default: one for each core that is left for it, at most 8).
         crop_scale: Smallest and largest area of the random resized crop, as fractions of the image; null: centre crop.
@@ -100,6 +100,7 @@ class ImageData(LightningDataModule):
     """
 
     subset_seed = 0  # of the choice of images to hold out
+    eight_bits = False  # whether training images of more than 8 bits are refused
 
     def __init__(
         self,
@@ -147,6 +148,7 @@ class ImageData(LightningDataModule):
         if crop_scale is not None and not 0 < crop_scale[0] <= crop_scale[1] <= 1:
             raise UserError(f"--data.crop_scale {list(crop_scale)}: it must be 0 < smallest <= largest <= 1")
         same_chans = self.in_chans == defaults.in_chans
+        self.assumes_imagenet = dataset == "folder" and same_chans and None in (mean, std)
         self.mean = self.channel_values("mean", mean, defaults.mean if same_chans else None)
         self.std = self.channel_values("std", std, defaults.std if same_chans else None)
         check_ranges("data", "(0, inf)", std=self.std)
@@ -225,9 +227,9 @@ class ImageData(LightningDataModule):
         """An augmentation of your own for each training image; override it. The default changes nothing.
 
         Args:
-            image: (C, H, W) uint8 or uint16, cropped, resized and flipped; after RandAugment in fine-tuning. Draw from
-                the global generators of Python, numpy or torch: they are seeded by (seed, epoch, index), so that a
-                resumed run draws the same.
+            image: (C, H, W) uint8, uint16 or float32, cropped, resized and flipped; after RandAugment in fine-tuning.
+                Draw from the global generators of Python, numpy or torch: they are seeded by (seed, epoch, index), so
+                that a resumed run draws the same.
 
         Returns:
             The same shape and type.
@@ -279,10 +281,24 @@ class ImageData(LightningDataModule):
                 f"--data.mean and --data.std are needed for {self.in_chans} channels; "
                 "`mae stats` with the same --data settings computes them"
             )
+        self.check_kinds()
         # Processes that Lightning itself starts see all cores of the machine, each of them; Slurm's have their own.
         environment = getattr(self.trainer.strategy, "cluster_environment", None) if self.trainer else None
         if self.shares_cores and self.trainer and isinstance(environment, LightningEnvironment):
             self.num_workers = default_workers(processes=self.trainer.num_devices)
+
+    def check_kinds(self) -> None:
+        """Refuse settings that do not suit the type of the images' samples, as far as their first images tell it."""
+        train, val = (None if source is None else source.kind() for source in (self.train_source, self.val_source))
+        if train and val and SCALES[train] != SCALES[val]:
+            raise UserError(f"the training images hold {train}, the held-out ones {val}: they are scaled otherwise")
+        if train in ("int16", "float32") and self.assumes_imagenet:
+            raise UserError(
+                f"the images hold {train} (scaled to {SCALES[train]}), for which ImageNet's mean and std are wrong: "
+                "set --data.mean and --data.std; `mae stats` with the same --data settings computes them"
+            )
+        if self.eight_bits and train not in (None, "uint8"):
+            raise UserError(f"--data.auto_augment is for images of 8 bits, these hold {train}: set it to null")
 
     def train_sampler(self) -> EpochSampler:
         """The sampler of this rank, for the world size and the accumulation of the trainer."""
@@ -314,9 +330,11 @@ class ImageData(LightningDataModule):
     def samples(self, source: Source, jpeg_scaling: bool | None = None) -> TrainSamples:
         """The training samples of a source; `jpeg_scaling` replaces the setting of this name."""
         scaling = self.jpeg_scaling if jpeg_scaling is None else jpeg_scaling
-        return TrainSamples(
+        samples = TrainSamples(
             source, self.image_size, self.in_chans, self.seed, self.crop, self.hflip, self.distortion(), scaling
         )
+        samples.eight_bits = self.eight_bits
+        return samples
 
     def augmentations(self) -> list[str]:
         """The augmentations of a training image, in order, for the log."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from mae.data.crops import Box, Crop, batched_resized_crop, center_box, evaluation_pixels, is_channels_last
-from mae.data.decode import BadImage, Picture
+from mae.data.decode import SCALES, BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
 from mae.errors import UserError
@@ -32,7 +32,7 @@ Distort = Callable[[Tensor], Tensor]  # (C, H, W) uint8 -> the same shape, by th
 class Batch(NamedTuple):
     """A batch on its way from the loader to a training step."""
 
-    images: Tensor  # (B, C, H, W): uint8 or uint16 from the loader, float and normalised on the device
+    images: Tensor  # (B, C, H, W): uint8, uint16 or float32 from the loader, float and normalised on the device
     labels: Tensor  # (B,) int64, -1 where there is none
     indices: Tensor  # (B,) int64, index of the image in its data set
     epochs: Tensor  # (B,) int64; the mask of a sample depends on this, its index and the seed, and on nothing else
@@ -92,18 +92,34 @@ def default_workers(threads: int | None = None, processes: int | None = None) ->
 
 
 class Samples(Dataset[Any]):
-    """Images of a source. Subclasses say what an item is."""
+    """Images of a source. Subclasses say what an item is.
+
+    Attributes:
+        eight_bits: Whether images of more than 8 bits are refused, as RandAugment cannot change them.
+    """
+
+    eight_bits = False
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.progress: WorkerProgress | None = None
 
     def open_images(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
-        pictures = self.source.open_all(indices)
+        pictures, usual = self.source.open_all(indices), self.source.kind()
         for index in indices:
             if self.progress:
                 self.progress.set(index)
-            yield next(pictures)
+            picture = next(pictures)
+            if not isinstance(picture, BadImage):
+                usual = usual or picture.kind
+                reason = ""
+                if SCALES[picture.kind] != SCALES[usual]:
+                    reason = f"holds {picture.kind} among images of {usual}, which have another scale: keep them apart"
+                elif self.eight_bits and picture.kind != "uint8":
+                    reason = f"holds {picture.kind}, but RandAugment is for 8 bits: --data.auto_augment null"
+                if reason:
+                    picture = BadImage(self.source.where(index), reason)
+            yield picture
 
 
 class DecodedSamples(Samples):
@@ -266,8 +282,14 @@ def blank_batch(size: int, in_chans: int, image_size: Pair) -> Batch:
 
 
 def stack(images: list[Tensor]) -> Tensor:
-    """(C, H, W) each -> (B, C, H, W), channels last if all are; uint8 beside uint16 is widened, 255 to 65535."""
-    if len({image.dtype for image in images}) > 1:
+    """(C, H, W) each -> (B, C, H, W), channels last if all are; uint8 beside uint16 is widened, 255 to 65535.
+
+    Beside float32 there are only float32 and the zeros of unreadable images.
+    """
+    types = {image.dtype for image in images}
+    if torch.float32 in types:
+        images = [image.float() for image in images]
+    elif len(types) > 1:
         images = [(i.int() * 257).to(torch.uint16) if i.dtype == torch.uint8 else i for i in images]
     batch: Tensor  # in a loader process default_collate stacks directly into memory shared with the main process
     if all(map(is_channels_last, images)):
@@ -283,8 +305,8 @@ def mirrored(images: Tensor, flip: Tensor) -> Tensor:
 
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(B, C, H, W) uint8 or uint16 -> float, contiguous: scaled to [0, 1], then normalised by mean and std of (C,)."""
-    full = 255.0 if images.dtype == torch.uint8 else 65535.0
+    """(B, C, H, W) -> float, contiguous: integers scaled to [0, 1], then normalised by mean and std of (C,)."""
+    full = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(images.dtype, 1.0)
     # In place, because allocating the memory of a batch costs more than the arithmetic.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     return pixels.div_(full).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -1,6 +1,7 @@
-"""Finding image files and decoding them to integer pixels.
+"""Finding image files and decoding them to pixels.
 
-Pixels are (C, H, W) tensors, uint8 in [0, 255] or uint16 in [0, 65535]; nothing here converts to float or normalises.
+Pixels are (C, H, W) tensors: uint8 in [0, 255], uint16 in [0, 65535], or float32 in the file's own units. int16 becomes
+uint16 by adding 32768. Nothing here normalises.
 """
 
 import math
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
@@ -85,14 +87,22 @@ IMAGE_SUFFIXES = frozenset({".npy"}.union(*FORMATS.values()))  # compared in low
 # Folders that systems and programs make, compared in lower case; left out as hidden ones are.
 SYSTEM_FOLDERS = {"__macosx", "@eadir", "#recycle", "$recycle.bin", "lost+found", "system volume information"}
 
+WIDE_SUFFIXES = {".npy"} | FORMATS["TIFF"]  # of files that may hold more than 8 bits a sample when they are decoded
+
 MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377; more are refused by the header alone
 
-MAX_BYTES = 8 * MAX_PIXELS  # of a file: 4 uncompressed channels of 16 bits
+MAX_BYTES = 8 * MAX_PIXELS  # of a file, and of an image's samples: 4 uncompressed channels of 16 bits
 
 ALPHA_BACKGROUND = 255  # white, in every channel, behind transparent parts
 
 
+KINDS = ("uint8", "uint16", "int16", "float32")  # types of samples that are read
+
+SCALES = {"uint8": "[0, 1]", "uint16": "[0, 1]", "int16": "(v + 32768) / 65535", "float32": "its own units"}
+
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+
+_TIFF = tuple(order + version for order in (b"II", b"MM") for version in (b"*\0", b"\0*", b"+\0", b"\0+"))
 
 _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82"}
 
@@ -108,7 +118,7 @@ _UPRIGHT = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     8: Image.Transpose.ROTATE_90,
 }
 
-_PILLOW_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
+_LIBRARY_WARNINGS = ("ignore", None, Warning, re.compile(r"(PIL|tifffile|imagecodecs)\."), 0)
 
 
 class BadImage(Exception):
@@ -249,14 +259,19 @@ class Picture:
     Attributes:
         height, width: Size in pixels, after EXIF rotation.
         decoder: The library that makes the pixels, for the log.
+        kind: The type of the file's samples, one of KINDS.
     """
 
-    def __init__(self, pixels: Tensor, decoder: str = "memory") -> None:
+    kind = "uint8"
+
+    def __init__(self, pixels: Tensor, decoder: str = "memory", kind: str | None = None) -> None:
         self._pixels, self.decoder = pixels, decoder
         self.height, self.width = pixels.shape[1:]
+        if pixels.dtype != torch.uint8:
+            self.kind = kind or str(pixels.dtype).removeprefix("torch.")
 
     def pixels(self) -> Tensor:
-        """(C, H, W) uint8, or uint16 from a `.npy` file that holds it; the strides are those of the decoder.
+        """(C, H, W) uint8, uint16 or float32, see the module; the strides are those of the decoder.
 
         Raises:
             BadImage: The image cannot be decoded.
@@ -314,7 +329,8 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
     Args:
         path: An image file (known by its content) or a `.npy` file of shape (H, W, C), or (H, W) for one channel.
         in_chans: Channels of the result. Image files give 1 (grey), 3 (RGB) or 4 (RGB and alpha); with 1 and 3,
-            transparent parts are laid on white. A `.npy` file must hold exactly this many, which may be any number.
+            transparent parts are laid on white. A `.npy` file, and a TIFF file that is no such picture (see
+            `tiff.read`), must hold exactly this many, which may be any number.
 
     Returns:
         As `Picture.pixels`.
@@ -355,9 +371,11 @@ def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
         if not data:
             raise BadImage(path, "empty file")
         if os.path.splitext(path)[1].lower() == ".npy":
-            return Picture(_decode_npy(data, path, in_chans), "numpy")
+            return _as_stored(_decode_npy(data, path, in_chans), path, "numpy")
+        if data.startswith(_TIFF):
+            return _open_tiff(data, path, in_chans)
         if in_chans not in _MODES:
-            raise BadImage(path, f"only .npy holds {in_chans} channels; an image file gives 1, 3 or 4")
+            raise BadImage(path, f"only .npy and TIFF hold {in_chans} channels; other image files give 1, 3 or 4")
         header = jpeg.read_header(data)
         if header is None:
             return _open_with_pillow(data, path, in_chans)
@@ -386,9 +404,11 @@ def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
         raise BadImage(path, reason or type(error).__name__) from error
 
 
-def _check_pixels(path: str | Path, height: int, width: int) -> None:
+def _check_pixels(path: str | Path, height: int, width: int, size: int = 0) -> None:
     if height * width > MAX_PIXELS:
         raise BadImage(path, f"{width} x {height} pixels, over the limit of {MAX_PIXELS}")
+    if size > MAX_BYTES:
+        raise BadImage(path, f"{width} x {height} pixels of {size} bytes in all, over the limit of {MAX_BYTES}")
 
 
 def _check_end(data: bytes, path: str | Path, kind: str, start: int) -> None:
@@ -398,14 +418,33 @@ def _check_end(data: bytes, path: str | Path, kind: str, start: int) -> None:
         raise BadImage(path, f"file is truncated: no end of the {kind} data")
 
 
-def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
+def _as_stored(samples: np.ndarray, path: str | Path, decoder: str) -> Picture:
+    """The picture of (C, H, W) samples of one of KINDS."""
+    kind = samples.dtype.name
+    if kind == "int16":
+        samples = samples.view(np.uint16) ^ 0x8000  # x + 32768
+    if kind == "float32" and (bad := samples.size - int(np.isfinite(samples).sum())):
+        raise BadImage(path, f"{bad} samples are NaN or infinite: fill in what has no data first")
+    return Picture(torch.from_numpy(samples), decoder, kind)
+
+
+def _open_tiff(data: bytes, path: str | Path, in_chans: int) -> Picture:
+    from mae.data import tiff  # tifffile is only imported if there is a TIFF
+
+    _hide_library_warnings()
+    samples = tiff.read(data, in_chans, partial(_check_pixels, path))
+    return _open_with_pillow(data, path, in_chans) if samples is None else _as_stored(samples, path, "tifffile")
+
+
+def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> np.ndarray:
     # The header first: np.load would allocate the memory that it claims before it finds that data are missing.
     file = BytesIO(data)
     version = np.lib.format.read_magic(file)
     read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran_order, dtype = read_header(file)
-    if dtype.kind != "u" or dtype.itemsize > 2:
-        raise BadImage(path, f"holds {dtype}, wanted uint8 or uint16")
+    if dtype.name not in KINDS:
+        hint = "; save it as float32" if dtype.name == "float64" else ""
+        raise BadImage(path, f"holds {dtype}, wanted {', '.join(KINDS[:-1])} or {KINDS[-1]}{hint}")
     if len(shape) not in (2, 3) or 0 in shape or (*shape, 1)[2] != in_chans:
         raise BadImage(path, f"has shape {shape}, wanted (height, width, {in_chans})")
     _check_pixels(path, shape[0], shape[1])
@@ -414,15 +453,19 @@ def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> Tensor:
         raise BadImage(path, "file is truncated")
     flat = np.frombuffer(data, dtype, count, file.tell())
     array = flat.astype(dtype.newbyteorder("=")).reshape(shape, order="F" if fortran_order else "C")  # writable
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+    return (array if array.ndim == 3 else array[..., None]).transpose(2, 0, 1)
+
+
+def _hide_library_warnings() -> None:
+    # One narrow filter for the process instead of catch_warnings for each image: that makes Python forget which
+    # warnings it has shown, so "once" warnings of other libraries would come back with every image.
+    if warnings.filters[:1] != [_LIBRARY_WARNINGS]:  # not there yet, or a later filter hides it
+        warnings.filterwarnings("ignore", module=_LIBRARY_WARNINGS[3].pattern)
 
 
 def _read_pillow_header(stream: BytesIO) -> Image.Image:
     """Read the header of an image."""
-    # One narrow filter for the process instead of catch_warnings for each image: that makes Python forget which
-    # warnings it has shown, so "once" warnings of other libraries would come back with every image.
-    if warnings.filters[:1] != [_PILLOW_WARNINGS]:  # not there yet, or a later filter hides it
-        warnings.filterwarnings("ignore", module=r"PIL\.")
+    _hide_library_warnings()
     data = stream.getvalue()  # the bytes that it was made of, not a copy
     image = Image.open(stream, formats=formats_for(data))
     if image.format == "JPEG2000":
@@ -476,31 +519,35 @@ def from_item(image: Any, where: str, in_chans: int) -> Picture:
     """An image as data sets of torchvision and Hugging Face give it.
 
     Args:
-        image: A Pillow image, which gives the pixels that its file would give, or a (C, H, W) tensor of uint8 or
-            uint16.
+        image: A Pillow image, or a (C, H, W) tensor of uint8, uint16, int16 or float32. A Pillow image that has been
+            opened and not yet decoded gives the pixels of its file; others have 8 bits a channel.
         where: For messages.
 
     Raises:
         BadImage: It is something else, or has another number of channels.
     """
     if isinstance(image, torch.Tensor):
-        if image.ndim != 3 or image.dtype not in (torch.uint8, torch.uint16) or len(image) != in_chans:
+        kind = str(image.dtype).removeprefix("torch.")
+        if image.ndim != 3 or kind not in KINDS or len(image) != in_chans:
             raise BadImage(
-                where, f"is a tensor {tuple(image.shape)} {image.dtype}, wanted uint8 or uint16 ({in_chans}, H, W)"
+                where,
+                f"is a tensor {tuple(image.shape)} {image.dtype}, wanted ({in_chans}, H, W) of {', '.join(KINDS)}",
             )
-        return Picture(image)
+        return Picture(image) if kind.startswith("u") else _as_stored(image.numpy(), where, "memory")
     if not isinstance(image, Image.Image):
         raise BadImage(where, f"is {type(image).__name__}, wanted a Pillow image or a uint8 tensor")
-    if in_chans not in _MODES:
-        raise BadImage(where, f"is a Pillow image, which gives 1, 3 or 4 channels, not {in_chans}")
     with _errors_as_bad_image(where):
-        return _as_picture(image, _png_file(image), in_chans)
+        if data := _undecoded_file(image):
+            return open_image(data, where, in_chans)
+        if in_chans not in _MODES:
+            raise BadImage(where, f"is a Pillow image, which gives 1, 3 or 4 channels, not {in_chans}")
+        return _as_picture(image, b"", in_chans)
 
 
-def _png_file(image: Image.Image) -> bytes:
-    """The file of a PNG that Pillow has opened and not yet decoded; empty for all other images."""
+def _undecoded_file(image: Image.Image) -> bytes:
+    """The file of an image that Pillow has opened and not yet decoded; empty for all others."""
     file = getattr(image, "fp", None)
-    if image.format != "PNG" or file is None:
+    if not getattr(image, "tile", None) or file is None or image.tell():
         return b""
     place = file.tell()
     file.seek(0)

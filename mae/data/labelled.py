@@ -195,7 +195,7 @@ class FinetuneData(LabelledData):
                     f"--data.auto_augment {auto_augment} is for RGB images, these have {self.in_chans} channels: "
                     "set it to null"
                 )
-            self.distort = RandAugment(auto_augment, min(self.image_size), self.mean)
+            self.distort, self.eight_bits = RandAugment(auto_augment, min(self.image_size), self.mean), True
         self.erasing = RandomErasing(erase_prob, mode="pixel", max_count=1, num_splits=0, device="cpu")
 
     def prepare(self, batch: Batch) -> Batch:

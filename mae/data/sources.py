@@ -5,6 +5,7 @@ import gzip
 import importlib.util
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,11 +13,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.data.decode import BadImage, Leftovers, Picture, find_images, from_item, open_image, read_file
+from mae.data.decode import (
+    WIDE_SUFFIXES,
+    BadImage,
+    Leftovers,
+    Picture,
+    find_images,
+    from_item,
+    open_image,
+    read_file,
+)
 from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
 from mae.options import plural
 from mae.runtime.text import escaped
+
+KIND_TRIES = 5  # images that are opened to find a readable one
 
 
 class Source:
@@ -51,6 +63,10 @@ class Source:
         """Each image, or the error for it; a source may fetch all of them at once."""
         raise NotImplementedError
 
+    def kind(self) -> str | None:
+        """`Picture.kind` of the first image that can be read; None where finding out could have side effects."""
+        return None
+
     def open(self, index: int) -> Picture:
         """One image, which may not be decoded yet.
 
@@ -84,7 +100,7 @@ class DatasetSource(Source):
 
     Args:
         dataset: Its items are an image, (image, label), or a dict with `image` or `pixel_values` and perhaps `label`;
-            an image is a Pillow image or a (C, H, W) tensor of uint8 or uint16.
+            an image is a Pillow image or a (C, H, W) tensor of uint8, uint16, int16 or float32.
         in_chans: Channels that Pillow images are converted to.
         labels: Class number of each image, known without opening it; None: no labels.
         classes: Names of the classes, by class number.
@@ -128,6 +144,15 @@ class FileSource(Source):
     """Images that are files or parts of files."""
 
     in_chans: int
+    _kind: str | None = None
+
+    def kind(self) -> str | None:
+        for index in range(min(len(self), KIND_TRIES) if self._kind is None else 0):
+            with suppress(BadImage):
+                wide = os.path.splitext(self.name(index))[1].lower() in WIDE_SUFFIXES
+                self._kind = self.open(index).kind if wide else "uint8"
+                break
+        return self._kind
 
     def read(self, index: int) -> bytes:
         """The bytes of an image's file.
@@ -189,6 +214,23 @@ class FolderSource(FileSource):
         return read_file(self.where(index))
 
 
+class ImageFiles(FileSource):
+    """Image files without labels."""
+
+    def __init__(self, paths: list[Path], in_chans: int):
+        self.paths, self.in_chans = paths, in_chans
+        self.classes = []
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def read(self, index: int) -> bytes:
+        return read_file(self.paths[index])
+
+
 class Subset(Source):
     """Some images of a source, in the order of `indices`."""
 
@@ -208,6 +250,9 @@ class Subset(Source):
 
     def open_all(self, indices: Sequence[int]) -> Iterator[Picture | BadImage]:
         return self.source.open_all([self.indices[index] for index in indices])
+
+    def kind(self) -> str | None:
+        return self.source.kind()
 
 
 def by_class(source: Source, indices: Sequence[int], seed: int, stream: Stream) -> dict[int, list[int]]:

@@ -28,7 +28,7 @@ def attention_command(args: Sequence[str]) -> None:
         maps = attention_maps(encoder, images, config.block)  # (B, heads, rows, columns)
     except ValueError as error:
         raise UserError(f"--model {config.model}, --block {config.block}: {error}") from None
-    original = cropped.float() / (255 if cropped.dtype == torch.uint8 else 65535)
+    original = plots.original(images, trained["mean"], trained["std"])
     columns = {"original": original}
     shown = {"mean of heads": maps.mean(dim=1)} | {f"head {i}": maps[:, i] for i in range(maps.shape[1])}
     for title, values in shown.items():

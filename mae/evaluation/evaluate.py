@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mae.commands import CLASSIFIER_HELP, predict_parser
 from mae.data.datamodule import TRAINING_ONLY, ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import Leftovers, find_images, read_file
+from mae.data.decode import Leftovers, find_images
 from mae.data.labelled import check_classes
 from mae.data.layout import Splits, open_held_out
-from mae.data.sources import FileSource, Source, relabel
+from mae.data.sources import ImageFiles, Source, relabel
 from mae.errors import UserError
 from mae.evaluation import plots
 from mae.evaluation.metrics import Scores, score_line
@@ -131,23 +131,6 @@ def labelled_images(data: ImageData, classifier: Classifier, src: str) -> Source
     relabel(source, classifier.classes, src)
     check_classes(source, "held-out", fewest=0, known=classifier.classes)
     return source
-
-
-class ImageFiles(FileSource):
-    """Image files without labels."""
-
-    def __init__(self, paths: list[Path], in_chans: int):
-        self.paths, self.in_chans = paths, in_chans
-        self.classes = []
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def name(self, index: int) -> str:
-        return str(self.paths[index])
-
-    def read(self, index: int) -> bytes:
-        return read_file(self.paths[index])
 
 
 def predict_command(args: Sequence[str]) -> None:

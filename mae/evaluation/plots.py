@@ -41,10 +41,10 @@ def reconstruction_columns(
     pred = pred.float()
     patches = patchify(images, model.patch_size)  # (B, N, P)
 
+    scale, shift = display_range(images, mean, std)
+
     def picture(values: Tensor) -> Tensor:
-        whole = unpatchify(values, model.image_size, model.patch_size)
-        scale, shift = whole.new_tensor(std).view(-1, 1, 1), whole.new_tensor(mean).view(-1, 1, 1)
-        return (whole * scale + shift).clamp(0, 1).cpu()
+        return (unpatchify(values, model.image_size, model.patch_size) * scale + shift).clamp(0, 1).cpu()
 
     hidden = mask[:, :, None]
     grey = unpatchify(hidden.expand_as(patches), model.image_size, model.patch_size).cpu()
@@ -56,6 +56,25 @@ def reconstruction_columns(
     pasted = torch.where(hidden, pred * statistics[:, :, 1:] + statistics[:, :, :1], patches)
     with_truth = torch.where(hidden, pred * (var + 1e-6).sqrt() + mu, patches)
     return columns | {LEAK_FREE: picture(pasted), WITH_TRUE_STATISTICS: picture(with_truth)}
+
+
+def display_range(images: Tensor, mean: list[float], std: list[float]) -> tuple[Tensor, Tensor]:
+    """Scale and shift, (C, 1, 1), by which normalised images come into [0, 1], to be shown.
+
+    They undo mean and std; float32 images in units of their own are shown from two standard deviations below the mean
+    to two above.
+    """
+    scale, shift = (images.new_tensor(values).view(-1, 1, 1) for values in (std, mean))
+    pixels = images * scale + shift
+    if pixels.min() < -0.02 or pixels.max() > 1.02:  # more than rounding
+        return torch.full_like(scale, 0.25), torch.full_like(shift, 0.5)
+    return scale, shift
+
+
+def original(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    """Normalised images, (B, C, H, W), in [0, 1] to be shown."""
+    scale, shift = display_range(images, mean, std)
+    return (images * scale + shift).clamp(0, 1)
 
 
 def mean_of_visible(values: Tensor, mask: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from mae.commands import reconstruct_parser
-from mae.data.crops import evaluation_pixels
-from mae.data.datasets import normalize
+from mae.data.datasets import WholeSamples, normalize
 from mae.data.decode import BadImage, decode_image
 from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
+from mae.data.sources import ImageFiles
 from mae.errors import UserError
 from mae.evaluation import plots
 from mae.models.mae import MaskedAutoencoder, Pair
@@ -45,18 +45,17 @@ def reconstruct_command(args: Sequence[str]) -> None:
 
 
 def read_images(paths: Sequence[str], in_chans: int, size: Pair) -> torch.Tensor:
-    """Image files, resized and centre-cropped: (B, C, H, W), uint8 or uint16.
+    """Image files, resized and centre-cropped: (B, C, H, W) uint8, uint16 or float32.
 
     Raises:
         UserError: One of them cannot be read.
     """
     if folder := next((path for path in paths if Path(path).is_dir()), None):
         raise UserError(f"{folder} is a folder: name the images to show, such as {folder.rstrip('/')}/*.jpg")
-    try:
-        pixels = [decode_image(path, in_chans) for path in paths]
-    except BadImage as error:
-        raise UserError(str(error)) from None
-    return torch.stack([evaluation_pixels(p, size) for p in pixels])
+    batch = WholeSamples(ImageFiles(list(map(Path, paths)), in_chans), size, crop_pct=1.0)[range(len(paths))]
+    if batch.errors:
+        raise UserError(str(batch.errors[0]))
+    return batch.images
 
 
 def load_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float]:
@@ -69,9 +68,12 @@ def load_mask(path: Path, model: MaskedAutoencoder) -> tuple[torch.Tensor, float
         UserError: The file is unreadable, has another size, or hides all patches or none.
     """
     try:
-        white = (decode_image(path, in_chans=1) > 127)[0]
+        mask = decode_image(path, in_chans=1)[0]
     except BadImage as error:
         raise UserError(str(error)) from None
+    if mask.is_floating_point():
+        raise UserError(f"--mask {path} holds float32: save black and white as 8 bits")
+    white = mask.int() > torch.iinfo(mask.dtype).max // 2
     if white.shape == model.image_size:
         (rows, columns), (ph, pw) = model.grid, model.patch_size
         white = white.reshape(rows, ph, columns, pw).float().mean(dim=(1, 3)) > 0.5

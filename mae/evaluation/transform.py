@@ -30,7 +30,8 @@ class EvaluationTransform:
     def __call__(self, image: Any) -> Tensor:
         """
         Args:
-            image: A Pillow image of any mode, or a (C, H, W) tensor of uint8 or uint16.
+            image: A Pillow image of any mode, best as `Image.open` gives it, or a (C, H, W) tensor of uint8, uint16,
+                int16 or float32.
 
         Returns:
             (C, height, width) float32.

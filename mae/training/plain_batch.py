@@ -74,6 +74,8 @@ def to_batch(
     if tuple(images.shape[1:]) != image_shape:
         raise UserError(f"the batch's images are {tuple(images.shape)}, the network takes {image_shape}")
     if not images.is_floating_point():
+        if images.dtype not in (torch.uint8, torch.uint16):
+            raise UserError(f"the batch's images are {images.dtype}: wanted is uint8, uint16, or normalised float")
         if mean is None or std is None:
             raise UserError(
                 f"the batch's images are {images.dtype} of {in_chans} channels: give the module mean=[...] and "

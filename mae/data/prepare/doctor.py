@@ -13,7 +13,7 @@ import numpy as np
 from mae.commands import doctor_parser
 from mae.data.channel_stats import as_option, as_text
 from mae.data.datasets import default_workers
-from mae.data.decode import IMAGE_SUFFIXES, UNREAD_SUFFIXES
+from mae.data.decode import IMAGE_SUFFIXES, SCALES, UNREAD_SUFFIXES
 from mae.data.layout import open_splits
 from mae.data.prepare.survey import (
     FORMATS,
@@ -32,6 +32,8 @@ from mae.runtime.text import escaped, printable
 
 # The most names that are printed: of unreadable images, of other examples, of copies of one image.
 MAX_UNREADABLE, MAX_EXAMPLES, MAX_COPIES = 20, 5, 3
+
+TWELVE_BITS = 4095  # the largest value that 12 bits hold
 
 FEW = 10  # images; classes with fewer are named
 
@@ -151,6 +153,21 @@ def other_problems(
         what = f"in {key} under another format's suffix"
         advice = "read by content here, but not by every program; rename"
         yield new_finding(int(misnamed.sum()), "image", what, advice, example_names(split, misnamed))
+        frames = split.marked("several frames")
+        what, advice = f"in {key} with more than one frame or page", "the first is read; save each as a file"
+        yield new_finding(int(frames.sum()), "image", what, advice, example_names(split, frames))
+        constant = [f"{i} (always {low:.4g})" for i, (low, high) in enumerate(summary["extent"]) if low == high]
+        advice = "nothing to learn from, and no std to divide by; leave it out, or look at how the files were made"
+        yield new_finding(len(constant), "channel", f"of std 0 in {key}", advice, constant)
+        if 0 < summary["top"] <= TWELVE_BITS:
+            wide = split.records["top"] > 0
+            what = f"in {key} with 12-bit values in 16 bits: the largest is {summary['top']:,}"
+            advice = "a sixteenth of the range; multiply the files' values by 16, or set the mean and std above"
+            yield new_finding(int(wide.sum()), "image", what, advice, example_names(split, wide))
+        for kind in ("int16", "float32"):
+            signed = split.marked(kind)
+            advice = f"scaled to {SCALES[kind]}; ImageNet's mean and std are wrong for them: set those above"
+            yield new_finding(int(signed.sum()), "image", f"in {key} of {kind}", advice, example_names(split, signed))
         links = summary["dangling_links"]
         yield new_finding(len(links), "dangling link", f"in {key}", "remove, or restore what it points to", links)
 
@@ -194,6 +211,8 @@ def problem_rows(splits: dict[str, SplitSurvey], groups: DuplicateGroups) -> Ite
                 yield f"{split.place / name}", "dangling link"
         for index in np.flatnonzero(split.marked("other suffix")).tolist():
             yield where(index), f"holds {list(FORMATS)[split.records[index]['format'] - 1]}, unlike its suffix"
+        for index in np.flatnonzero(split.marked("several frames")).tolist():
+            yield where(index), "more than one frame or page, of which the first is read"
         for index in np.flatnonzero(split.below(TINY)).tolist():
             yield where(index), f"{split.records[index]['height']} x {split.records[index]['width']} pixels"
     for group in groups.select(groups.sizes > 1):
@@ -255,6 +274,9 @@ def summary_rows(split: dict[str, Any]) -> Iterator[tuple[str, str]]:
         small = " and ".join(f"{count:,} below {side}" for side, count in split["small"].items())
         yield "", f"{small} pixels on the short side"
         yield "mean, std", f"{as_text(split['mean'])}; {as_text(split['std'])}"
+        low, high = np.transpose(split["extent"]).tolist()
+        if {"16 bits", "float32"} & set(split["marks"]):
+            yield "range", f"{as_text(low)} to {as_text(high)}"
     yield "same bytes", f"{plural(split['copies'], 'copy')} of other images" if split["copies"] else ""
     yield "other files", format_counts({suffix or "no suffix": count for suffix, count in split["other_files"].items()})
     yield "unreadable", f"{len(split['unreadable']):,}" if split["unreadable"] else ""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from jsonargparse import Namespace
 from PIL import Image
 from torch import Tensor
@@ -114,6 +115,8 @@ class Records(Samples):
         try:
             pixels = open_image(data, where, self.files.in_chans).pixels()
             if size := self.target_size(pixels):
+                if pixels.dtype != torch.uint8:
+                    raise BadImage(where, "is not of 8 bits, which JPEG needs: leave out --short_side")
                 data, suffix = encode(pixels, size, self.encoding.quality), "jpg"
                 pixels = open_image(data, f"{where} encoded anew", self.files.in_chans).pixels()
         except BadImage as error:

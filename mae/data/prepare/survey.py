@@ -12,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae.data import decode
-from mae.data.channel_stats import mean_and_std, moments
+from mae.data.channel_stats import extremes, mean_and_std, moments
 from mae.data.datasets import WorkerProgress
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, is_turned, open_image, walk_files
+from mae.data.decode import IMAGE_SUFFIXES, BadImage, Picture, is_turned, open_image, walk_files
 from mae.data.loaders import unchanged
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
@@ -32,17 +30,23 @@ FORMATS = {**decode.FORMATS, "NPY": {".npy"}}  # by content, with the suffixes o
 
 COLOURS = ("RGB", "grey", "CMYK", "palette", "other")
 
-DECODERS = ("libjpeg-turbo", "Pillow", "numpy")
+DECODERS = ("libjpeg-turbo", "Pillow", "numpy", "tifffile")
 
-MARKS = ("alpha", "16 bits", "turned by EXIF", "progressive JPEG", "other suffix")
+MARKS = (
+    *("alpha", "16 bits", "turned by EXIF", "progressive JPEG", "other suffix", "several frames"),
+    *("int16", "float32"),  # of samples, as in `Picture.kind`
+)
 
 USUAL, TINY = 224, 32  # pixels; images with a shorter short side are counted
 
+NO_EXTENT = (np.inf, -np.inf)  # of no images
+
 CHUNK = 32  # images that a loader process fetches and returns at once
 
-# Of one image. format: 0 if unreadable, else 1 + its place in FORMATS; marks: one bit for each of MARKS.
+# Of one image. format: 0 if unreadable, else 1 + its place in FORMATS; marks: one bit for each of MARKS; top: the
+# largest sample of unsigned 16 bits, 0 of other images.
 RECORD = np.dtype(
-    [("digest", "S16"), ("height", "u4"), ("width", "u4")]
+    [("digest", "S16"), ("height", "u4"), ("width", "u4"), ("top", "u2")]
     + [(key, "u1") for key in ("format", "colour", "decoder", "marks")]
 )
 
@@ -52,15 +56,16 @@ _MAY_TURN = re.compile(rb"e[Xx]if|Exif|xmp")
 class SurveyedImages(Dataset[Any]):
     """Images, each read once and decoded whole. Items are ranges of indices.
 
-    Of each range it gives the (n,) RECORDs, the (C, 2) sum of the moments of its images, their bytes, and by index why
-    an image cannot be read.
+    Of each range it gives the (n,) RECORDs, the (C, 2) sum of the moments of its images, the (C, 2) smallest and
+    largest sample of each channel, their bytes, and by index why an image cannot be read.
     """
 
     def __init__(self, source: FileSource, in_chans: int, workers: int) -> None:
         self.source, self.in_chans, self.progress = source, in_chans, WorkerProgress(source, workers)
 
-    def __getitem__(self, indices: range) -> tuple[np.ndarray, np.ndarray, int, dict[int, str]]:
+    def __getitem__(self, indices: range) -> tuple[np.ndarray, np.ndarray, np.ndarray, int, dict[int, str]]:
         records, sums, size = np.zeros(len(indices), RECORD), np.zeros((self.in_chans, 2)), 0
+        extent = np.full((self.in_chans, 2), NO_EXTENT)
         errors = {}
         files = self.source.read_all(indices)
         for row, index in enumerate(indices):
@@ -76,26 +81,53 @@ class SurveyedImages(Dataset[Any]):
                 errors[index] = " ".join(error.reason.split())
                 continue
             digest, decoder = hashlib.blake2b(data, digest_size=16).digest(), DECODERS.index(picture.decoder)
-            image_format, colour, marks = format_codes(data, suffix_of(self.source.name(index)), pixels)
-            records[row] = (digest, picture.height, picture.width, image_format, colour, decoder, marks)
+            image_format, colour, marks = format_codes(data, suffix_of(self.source.name(index)), picture)
+            low, high = extremes(pixels)
+            top = largest_sample(picture.kind, high.max()) if marks >> MARKS.index("16 bits") & 1 else 0
+            records[row] = (digest, picture.height, picture.width, top, image_format, colour, decoder, marks)
             sums += moments(pixels)
-        return records, sums, size, errors
+            extent = join_extents(extent, np.stack([low, high], axis=1))
+        return records, sums, extent, size, errors
+
+
+def largest_sample(kind: str, top: float) -> int:
+    """The largest sample of a file of unsigned 16 bits, by that of the decoded image in [0, 1].
+
+    Where it was rounded to 8 bits, it is the least that became this value.
+    """
+    if kind == "int16":
+        return 0
+    return round(top * 65535) if kind == "uint16" else max(0, round(top * 65535) - 128)
+
+
+def join_extents(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(C, 2): the smallest and the largest sample of each channel in two sets of images."""
+    return np.stack([np.minimum(a[:, 0], b[:, 0]), np.maximum(a[:, 1], b[:, 1])], axis=1)
 
 
 def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def format_codes(data: bytes, suffix: str, pixels: Tensor) -> tuple[int, int, int]:
+def format_codes(data: bytes, suffix: str, picture: Picture) -> tuple[int, int, int]:
     """The codes in RECORD of a readable image's format, colour and marks."""
+    by_bands = {1: "grey", 3: "RGB"}.get(len(picture.pixels()), "other")
+    marks: dict[str, bool] = {}
     if suffix == ".npy":
-        name, colour = "NPY", {1: "grey", 3: "RGB"}.get(len(pixels), "other")
-        marks = {"16 bits": pixels.dtype == torch.uint16}
+        name, colour = "NPY", by_bands
+    elif picture.decoder == "tifffile":
+        name, colour = "TIFF", by_bands
     else:
         try:
             name, colour, marks = read_format(data)
         except Exception:  # of any type: an image that only libjpeg-turbo can read is a JPEG
-            name, colour, marks = "JPEG", "other", {}
+            name, colour = "JPEG", "other"
+    if name == "TIFF":
+        from mae.data import tiff  # as in `decode`
+
+        marks["several frames"] = tiff.frames(data) > 1
+    marks["16 bits"] = marks.get("16 bits", False) or picture.kind in ("uint16", "int16")
+    marks |= {kind: picture.kind == kind for kind in ("int16", "float32")}
     marks["other suffix"] = suffix not in FORMATS[name]
     bits = sum(1 << bit for bit, mark in enumerate(MARKS) if marks.get(mark))
     return 1 + list(FORMATS).index(name), COLOURS.index(colour), bits
@@ -113,6 +145,7 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
         "16 bits": image.mode.startswith("I") or ";16" in str(image.tile),  # how Pillow will unpack the samples
         "turned by EXIF": turned,
         "progressive JPEG": "progressive" in image.info,
+        "several frames": image.format in ("GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1,
     }
     name = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs in one file
     return name, colour_of(image.mode), marks
@@ -136,6 +169,7 @@ class SplitSurvey:
     records: np.ndarray  # (n,) RECORD
     labels: np.ndarray | None  # (n,) int32
     moments: np.ndarray  # (C, 2), summed over the readable images
+    extent: np.ndarray  # (C, 2), smallest and largest sample of each channel, scaled as for `moments`
     bytes: int
     errors: dict[int, str]  # by index, why the image cannot be read
     empty_classes: list[str]
@@ -164,13 +198,15 @@ def survey_split(key: str, place: Place, source: FileSource, in_chans: int, work
     if labels is not None and (wrong := labels[(labels < 0) | (labels >= len(source.classes))]).size:
         raise UserError(f"{place}: an image has the label {wrong[0]}, outside its {len(source.classes)} classes")
     records, sums, size, errors = np.zeros(len(source), RECORD), np.zeros((in_chans, 2)), 0, {}
+    extent = np.full((in_chans, 2), NO_EXTENT)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     images = SurveyedImages(source, in_chans, workers)
     loader = DataLoader(images, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=unchanged)
     with tqdm(total=len(source), desc=key, unit=" images", disable=None) as bar:
-        for chunk, (chunk_records, chunk_sums, chunk_size, chunk_errors) in zip(chunks, loader, strict=True):
-            records[chunk.start : chunk.stop] = chunk_records
+        for chunk, figures in zip(chunks, loader, strict=True):
+            records[chunk.start : chunk.stop], chunk_sums, chunk_extent, chunk_size, chunk_errors = figures
             sums += chunk_sums
+            extent = join_extents(extent, chunk_extent)
             size += chunk_size
             errors.update(chunk_errors)
             bar.update(len(chunk))
@@ -182,7 +218,7 @@ def survey_split(key: str, place: Place, source: FileSource, in_chans: int, work
                 errors[index] = f"dangling link to {os.readlink(path)}"
                 dangling.append(source.name(index))
     empty = find_empty_classes(source, labels)
-    return SplitSurvey(place, source, records, labels, sums, size, errors, empty, other, sorted(dangling))
+    return SplitSurvey(place, source, records, labels, sums, extent, size, errors, empty, other, sorted(dangling))
 
 
 def find_empty_classes(source: FileSource, labels: np.ndarray | None) -> list[str]:
@@ -311,6 +347,8 @@ def summarise_split(split: SplitSurvey, copies: int) -> dict[str, Any]:
         "copies": copies,
         "mean": mean,
         "std": std,
+        "extent": split.extent.tolist() if len(records) else [],  # [smallest, largest] of each channel
+        "top": int(records["top"].max()) if len(records) else 0,
         "other_files": {escaped(suffix): count for suffix, count in split.other_files.items()},
         "dangling_links": list(map(escaped, split.dangling_links)),
     }

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from image_files import become_nobody, encoded, in_child, on_white, png16, png_chunk, public_folder, smooth
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
@@ -214,17 +215,10 @@ def test_16_bit_png_transparent_value(tmp_path, channels):
 
 def test_16_bit_grey_in_other_formats(tmp_path):
     samples = np.arange(65536, dtype=np.uint16).reshape(256, 256)
-    (tmp_path / "x.tif").write_bytes(encoded(Image.fromarray(samples), "TIFF"))
     (tmp_path / "x.pgm").write_bytes(b"P5 256 256 65535\n" + samples.astype(">u2").tobytes())
-    for name in ("x.tif", "x.pgm"):
-        np.testing.assert_array_equal(decode_image(tmp_path / name, 1)[0].numpy(), np.floor(samples / 257 + 0.5))
-
-
-@pytest.mark.parametrize("mode", ["F", "I"])
-def test_32_bit_pixels_are_refused(tmp_path, mode):
-    path = tmp_path / "x.tiff"
-    path.write_bytes(encoded(RGB.convert("L").convert(mode), "TIFF"))
-    assert "32-bit" in bad(path)
+    np.testing.assert_array_equal(decode_image(tmp_path / "x.pgm", 1)[0].numpy(), np.floor(samples / 257 + 0.5))
+    (tmp_path / "x.tif").write_bytes(encoded(Image.fromarray(samples), "TIFF"))
+    np.testing.assert_array_equal(decode_image(tmp_path / "x.tif", 1)[0].numpy(), samples)  # TIFF keeps all bits
 
 
 def test_jpeg_2000_gives_what_the_file_holds_or_is_refused(tmp_path):
@@ -266,20 +260,21 @@ def test_formats_that_an_installation_lacks_are_told_with_what_reads_them(tmp_pa
 # --- .npy
 
 
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2"])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", ">u2", "int16", ">f4"])
 @pytest.mark.parametrize("channels", [1, 3, 4, 13])
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_npy_is_returned_as_it_is(tmp_path, dtype, channels, order):
-    top = np.iinfo(dtype).max
-    array = np.random.default_rng(0).integers(0, top + 1, (6, 9, channels)).astype(dtype, order=order)
-    array[0, 0] = top
+    low, top = (-1e6, 3e38) if dtype == ">f4" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    array = np.random.default_rng(0).uniform(low, 1e6 if dtype == ">f4" else top, (6, 9, channels))
+    array = array.astype(dtype, order=order)
+    array[0, 0], array[0, 1] = top, low
     path = tmp_path / "x.NPY"
     with path.open("wb") as file:
         np.save(file, array)
     image = decode_image(path, channels)
-    assert image.dtype == (torch.uint8 if dtype == "uint8" else torch.uint16)
+    assert image.dtype == {"uint8": torch.uint8, ">f4": torch.float32}.get(dtype, torch.uint16)
     assert image.shape == (channels, 6, 9)
-    np.testing.assert_array_equal(hwc(image), array)
+    np.testing.assert_array_equal(hwc(image), array.astype(int) + 32768 if dtype == "int16" else array)
 
 
 def test_npy_without_a_channel_axis(tmp_path):
@@ -298,8 +293,9 @@ def test_npy_without_a_channel_axis(tmp_path):
         (np.zeros(3, np.uint8), "shape (3,)"),
         (np.zeros((), np.uint8), "shape ()"),
         (np.zeros((0, 5, 3), np.uint8), "shape (0, 5, 3)"),
-        (np.zeros((4, 5, 3), np.float32), "float32, wanted uint8 or uint16"),
-        (np.zeros((4, 5, 3), np.int16), "int16"),
+        (np.zeros((4, 5, 3), np.float64), "holds float64, wanted uint8, uint16, int16 or float32; save it as float32"),
+        (np.full((4, 5, 3), np.nan, np.float32), "60 samples are NaN or infinite"),
+        (np.zeros((4, 5, 3), np.int8), "int8"),
         (np.zeros((4, 5, 3), np.uint32), "uint32"),
         (np.zeros((4, 5, 3), bool), "bool"),
         (np.full((4, 5, 3), None), "object"),
@@ -451,7 +447,7 @@ def test_other_channel_counts_need_npy(tmp_path):
     path = tmp_path / "x.png"
     path.write_bytes(encoded(RGB, "PNG"))
     for in_chans in (2, 13):
-        assert f"only .npy holds {in_chans} channels" in bad(path, in_chans)
+        assert f"only .npy and TIFF hold {in_chans} channels" in bad(path, in_chans)
 
 
 def test_bad_image_is_one_line_and_survives_pickling():
@@ -517,7 +513,18 @@ def test_resized_crop_of_uint16():
     assert (min(large), max(large)) == (0, 65535)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16])
+def test_resized_crop_of_float32_neither_rounds_nor_clamps():
+    image = torch.from_numpy(smooth(40, 60, 13)).permute(2, 0, 1)
+    box = (3, 5, 30, 41)
+    out = resized_crop(image.float() * 40 - 3000, box, (24, 32))
+    assert out.dtype == torch.float32
+    assert out.min() < -2000
+    assert out.max() > 5000
+    exact = F.interpolate(image[None, :, 3:33, 5:46].double() * 40 - 3000, (24, 32), mode="bicubic", antialias=True)
+    assert (out - exact[0]).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.float32])
 def test_resized_crop_to_its_own_size_changes_nothing(dtype):
     image = torch.arange(3 * 20 * 30).view(20, 30, 3).permute(2, 0, 1).to(dtype)
     out = resized_crop(image, (2, 4, 10, 12), (10, 12))

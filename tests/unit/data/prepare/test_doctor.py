@@ -22,7 +22,7 @@ from PIL import Image
 
 from mae.cli import main
 from mae.data import decode
-from mae.data.decode import IMAGE_SUFFIXES
+from mae.data.decode import IMAGE_SUFFIXES, Picture
 from mae.data.layout import Splits
 from mae.data.prepare import doctor
 from mae.data.prepare.survey import CHUNK, COLOURS, FORMATS, format_codes
@@ -102,6 +102,7 @@ def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> N
     assert reasons["dog/zero.png"] == "empty file"
     for split in (train, val):
         assert len(split.pop("mean")) == len(split.pop("std")) == 3
+    assert len(val.pop("extent")) == 3
     assert train == {
         "place": str(sick / "train"),
         "images": 18,
@@ -116,6 +117,8 @@ def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> N
         "decoders": {"Pillow": 12, "libjpeg-turbo": 2},
         "sizes": {"smallest": [20, 48], "median": [40, 48], "largest": [40, 48]},
         "small": {"224": 14, "32": 1},
+        "extent": [[0.0, 1.0]] * 3,
+        "top": 65407,
         "copies": 2,
         "other_files": {".txt": 2, ".psd": 1, "": 1},
         "dangling_links": ["dog/gone.png", "dog/lost.txt"],
@@ -135,6 +138,7 @@ def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> N
         "decoders": {"Pillow": 3},
         "sizes": {"smallest": [40, 48], "median": [40, 48], "largest": [300, 260]},
         "small": {"224": 2, "32": 0},
+        "top": 0,
         "copies": 0,
         "other_files": {},
         "dangling_links": [],
@@ -302,7 +306,7 @@ def test_one_picture_of_several_images_is_a_jpeg(tmp_path: Path) -> None:
 
 
 def test_a_readable_image_that_pillow_refuses_is_a_jpeg() -> None:
-    kind, colour, marks = format_codes(b"", ".jpg", torch.zeros(3, 1, 1, dtype=torch.uint8))
+    kind, colour, marks = format_codes(b"", ".jpg", Picture(torch.zeros(3, 1, 1, dtype=torch.uint8)))
     assert (list(FORMATS)[kind - 1], COLOURS[colour], marks) == ("JPEG", "other", 0)
 
 
