@@ -14,6 +14,7 @@ from mae.runtime import checkpoint_files
 from mae.runtime.environment import is_first_rank
 from mae.training.module import Stage
 from mae.weights import load
+from mae.weights.detect import NotFinite
 
 # Settings that a run may change when it is started again: where and how it runs and is watched, not what it learns. The
 # global batch has a check of its own.
@@ -49,6 +50,7 @@ class ResumePoint:
 
     def __init__(self, run_dir: Path, ckpt_path: str | None, allow_changes: bool) -> None:
         self.run_dir, self.allow_changes = run_dir, allow_changes
+        self.takes_newest = ckpt_path == "last"
         self.path = self.find_checkpoint(ckpt_path)
         self.description: dict[str, Any] = {}
         self.started_before = (run_dir / "config.yaml").exists()
@@ -82,7 +84,11 @@ class ResumePoint:
                     problem += "; one of a plain Trainer goes on by its fit(ckpt_path=)"
                 raise UserError(f"--ckpt_path {path} is damaged: {problem}")
             return path
-        newest, complaints = checkpoint_files.newest(self.run_dir)
+        return self.newest()
+
+    def newest(self, than: Path | None = None) -> Path | None:
+        """The newest whole checkpoint, of those older `than` another; newer ones that are damaged are warned of."""
+        newest, complaints = checkpoint_files.newest(self.run_dir, than)
         for complaint in complaints if is_first_rank() else ():
             print(f"mae: warning: {complaint}", flush=True)
         return newest
@@ -90,11 +96,22 @@ class ResumePoint:
     def load(self, architecture: dict[str, Any]) -> dict[str, Any]:
         """The content of the checkpoint, whose description is kept.
 
+        `last` goes past checkpoints whose numbers are not finite, as it does past damaged ones.
+
         Raises:
             UserError: It belongs to a network of another architecture, or cannot be used.
         """
         assert self.path is not None
-        content = load.read_checkpoint(self.path, architecture)
+        try:
+            content = load.read_checkpoint(self.path, architecture)
+        except NotFinite as error:
+            older = self.newest(self.path) if self.takes_newest else None
+            if older is None:
+                raise
+            if is_first_rank():
+                print(f"mae: warning: {error}; going on from {older.name}", flush=True)
+            self.path = older
+            return self.load(architecture)
         self.description = content["mae"]
         return content
 

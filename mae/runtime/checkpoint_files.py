@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from mae.errors import UserError
 from mae.runtime.files import PARTIAL, atomic_write, sync
@@ -106,14 +107,30 @@ def damage(path: Path) -> str | None:
     return None if same else "its checksum differs"
 
 
-def newest(run_dir: str | Path) -> tuple[Path | None, list[str]]:
+def all_finite(value: Any) -> Tensor:
+    """Whether all numbers in the tensors of a nested value are finite, (): bool, on the device of the tensors."""
+    if isinstance(value, Tensor):
+        if not value.is_floating_point() or not value.numel():
+            return torch.tensor(True)
+        return torch.linalg.vector_norm(value.detach(), torch.inf).isfinite()  # reads it once, and NaN wins
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    found = [all_finite(part) for part in parts]
+    device = next((flag.device for flag in found if flag.device.type != "cpu"), torch.device("cpu"))
+    return torch.stack([flag.to(device) for flag in found]).all() if found else torch.tensor(True)
+
+
+def newest(run_dir: str | Path, than: Path | None = None) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint of a run, None if it has none yet; and what is wrong with newer ones.
+
+    Args:
+        than: Only of those that are older than this one.
 
     Raises:
         UserError: There are checkpoints, and all are damaged. Starting over would silently lose the run.
     """
     complaints: list[str] = []
-    for path in (paths := saved(run_dir)):
+    paths = saved(run_dir)
+    for path in (paths := paths[paths.index(than) + 1 :] if than else paths):
         if (wrong := damage(path)) is None:
             return path, complaints
         complaints.append(f"{path} is damaged: {wrong}")

@@ -433,6 +433,7 @@ class Stage(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.training:
             self.step_metrics.agree()  # nothing is written after a step that went wrong
+            self.step_metrics.require_finite(checkpoint)
         if self.exact:
             del checkpoint["loops"]  # the place in the run is its number of optimiser steps
         checkpoint["mae_format"] = FORMAT

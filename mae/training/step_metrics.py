@@ -13,7 +13,7 @@ from mae.data.datasets import Batch
 from mae.errors import TrainingFailed, UserError
 from mae.models.flops import peak_rate
 from mae.runtime import memory
-from mae.runtime.checkpoint_files import last_checkpoint
+from mae.runtime.checkpoint_files import all_finite, last_checkpoint
 from mae.runtime.processes import all_reduce, gather
 from mae.training.checkpoint_io import CheckpointFiles
 from mae.training.optim import WarmupCosine
@@ -151,7 +151,7 @@ class StepMetrics:
         all_reduce(step, dist.ReduceOp.MIN)
         loss, bad, pillow = sums.tolist()
         if step.isfinite():
-            self.stop_at_bad_loss(int(step))
+            self.stop(f"the loss is not finite at step {int(step)}", int(step))
         paths = self.all_bad_images() if bad else {}
         allowed: int = getattr(self.trainer.datamodule, "max_bad_images", 0)  # type: ignore[attr-defined]
         if len(paths) > allowed:
@@ -163,7 +163,21 @@ class StepMetrics:
             "pillow_images": pillow,
         }
 
-    def stop_at_bad_loss(self, step: int) -> None:
+    def require_finite(self, checkpoint: dict[str, Any]) -> None:
+        """Stop every rank where the state of the run is not finite after its last step, though that step's loss was.
+
+        Raises:
+            TrainingFailed: Weights or the optimiser's state hold NaN or infinity.
+        """
+        parts = {"weights": checkpoint["state_dict"], "optimiser's state": checkpoint.get("optimizer_states")}
+        bad = torch.stack([~all_finite(part).to(self.device) for part in parts.values()]).float()
+        all_reduce(bad)  # where the network is sharded, one rank holds the whole of it
+        step = self.trainer.global_step
+        for name, count in zip(parts, bad.tolist(), strict=True):
+            if count:
+                self.stop(f"the {name} {'are' if name == 'weights' else 'is'} not finite after step {step}", step)
+
+    def stop(self, reason: str, step: int) -> None:
         lr = self.schedule.lr_at(step - 1, float(self.schedule.base_lrs[0]))
         files = self.trainer.strategy.checkpoint_io
         if isinstance(files, CheckpointFiles):
@@ -173,8 +187,8 @@ class StepMetrics:
         else:
             last = getattr(self.trainer.checkpoint_callback, "best_model_path", "") or "none was written"
         raise TrainingFailed(
-            f"the loss is not finite at step {step} (learning rate {lr:g}); last good checkpoint: {last}. "
-            "Lower --model.base_lr, lengthen --model.warmup_epochs or use --trainer.precision 32-true"
+            f"{reason} (learning rate {lr:g}); last good checkpoint: {last}. Lower --model.base_lr, lengthen "
+            "--model.warmup_epochs or use --trainer.precision 32-true"
         )
 
     # ---- in checkpoints --------------------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ MOST_NAMED = 3  # tensors in an error
 ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 
+class NotFinite(UserError):
+    """Weights, or what a run knows besides them, that hold NaN or infinity."""
+
+
 def overrides_from(config: Namespace) -> ArchOverrides:
     """The values of these options."""
     grid = None if config.grid is None else (config.grid[0], config.grid[1])
@@ -56,11 +60,10 @@ def require_usable(weights: Weights) -> Weights:
     Raises:
         UserError: Something is missing, unknown or of another shape, or there are numbers that are not finite.
     """
-    problems = list(weights.problems)
-    problems += [f"{key} has numbers that are not finite" for key, v in weights.state.items() if count_non_finite(v)]
-    if problems:
-        message = "; ".join(problems[:MOST_NAMED])
-        raise UserError(f"{weights.source} cannot be used: {message}; `mae inspect` tells more")
+    not_finite = [f"{key} has numbers that are not finite" for key, v in weights.state.items() if count_non_finite(v)]
+    if problems := [*weights.problems, *not_finite]:
+        message = f"{weights.source} cannot be used: {'; '.join(problems[:MOST_NAMED])}; `mae inspect` tells more"
+        raise UserError(message) if weights.problems else NotFinite(message)
     return weights
 
 

@@ -13,10 +13,11 @@ from timm.models.vision_transformer import VisionTransformer
 
 from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder, Pair, as_pair
+from mae.runtime import checkpoint_files
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.weights import read_file
-from mae.weights.detect import detect_opened, require_usable, usable_weights
+from mae.weights.detect import NotFinite, detect_opened, require_usable, usable_weights
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchOverrides
 from mae.weights.state_dict_keys import ENCODER, State, official_name, official_to_ours
 from mae.weights.weights import Weights, merge_lora
@@ -186,6 +187,7 @@ def read_checkpoint(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         UserError: It holds no state of a run, or that of another network.
+        NotFinite: Numbers in it are not finite.
     """
     content = read_file.load_pickle(path)
     weights = require_usable(detect_opened(read_file.open_torch(path, content), NO_OVERRIDES))
@@ -199,6 +201,8 @@ def read_checkpoint(path: Path, architecture: dict[str, Any]) -> dict[str, Any]:
                 f"--ckpt_path {path} is of another architecture: {key} {stored.get(key, 'is missing')}, here {value}"
             )
     checkpoint: dict[str, Any] = content
+    if not checkpoint_files.all_finite(checkpoint.get("optimizer_states")):
+        raise NotFinite(f"{path} cannot be used: the optimiser's state has numbers that are not finite")
     return checkpoint
 
 
