@@ -139,8 +139,24 @@ def save_safetensors(tensors: State, description: dict[str, Any], path: Path) ->
     tensors = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     with atomic_write(path) as partial:
         save_file(tensors, partial, {"format": "pt", "mae": json.dumps(description)})
+        sort_metadata(partial)
         os.umask(umask := os.umask(0))  # the mask can only be read by setting it
         partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
+
+
+def sort_metadata(path: Path) -> None:
+    """Bring the metadata of a safetensors file into order, which its writer leaves to chance: same content, same bytes.
+
+    The header keeps its length, as it holds the same text in another order.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
 
 
 def warm_start(model: MaskedAutoencoder, src: str | Path) -> str:

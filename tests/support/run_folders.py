@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mae.data.sources import ArraySource, load_digits
 
@@ -37,7 +36,7 @@ def require_same(run_dir: Path, whole: Path) -> None:
         assert same(a[key], b[key]), key
     assert rows(run_dir) == rows(whole)
     for name in ("encoder.safetensors", "model.safetensors"):
-        assert same(load_file(run_dir / name), load_file(whole / name)), name
+        assert (run_dir / name).read_bytes() == (whole / name).read_bytes(), name
     pictures = [sorted(path.name for path in (folder / "reconstructions").iterdir()) for folder in (run_dir, whole)]
     assert pictures[0] == pictures[1]
 
