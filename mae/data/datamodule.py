@@ -33,7 +33,7 @@ from mae.data.datasets import (
 )
 from mae.data.decode import SCALES, BadImage
 from mae.data.layout import open_splits
-from mae.data.loaders import Loader, ReplayLoader, init_worker
+from mae.data.loaders import Loader, ReplayLoader, in_shared_memory, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
 from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel
 from mae.errors import UserError
@@ -411,6 +411,7 @@ class ImageData(LightningDataModule):
             sampler=sampler,
             batch_size=None,
             num_workers=self.num_workers,
+            collate_fn=in_shared_memory,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=init_worker,

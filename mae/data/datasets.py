@@ -19,6 +19,7 @@ from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
 from mae.errors import UserError
 from mae.runtime.machine import available_cores
+from mae.runtime.memory import shared_memory_message
 
 # The path of a socket has at most 107 characters, of which Python needs "/pymp-xxxxxxxx/listener-xxxxxxxx". With a
 # longer one a thread of the loader process fails, and training would wait for it forever.
@@ -47,7 +48,7 @@ class WorkerProgress:
     """The image that each loader process is reading, in shared memory, so that the main process can name it on a crash.
 
     Raises:
-        UserError: TMPDIR is too long for the sockets between processes.
+        UserError: TMPDIR is too long for the sockets between processes, or there is no shared memory.
     """
 
     instances: ClassVar["WeakSet[WorkerProgress]"] = WeakSet()  # those of this process
@@ -59,7 +60,10 @@ class WorkerProgress:
                 "processes: set TMPDIR to a shorter path, such as /tmp, or --data.num_workers 0"
             )
         self.source, self.workers = source, workers
-        self.slots = RawArray("q", 2 * workers)  # for each worker, its process id and the index of its image
+        try:
+            self.slots = RawArray("q", 2 * workers)  # for each worker, its process id and the index of its image
+        except OSError as error:
+            raise UserError(shared_memory_message(error)) from None
         WorkerProgress.instances.add(self)  # last, as the message about a dead process may be needed at any moment
 
     def set(self, index: int) -> None:

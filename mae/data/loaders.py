@@ -5,25 +5,52 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
+from mae.errors import UserError
 from mae.runtime import signals
+from mae.runtime.memory import shared_memory_message
+from mae.runtime.processes import end_loaders_at_exit
 
 
 class Loader(DataLoader[Any]):
     """A DataLoader that names a dead loader process, even if a connection to that process fails first."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        if self.num_workers:
+            end_loaders_at_exit()
         return with_worker_errors(super().__iter__())
 
 
 def with_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches. If a connection fails, torch gets the time to raise its own error, which names the process."""
+    """The same batches. If a connection fails, torch gets the time to raise its own error, which names the process.
+
+    Raises:
+        UserError: There is not enough shared memory to hand over a batch.
+    """
     try:
-        yield from batches
-    except (OSError, EOFError):
-        time.sleep(1)  # torch raises its error here, as soon as the dying process is dead
+        try:
+            yield from batches
+        except (OSError, EOFError):
+            time.sleep(1)  # torch raises its error here, as soon as the dying process is dead
+            raise
+    except RuntimeError as error:
+        if "shared memory" in str(error):
+            raise UserError(shared_memory_message(error)) from None
         raise
+
+
+def in_shared_memory(batch: Any) -> Any:
+    """A `collate_fn` that puts the tensors of a batch, or one tensor, where the main process finds them.
+
+    torch would do so later, in a thread whose errors are printed and lost: the main process would wait for ever.
+    """
+    if get_worker_info() is not None:
+        for value in batch if isinstance(batch, tuple) else (batch,):
+            if isinstance(value, Tensor):
+                value.share_memory_()
+    return batch
 
 
 class ReplayLoader(Loader):

@@ -1,6 +1,5 @@
 """The command line of a training run: its settings, and the objects that are built from them."""
 
-import atexit
 import os
 import re
 import tempfile
@@ -36,7 +35,6 @@ from mae.runtime import checkpoint_files, signals
 from mae.runtime.environment import is_first_rank, torchrun_sizes
 from mae.runtime.files import atomic_write
 from mae.runtime.memory import is_out_of_memory
-from mae.runtime.processes import end_loaders
 from mae.runtime.run_lock import RunLock
 from mae.training import precision
 from mae.training.checkpoint_io import CheckpointFiles
@@ -297,7 +295,6 @@ class StageCLI(LightningCLI):
         self.alive.stop()
         for logger in self.wandb_loggers():
             logger.finish(HURRY_SECONDS)
-        atexit.register(end_loaders)
         self.lock.release()
 
     def start_recording(self) -> None:

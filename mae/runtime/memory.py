@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import errno
+import os
 from pathlib import Path
 
 import torch
@@ -68,4 +69,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     text = str(error)
     return isinstance(error, RuntimeError) and (
         any(words in text for words in NO_MEMORY) or text.strip() == "could not create a primitive"
+    )
+
+
+def shared_memory_message(error: BaseException) -> str:
+    """What to do about an error in shared memory."""
+    try:
+        status = os.statvfs("/dev/shm")
+        room = "{:.1f} of {:.1f} MiB are free".format(
+            *(n * status.f_frsize / 2**20 for n in (status.f_bavail, status.f_blocks))
+        )
+    except OSError as missing:
+        room = str(missing.strerror)
+    reason = str(error).strip().splitlines()[-1]
+    return (
+        f"loader processes cannot hand over their batches in /dev/shm ({room}): give it more room, as by "
+        f"`docker run --shm-size 8g`, or do without loader processes by num_workers 0 ({reason})"
     )

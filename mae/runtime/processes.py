@@ -1,5 +1,7 @@
 """The processes of a run: what they exchange, and how they end."""
 
+import atexit
+import functools
 import multiprocessing
 import re
 import signal
@@ -24,14 +26,20 @@ def all_reduce(value: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         dist.all_reduce(value, op)
 
 
-def end_loaders() -> None:
-    """Kill the loader processes that are left, for `atexit`.
+@functools.cache
+def end_loaders_at_exit() -> None:
+    """Let the end of this process, however it comes, be that of the loader processes that are left.
 
     Python would ask them to end by a signal that they ignore, and wait for them.
     """
+    atexit.register(kill_daemons)
+
+
+def kill_daemons() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as a failure
     for child in multiprocessing.active_children():
-        child.kill()
+        if child.daemon:  # as torch's loader processes are
+            child.kill()
 
 
 def lost_peer(error: BaseException) -> str | None:

@@ -11,6 +11,8 @@ import re
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -504,3 +506,37 @@ def test_a_killed_loader_ends_other_commands_with_one_line(many: Path, tmp_path:
         assert "the last file it read: " in killed(process, loaders(process.pid)[0])
     finally:
         process.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mount", ["size=64k", "size=400k", "ro"])  # at 400k the images fit, and not all the rest
+def test_shared_memory_that_does_not_suffice_is_one_line(pretrained: Path, mount: str) -> None:
+    unshare = ["unshare", "--mount", "sh", "-c", f'mount -t tmpfs -o {mount} tmpfs /dev/shm && exec "$@"', "sh"]
+    if subprocess.run([*unshare, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("this user may not mount")
+    options = [f"--encoder={pretrained}", "--data.dataset=digits", "--data.num_workers=2"]
+    done = subprocess.run(
+        [*unshare, sys.executable, "-m", "mae.cli", "knn", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert "cannot hand over their batches in /dev/shm" in line
+    assert "--shm-size" in line
+
+
+@pytest.mark.slow
+def test_no_error_leaves_loaders_behind() -> None:
+    program = """
+from mae.data.datamodule import ImageData
+data = ImageData(dataset="digits", num_workers=2, batch_size_per_device=4)
+data.setup("fit")
+for batch in data.train_dataloader():
+    raise ArithmeticError("nobody foresaw this")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("ArithmeticError: nobody foresaw this")
