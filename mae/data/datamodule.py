@@ -8,14 +8,12 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mae.data.channel_stats import mean_and_std, moments
 from mae.data.crops import AS_THEY_ARE, RESIZED_THEN_CROPPED, Crop, usual_crop_pct
 from mae.data.datasets import (
     Batch,
@@ -436,16 +434,6 @@ class ImageData(LightningDataModule):
         images = normalize(batch.images, mean, std)  # older torch cannot flip uint16
         return batch._replace(images=mirrored(images, batch.flip))
 
-    def statistics(self) -> tuple[list[float], list[float]]:
-        """Mean and std of each channel over all training images in [0, 1], resized and cropped as in evaluation."""
-        self.load()
-        assert self.train_source is not None
-        sums = np.zeros((self.in_chans, 2))
-        for batch in self.whole(self.train_source):
-            raise_errors(batch)
-            sums += np.sum([moments(image) for image in batch.images], axis=0)
-        return mean_and_std(sums, len(self.train_source))
-
 
 def resident_samples(
     samples: TrainSamples, decoded: Iterable[Tensor | BadImage], device: torch.device
@@ -491,6 +479,10 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+# Settings of the data that have no effect without training.
+TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}
+
+
 def raise_errors(batch: Batch) -> None:
     """Refuse a batch with an unreadable image, for uses that tolerate none.
 
@@ -499,7 +491,3 @@ def raise_errors(batch: Batch) -> None:
     """
     if batch.errors:
         raise UserError(str(batch.errors[0]))
-
-
-# Settings of the data that have no effect without training.
-TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}

@@ -10,10 +10,12 @@ import torch
 from image_files import encoded, png16, smooth
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
+from timm.layers import PatchEmbed
 from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 import mae
+from mae.cli import main
 from mae.data.crops import evaluation_pixels
 from mae.data.datamodule import ImageData
 from mae.data.datasets import WholeSamples, normalize
@@ -57,12 +59,16 @@ def test_evaluation_pixels_of_other_shapes() -> None:
             evaluation_pixels(image, (4, 4), crop_pct)
 
 
+def saved(folder: Path, image_size: int) -> Path:
+    model = MaskedAutoencoder(**{**SIZES, "image_size": image_size})
+    about = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "mask_ratio": 0.75}
+    export_autoencoder(model.state_dict(), {"model": model.config, **about}, folder)
+    return folder / "model.safetensors"
+
+
 @pytest.fixture(params=[32, 128, 256])
 def weights(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    model = MaskedAutoencoder(**{**SIZES, "image_size": request.param})
-    about = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.25, 0.3], "mask_ratio": 0.75}
-    export_autoencoder(model.state_dict(), {"model": model.config, **about}, tmp_path)
-    return tmp_path / "model.safetensors"
+    return saved(tmp_path, request.param)
 
 
 def files(folder: Path) -> list[Path]:
@@ -119,3 +125,37 @@ def test_what_the_transform_refuses(weights: Path) -> None:
         with pytest.raises(UserError, match="the image") as caught:
             mae.transform(weights)(image)
         assert message in str(caught.value)
+
+
+def test_every_command_sees_these_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The inputs of the patch embedding in five commands, each of the same photographs."""
+    for split, seeds in (("train", range(4)), ("val", range(4, 6))):
+        for name in ("cat", "dog"):
+            (folder := tmp_path / "data" / split / name).mkdir(parents=True)
+            for seed in seeds:
+                Image.fromarray(smooth(150, 200 + seed, seed=seed)).save(folder / f"{seed}.jpg")
+    src = saved(tmp_path, 128)
+    transform, val = mae.transform(src), sorted((tmp_path / "data" / "val").rglob("*.jpg"))
+    wanted = [transform(Image.open(path)) for path in val]
+    seen: list[Tensor] = []
+    forward = PatchEmbed.forward
+
+    def watched(self: PatchEmbed, images: Tensor) -> Tensor:
+        seen.extend(() if images.is_meta else images)
+        return forward(self, images)
+
+    monkeypatch.setattr(PatchEmbed, "forward", watched)
+    root, probe = f"--data.root={tmp_path / 'data'}", tmp_path / "probe"
+    settings = [f"--run_dir={probe}", "--trainer.accelerator=cpu", "--wandb.mode=disabled", "--data.num_workers=0"]
+    settings += ["--model.warmup_epochs=0", "--trainer.max_epochs=1", "--data.batch_size_per_device=4"]
+    for command in (
+        ["knn", f"--encoder={src}", root, "--k=1", "--baseline=false"],
+        ["embed", f"--encoder={src}", root, f"--out={tmp_path / 'x.npz'}", "--num_workers=0"],
+        ["probe", f"--model.encoder={src}", root, *settings],
+        ["evaluate", f"--model={probe}", root, "--data.num_workers=0"],
+        ["predict", *map(str, val), f"--model={probe}", f"--out={tmp_path / 'x.csv'}"],
+    ):
+        seen.clear()
+        assert main(command) == 0, command
+        for path, image in zip(val, wanted, strict=True):
+            assert any(torch.equal(image, other) for other in seen), (command[0], path)
