@@ -229,6 +229,7 @@ def test_lora_trains_small_updates_that_can_be_merged(tmp_path: Path) -> None:
 # ---- the training ----
 
 
+@pytest.mark.slow
 def test_every_tensor_moves_by_rate_times_scale_times_adam(tmp_path: Path) -> None:
     watch = AdamWatch()
     settings = ["--trainer.accumulate_grad_batches=2", "--model.weight_decay=0.1", "--trainer.precision=64-true"]
@@ -390,6 +391,7 @@ def test_the_probe_says_when_its_rate_leads_nowhere(tmp_path: Path, capsys: pyte
     assert "which is little: a larger --model.base_lr suits so few images" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_settings_without_effect_stop_the_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--model.layer_decay 0.75 has no effect"):
         digits_run(FinetuneCLI, tmp_path / "a", "--model.blocks=0", "--model.drop_path=0")

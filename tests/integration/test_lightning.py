@@ -61,7 +61,7 @@ def arrow(folder: Path, count: int = 32) -> Any:
 @pytest.mark.parametrize(
     ("kind", "origin"),
     [
-        (Pretrain, "hugging face"),
+        pytest.param(Pretrain, "hugging face", marks=pytest.mark.slow),
         (LinearProbe, "torchvision"),
         (Finetune, "torchvision"),
         pytest.param(Pretrain, "torchvision", marks=pytest.mark.slow),
@@ -216,9 +216,9 @@ PARTS = {name: code for code in EXAMPLES for name in re.findall(r"class (\w+)", 
     ("name", "options"),
     [
         ("BlockMasks", ["--model=my_parts.BlockMasks", "--model.block=2"]),
-        ("SmoothL1", ["--model", "my_parts.SmoothL1", "--model.beta=0.5"]),
-        ("PredictMeans", ["--model=my_parts.PredictMeans"]),
-        ("Dimmed", ["--data", "my_parts.Dimmed"]),
+        pytest.param("SmoothL1", ["--model", "my_parts.SmoothL1", "--model.beta=0.5"], marks=pytest.mark.slow),
+        pytest.param("PredictMeans", ["--model=my_parts.PredictMeans"], marks=pytest.mark.slow),
+        pytest.param("Dimmed", ["--data", "my_parts.Dimmed"], marks=pytest.mark.slow),
         (
             "MyImages",
             ["--data=my_parts.MyImages", "--data.dataset=folder", "--data.in_chans=1", "--data.image_size=28"],
@@ -349,6 +349,7 @@ def test_a_run_shorter_than_its_warm_up(tmp_path: Path, capsys: pytest.CaptureFi
 # ---- functions -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_main_jobs_as_functions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for module in pkgutil.walk_packages(package.__path__, "mae."):
         importlib.import_module(module.name)

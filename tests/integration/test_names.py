@@ -44,6 +44,7 @@ def succeeds(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return (out + err).encode().decode()  # UTF-8
 
 
+@pytest.mark.slow
 def test_names_in_what_is_written(
     hostile: Path, finetuned: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

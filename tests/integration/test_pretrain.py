@@ -201,6 +201,7 @@ def test_accumulation_averages_the_window(tmp_path: Path) -> None:
     assert torch.allclose(weights(once), weights(twice), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_held_out_loss_has_the_same_images_and_masks_each_time(tmp_path: Path) -> None:
     # With the learning rate at nought nothing changes, so any difference would come from the images or the masks.
     run(tmp_path / "run", "--model.base_lr=0", "--data.batch_size_per_device=400", "--trainer.max_epochs=2")

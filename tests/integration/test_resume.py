@@ -87,7 +87,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("step", "hook"),
     [
-        (10, "on_validation_epoch_start"),  # the checkpoint of that step is there, the look at held-out images is not
+        # the checkpoint of that step is there, the look at held-out images is not
+        pytest.param(10, "on_validation_epoch_start", marks=pytest.mark.slow),
         pytest.param(20, "on_validation_epoch_end", marks=pytest.mark.slow),
         pytest.param(20, "on_train_epoch_start", marks=pytest.mark.slow),
         (14, "on_train_batch_end"),  # after the step, before its row and checkpoint

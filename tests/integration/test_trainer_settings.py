@@ -93,6 +93,7 @@ def test_what_does_not_go_with_a_run_is_refused_in_a_line(settings: list[str], w
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_early_stopping_and_lightnings_checkpoints_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callbacks = [
         *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss"),
@@ -115,6 +116,7 @@ def test_early_stopping_and_lightnings_checkpoints_work(tmp_path: Path, capsys: 
     assert all("loss " in line for line in lines)
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics_at_their_steps(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     logger = ["--trainer.logger=TensorBoardLogger", f"--trainer.logger.save_dir={tmp_path / 'logs'}"]

@@ -135,6 +135,7 @@ def test_cached_figures_are_those_of_the_chosen_head(pretrained: Path, tmp_path:
     assert (tmp_path / "run" / "cached" / "confusion.png").exists()
 
 
+@pytest.mark.slow
 def test_a_cached_probe_is_not_overwritten_and_unused_settings_are_named(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -127,6 +127,7 @@ def test_what_the_transform_refuses(weights: Path) -> None:
         assert message in str(caught.value)
 
 
+@pytest.mark.slow
 def test_every_command_sees_these_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The inputs of the patch embedding in five commands, each of the same photographs."""
     for split, seeds in (("train", range(4)), ("val", range(4, 6))):

@@ -228,6 +228,7 @@ def broken(network: nn.Module, graphs: bool = False) -> None:
         block.compile(backend=fail)
 
 
+@pytest.mark.slow
 def test_where_compiling_fails_auto_goes_on_and_true_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

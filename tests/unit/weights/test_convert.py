@@ -330,6 +330,7 @@ def test_graphs(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
     assert torch.equal(torch.from_numpy(mask), wanted.mask)
 
 
+@pytest.mark.slow
 def test_an_exported_program_gives_the_features(tmp_path: Path, source: Path) -> None:
     convert.convert_command([str(source), str(tmp_path / "x.pt2"), "--format", "export"])
     images = torch.randn(3, 3, 32, 32)
@@ -337,6 +338,7 @@ def test_an_exported_program_gives_the_features(tmp_path: Path, source: Path) ->
     torch.testing.assert_close(found, mae.load(source).encode(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_card_stands_beside_everything(
     tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -409,7 +411,7 @@ def test_a_hub_that_cannot_be_reached_loses_nothing(
 @pytest.mark.parametrize(
     ("size", "patch", "more"),
     [
-        ("tiny", 16, {"depth": 2, "decoder_depth": 1}),
+        pytest.param("tiny", 16, {"depth": 2, "decoder_depth": 1}, marks=pytest.mark.slow),
         pytest.param("base", 16, {}, marks=pytest.mark.soak),
         pytest.param("huge", 14, {"depth": 2, "decoder_depth": 1}, marks=pytest.mark.slow),  # whole, it takes 10 GB
     ],
