@@ -270,6 +270,7 @@ def write_graph(weights: Weights, path: Path, config: Namespace) -> Conversion:
         if weights.classifier:
             lost.append("the classifier's head: --output logits has it")
     about = {**kept.description, "takes": list(graph.takes), "gives": list(graph.gives)}
+    about["preprocessing"] = weights.preprocessing
     kept = kept._replace(description=about)
     if config.format == "export":
         onnx_export.to_export(graph, path, about)

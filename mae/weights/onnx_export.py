@@ -200,7 +200,8 @@ def to_onnx(graph: Graph, path: Path, description: dict[str, Any]) -> list[Path]
     half-written files.
 
     Args:
-        description: Of the weights; stored as JSON in the file's metadata, under the key "mae".
+        description: Of the weights and of how images become their input; stored as JSON in the file's metadata, under
+            the key "mae".
 
     Raises:
         UserError: The packages that ONNX needs are missing.

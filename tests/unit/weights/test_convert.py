@@ -17,6 +17,7 @@ from image_files import smooth
 from packaging.version import Version
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 
 import mae
@@ -328,6 +329,8 @@ def test_graphs(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]
         wanted = model.predict(images, noise, 0.5)
     torch.testing.assert_close(torch.from_numpy(pred), wanted.pred, rtol=0, atol=1e-4)
     assert torch.equal(torch.from_numpy(mask), wanted.mask)
+    told = json.loads(session.get_modelmeta().custom_metadata_map["mae"])["preprocessing"]
+    assert (told["input_size"], told["mean"], told["crop_pct"]) == ([3, 32, 32], ABOUT["mean"], 1.0)
 
 
 @pytest.mark.slow
@@ -344,7 +347,9 @@ def test_a_card_stands_beside_everything(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     pytest.importorskip("transformers")
-    local_dir(converted(source, tmp_path / "first", "timm").source.parent)
+    model = local_dir(converted(source, tmp_path / "first", "timm").source.parent)
+    theirs, ours = (create_transform(**resolve_model_data_config(m)) for m in (model, mae.load_encoder(source)))
+    assert repr(theirs) == repr(ours)
     for format, name, card in (
         *(("hf", "hf", "hf/README.md"), ("timm", "t", "t/README.md"), ("timm", "t.pth", "t.pth.md")),
         *(("official", "o.pth", "o.pth.md"), ("mae", "m.safetensors", "m.safetensors.md"), ("mae", "m", "m/README.md")),
