@@ -6,12 +6,13 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from mae.data.decode import IMAGE_SUFFIXES, holds_images, is_dir, is_hidden, printable
+from mae.data.image_files import IMAGE_SUFFIXES, holds_images, is_dir, is_hidden
 from mae.data.sources import FileSource, describe
 from mae.data.tar_shards import INDEX, TarImages, open_images
 from mae.errors import UserError
 from mae.options import plural
 from mae.runtime.storage import Place
+from mae.runtime.text import printable
 
 # What folders of a split are called, in any case. Test images are held out where there is nothing else to validate on.
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test", "testing")}

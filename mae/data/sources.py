@@ -13,16 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae.data.decode import (
-    WIDE_SUFFIXES,
-    BadImage,
-    Leftovers,
-    Picture,
-    find_images,
-    from_item,
-    open_image,
-    read_file,
-)
+from mae.data.decode import BadImage, Picture, from_item, open_image, read_file
+from mae.data.image_files import WIDE_SUFFIXES, Leftovers, find_images
 from mae.data.sampling import Stream, hashed_name
 from mae.errors import UserError
 from mae.options import plural

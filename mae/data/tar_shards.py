@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, Leftovers, find_images, is_hidden
+from mae.data.decode import BadImage
+from mae.data.image_files import IMAGE_SUFFIXES, Leftovers, find_images, is_hidden
 from mae.data.sources import FileSource, FolderSource, class_labels, note_folders
 from mae.errors import UserError
 from mae.runtime.files import atomic_write

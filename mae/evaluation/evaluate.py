@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from mae.commands import CLASSIFIER_HELP, predict_parser
 from mae.data.datamodule import TRAINING_ONLY, ImageData
 from mae.data.datasets import Batch
-from mae.data.decode import Leftovers, find_images
+from mae.data.image_files import Leftovers, find_images
 from mae.data.labelled import check_classes
 from mae.data.layout import Splits, open_held_out
 from mae.data.sources import ImageFiles, Source, relabel

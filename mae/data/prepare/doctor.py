@@ -13,7 +13,8 @@ import numpy as np
 from mae.commands import doctor_parser
 from mae.data.channel_stats import as_option, as_text
 from mae.data.datasets import default_workers
-from mae.data.decode import IMAGE_SUFFIXES, SCALES, UNREAD_SUFFIXES
+from mae.data.decode import SCALES
+from mae.data.image_files import IMAGE_SUFFIXES, UNREAD_SUFFIXES
 from mae.data.layout import open_splits
 from mae.data.prepare.survey import (
     FORMATS,

@@ -16,17 +16,18 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from mae.data import decode
+from mae.data import image_files
 from mae.data.channel_stats import extremes, mean_and_std, moments
 from mae.data.datasets import WorkerProgress
-from mae.data.decode import IMAGE_SUFFIXES, BadImage, Picture, is_turned, open_image, walk_files
+from mae.data.decode import BadImage, Picture, is_turned, open_image
+from mae.data.image_files import IMAGE_SUFFIXES, walk_files
 from mae.data.loaders import unchanged
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place
 from mae.runtime.text import escaped, printable
 
-FORMATS = {**decode.FORMATS, "NPY": {".npy"}}  # by content, with the suffixes of each
+FORMATS = {**image_files.FORMATS, "NPY": {".npy"}}  # by content, with the suffixes of each
 
 COLOURS = ("RGB", "grey", "CMYK", "palette", "other")
 
@@ -137,7 +138,7 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
     """Format, colour and marks of an image file, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(BytesIO(data), formats=decode.formats_for(data))
+        image = Image.open(BytesIO(data), formats=image_files.formats_for(data))
         # To look for the EXIF of a PNG that has none, Pillow would decode it to its end.
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {

@@ -16,9 +16,10 @@ from image_files import become_nobody, encoded, in_child, on_white, png16, png_c
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mae.data import decode
+from mae.data import decode, image_files
 from mae.data.crops import center_box, random_crop_box, resized_crop
-from mae.data.decode import BadImage, decode_image, find_images
+from mae.data.decode import BadImage, decode_image
+from mae.data.image_files import find_images
 from mae.errors import UserError
 
 
@@ -69,8 +70,8 @@ FORMATS = [
     ("avif", "AVIF", RGB, {}),
     ("heic", "HEIF", RGB, {}),
 ]
-FORMATS = [case for case in FORMATS if case[1] in decode.FORMATS]  # some an installation may lack
-decode.formats_for(b"\0\0\0\x1cftypheic")  # so that Pillow writes HEIC, too
+FORMATS = [case for case in FORMATS if case[1] in image_files.FORMATS]  # some an installation may lack
+image_files.formats_for(b"\0\0\0\x1cftypheic")  # so that Pillow writes HEIC, too
 format_cases = pytest.mark.parametrize(
     ("suffix", "kind", "picture", "options"), FORMATS, ids=[f"{k}-{p.mode}-{'-'.join(o)}" for _, k, p, o in FORMATS]
 )
@@ -96,7 +97,7 @@ def test_content_decides_not_the_suffix(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "AVIF", "HEIF"])
 def test_exif_orientation_is_applied_once(tmp_path, kind, orientation):
-    if kind not in decode.FORMATS:
+    if kind not in image_files.FORMATS:
         pytest.skip(f"this installation does not read {kind}")
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -241,13 +242,13 @@ def test_jpeg_2000_gives_what_the_file_holds_or_is_refused(tmp_path):
 
 def test_formats_that_an_installation_lacks_are_told_with_what_reads_them(tmp_path, monkeypatch):
     monkeypatch.setattr(decode, "find_spec", lambda name: None)
-    monkeypatch.setattr(decode.features, "check", lambda name: False)
-    read, unread = decode.optional_formats()
+    monkeypatch.setattr(image_files.features, "check", lambda name: False)
+    read, unread = image_files.optional_formats()
     assert read == {}
     monkeypatch.setattr(decode, "UNREAD_SUFFIXES", unread)
-    monkeypatch.setattr(decode, "IMAGE_SUFFIXES", decode.IMAGE_SUFFIXES - set(unread))
+    monkeypatch.setattr(image_files, "IMAGE_SUFFIXES", image_files.IMAGE_SUFFIXES - set(unread))
     touch(tmp_path, "1.avif", "a/1.heic", "a/2.HEIC", "a/1.txt")
-    leftovers = decode.Leftovers()
+    leftovers = image_files.Leftovers()
     assert find_images(tmp_path, leftovers) == []
     heic = '.heic 2 (pip install "vit-mae-lightning[heif]")'
     assert leftovers.note() == f"left out: .avif 1 (Pillow 11.3 or newer), {heic}"

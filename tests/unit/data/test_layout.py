@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY, save_images
 
 from mae.cli import main
-from mae.data.decode import Leftovers, find_images
+from mae.data.image_files import Leftovers, find_images
 from mae.data.labelled import LabelledData
 from mae.data.layout import open_splits
 from mae.data.tar_shards import scan_tar

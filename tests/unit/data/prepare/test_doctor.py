@@ -21,8 +21,9 @@ from forked import in_process
 from PIL import Image
 
 from mae.cli import main
-from mae.data import decode
-from mae.data.decode import IMAGE_SUFFIXES, Picture
+from mae.data import image_files
+from mae.data.decode import Picture
+from mae.data.image_files import IMAGE_SUFFIXES
 from mae.data.layout import Splits
 from mae.data.prepare import doctor
 from mae.data.prepare.survey import CHUNK, COLOURS, FORMATS, format_codes
@@ -89,7 +90,7 @@ def diagnosed(tmp_path: Path, *args: object, code: int = 0) -> dict[str, Any]:
 
 def test_formats_are_those_that_training_reads() -> None:
     assert set().union(*FORMATS.values()) == IMAGE_SUFFIXES
-    assert tuple(FORMATS) == (*decode.FORMATS, "NPY")
+    assert tuple(FORMATS) == (*image_files.FORMATS, "NPY")
 
 
 def test_figures_of_a_folder_with_every_problem(sick: Path, tmp_path: Path) -> None:
