@@ -241,11 +241,11 @@ def test_jpeg_2000_gives_what_the_file_holds_or_is_refused(tmp_path):
 
 
 def test_formats_that_an_installation_lacks_are_told_with_what_reads_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(decode, "find_spec", lambda name: None)
+    monkeypatch.setattr(image_files, "find_spec", lambda name: None)
     monkeypatch.setattr(image_files.features, "check", lambda name: False)
     read, unread = image_files.optional_formats()
     assert read == {}
-    monkeypatch.setattr(decode, "UNREAD_SUFFIXES", unread)
+    monkeypatch.setattr(image_files, "UNREAD_SUFFIXES", unread)
     monkeypatch.setattr(image_files, "IMAGE_SUFFIXES", image_files.IMAGE_SUFFIXES - set(unread))
     touch(tmp_path, "1.avif", "a/1.heic", "a/2.HEIC", "a/1.txt")
     leftovers = image_files.Leftovers()
