@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FULL_SCALE = {torch.uint8: 255, torch.uint16: 65535}  # what becomes 1; float32 is not scaled
+
 
 def moments(pixels: Tensor) -> list[tuple[float, float]]:
     """Mean and mean square of each channel of (C, H, W) pixels, from exact sums of integers, scaled to [0, 1].
@@ -14,7 +16,7 @@ def moments(pixels: Tensor) -> list[tuple[float, float]]:
     """
     if pixels.is_floating_point():
         return [(float(c.mean()), float(c.square().mean())) for c in pixels.double()]
-    full, n = (255 if pixels.dtype == torch.uint8 else 65535), pixels[0].numel()
+    full, n = FULL_SCALE[pixels.dtype], pixels[0].numel()
     result = []
     for channel in pixels:
         counts = torch.bincount(channel.flatten() if full == 255 else channel.flatten().int())
@@ -26,9 +28,8 @@ def moments(pixels: Tensor) -> list[tuple[float, float]]:
 
 def extremes(pixels: Tensor) -> np.ndarray:
     """(2, C): the smallest and the largest sample of each channel of (C, H, W) pixels, scaled as in `moments`."""
-    full = {torch.uint8: 255, torch.uint16: 65535}.get(pixels.dtype, 1)
     samples = pixels.numpy()
-    return np.stack([samples.min(axis=(1, 2)), samples.max(axis=(1, 2))]) / full
+    return np.stack([samples.min(axis=(1, 2)), samples.max(axis=(1, 2))]) / FULL_SCALE.get(pixels.dtype, 1)
 
 
 def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]]:

@@ -162,9 +162,14 @@ def _box_sides(
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
+def official_crop_pct(size: tuple[int, int]) -> float:
+    """The crop of the official evaluation: 224 / 256 up to 224 pixels, 1 above."""
+    return 224 / 256 if min(size) <= 224 else 1.0
+
+
 def usual_crop_pct(size: tuple[int, int]) -> float:
-    """The official 224 / 256 for images of 128 to 224 pixels; 1 for smaller and larger ones."""
-    return 224 / 256 if 128 <= min(size) <= 224 else 1.0
+    """The official crop for images from 128 pixels on; 1 for smaller ones, of which nothing is cut off."""
+    return official_crop_pct(size) if min(size) >= 128 else 1.0
 
 
 def evaluation_pixels(image: Tensor, size: tuple[int, int], crop_pct: float = 1.0) -> Tensor:
@@ -181,11 +186,10 @@ def evaluation_pixels(image: Tensor, size: tuple[int, int], crop_pct: float = 1.
         raise ValueError(f"crop_pct={crop_pct} is not in (0, 1]")
     height, width = image.shape[1:]
     cover = int(size[0] / crop_pct), int(size[1] / crop_pct)
-    height_limit, width_limit = (
-        LONGEST_SIDE * mine * other_side // other + 1
-        for mine, other, other_side in ((cover[0], cover[1], width), (cover[1], cover[0], height))
+    part = (
+        min(height, LONGEST_SIDE * cover[0] * width // cover[1] + 1),
+        min(width, LONGEST_SIDE * cover[1] * height // cover[0] + 1),
     )
-    part = min(height, height_limit), min(width, width_limit)
     box = (height - part[0]) // 2, (width - part[1]) // 2, *part
     resized = (
         max(cover[0], int(cover[1] * part[0] / part[1])),

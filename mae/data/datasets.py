@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
+from mae.data.channel_stats import FULL_SCALE
 from mae.data.crops import Box, Crop, batched_resized_crop, center_box, evaluation_pixels, is_channels_last
 from mae.data.decode import SCALES, BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
@@ -310,7 +311,6 @@ def mirrored(images: Tensor, flip: Tensor) -> Tensor:
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(B, C, H, W) -> float, contiguous: integers scaled to [0, 1], then normalised by mean and std of (C,)."""
-    full = {torch.uint8: 255.0, torch.uint16: 65535.0}.get(images.dtype, 1.0)
     # In place, because allocating the memory of a batch costs more than the arithmetic.
     pixels = images.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    return pixels.div_(full).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return pixels.div_(FULL_SCALE.get(images.dtype, 1)).sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))

@@ -277,17 +277,12 @@ def open_held_out(
     Args:
         classes: A folder that is called like one of these is no split.
     """
-    if not root.remote and val_dir is None and root.path.is_file():
-        images = TarImages(root.path)
-        layout = find_layout(NameTree(images.records), root)
-        name = layout.splits.get("val", "")
-        name = "" if name in classes else name
-        return images.source(in_chans, name), root / name, layout.notes if name else []
-    notes: list[str] = []
-    name = val_dir or ""
-    if val_dir is None and (root.remote or root.path.is_dir()):
-        layout = find_layout(tree_of(root), root)
-        name = layout.splits.get("val", "")
-        name, notes = ("", []) if name in classes else (name, layout.notes)
+    images = TarImages(root.path) if val_dir is None and not root.remote and root.path.is_file() else None
+    name, notes = val_dir or "", list[str]()
+    if val_dir is None and (images or root.remote or root.path.is_dir()):
+        layout = find_layout(NameTree(images.records) if images else tree_of(root), root)
+        held_out = layout.splits.get("val", "")
+        if held_out and held_out not in classes:
+            name, notes = held_out, layout.notes
     place = root / name if name else root
-    return open_images(place, in_chans), place, notes
+    return images.source(in_chans, name) if images else open_images(place, in_chans), place, notes

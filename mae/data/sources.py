@@ -136,15 +136,17 @@ class FileSource(Source):
     """Images that are files or parts of files."""
 
     in_chans: int
-    _kind: str | None = None
 
     def kind(self) -> str | None:
-        for index in range(min(len(self), KIND_TRIES) if self._kind is None else 0):
+        return self._kind
+
+    @functools.cached_property
+    def _kind(self) -> str | None:  # kept where it is None, too: every batch asks
+        for index in range(min(len(self), KIND_TRIES)):
             with suppress(BadImage):
                 wide = os.path.splitext(self.name(index))[1].lower() in WIDE_SUFFIXES
-                self._kind = self.open(index).kind if wide else "uint8"
-                break
-        return self._kind
+                return self.open(index).kind if wide else "uint8"
+        return None
 
     def read(self, index: int) -> bytes:
         """The bytes of an image's file.

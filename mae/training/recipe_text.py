@@ -40,10 +40,7 @@ def report_recipe(
         images = len(data.train_source)
         held_out = f"{len(data.val_source)} held out" if data.val_source else "none held out (--data.holdout 0.1 would)"
         held_out += f"; {data.layout}" if data.layout else ""
-        about = {
-            "images": f"{images} for training, {held_out}",
-            "augmentation": "; ".join(data.augmentations()),
-        }
+        about = {"images": f"{images} for training, {held_out}", "augmentation": "; ".join(data.augmentations())}
         left_out = f"; {images - per_epoch * batch} images of each epoch's order left out"
     else:
         about = {

@@ -14,6 +14,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import nn
 
+from mae.data.crops import official_crop_pct
 from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair, sincos_positions
 from mae.models.meta_device import meta_parameters
@@ -53,7 +54,8 @@ def recorded_settings(opened: Opened, state: State) -> dict[str, Any]:
     recorded |= {key: args[key] for key in ("norm_pix_loss", "mask_ratio") if key in args}
     if isinstance(pool := args.get("global_pool"), bool):  # the official fine-tuning and probe
         recorded["pool"] = "mean" if pool else "class"
-        recorded["crop_pct"] = official_crop(args.get("input_size") or 224)  # of the probe always 224
+        size = args.get("input_size") or 224  # of the probe always 224
+        recorded["crop_pct"] = official_crop_pct((size, size))
     more: dict[str, Any] = {}
     if "architecture" in config:
         more = timm_settings(config, opened, state)
@@ -72,11 +74,6 @@ def script_arguments(opened: Opened) -> dict[str, Any]:
     """The arguments of the script that wrote the file; empty where it holds none."""
     args = opened.about.get("args")
     return args if isinstance(args, dict) else {}
-
-
-def official_crop(size: int) -> float:
-    """The part of the short side that the official evaluation keeps, for images of this size."""
-    return 1.0 if size > 224 else 224 / 256
 
 
 def settings_by_name(name: Any) -> dict[str, Any]:
@@ -324,7 +321,7 @@ class ArchitectureDetector:
         if pool is None:
             pool = "class"
             self.notes.append("its pool is not recorded: its head is assumed to take the class token (pool class)")
-        crop_pct = self.recorded.get("crop_pct", official_crop(min(image_size)))
+        crop_pct = self.recorded.get("crop_pct", official_crop_pct(image_size))
         if "crop_pct" not in self.recorded:
             self.notes.append(
                 f"its crop is not recorded: assumed to be {crop_pct:g} of the shorter side, as in the official code"

@@ -203,14 +203,13 @@ def open_sources(src: Path, config: Namespace) -> Splits:
         raise UserError(f"SRC {src} does not exist")
     root = Place(src)
     options = config.train_dir, config.val_dir, "--"
-    places, _ = split_places(root, *options)
-    archives = holds_archives(src)
-    if archives and places["train"].where == root.where:
-        sources: dict[str, FileSource] = dict(open_archives(src, config.in_chans))
-        if "val" not in sources:
-            print(f"{src} holds {TRAIN} but no {VAL}: only train is packed", flush=True)
-        return Splits(sources, dict.fromkeys(sources, root), [])
-    if archives:
+    if holds_archives(src):
+        places, _ = split_places(root, *options)
+        if places["train"].where == root.where:
+            sources: dict[str, FileSource] = dict(open_archives(src, config.in_chans))
+            if "val" not in sources:
+                print(f"{src} holds {TRAIN} but no {VAL}: only train is packed", flush=True)
+            return Splits(sources, dict.fromkeys(sources, root), [])
         print(f"{src} holds archives, too: the unpacked images in {places['train']} are packed", flush=True)
     splits = open_splits(root, config.in_chans, *options)
     print(splits, flush=True)
