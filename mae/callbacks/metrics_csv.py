@@ -8,6 +8,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from mae.runtime.files import atomic_write, sync
+from mae.runtime.run_files import read_metrics
 
 
 class MetricsCSV(Logger):
@@ -17,6 +18,9 @@ class MetricsCSV(Logger):
         path: The file.
         step: The optimiser step that the run goes on from: rows up to it are kept, later ones will be measured again.
 
+    Raises:
+        UserError: The file is not as it was written.
+
     Attributes:
         rows: All rows of the file, the kept ones included.
         behind: Why the file lacks rows; None where it holds all of them.
@@ -25,15 +29,10 @@ class MetricsCSV(Logger):
     def __init__(self, path: Path, step: int = 0):
         super().__init__()
         self.path = path
-        self.columns = ["step"]
-        self.rows: list[dict[str, Any]] = []
         self.behind: OSError | None = None
-        if path.exists():
-            # A line without an end was cut off by a full disk; its step is later than any checkpoint.
-            lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            reader = csv.DictReader(lines)
-            self.rows = [row for row in reader if int(row["step"]) <= step]
-            self.columns = list(reader.fieldnames or self.columns)
+        columns, rows = read_metrics(path)
+        self.columns = columns or ["step"]
+        self.rows: list[dict[str, Any]] = [row for row in rows if int(row["step"]) <= step]
 
     def cut_back(self) -> None:
         """Remove the rows of later steps than the run goes on from.

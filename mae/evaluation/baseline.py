@@ -1,13 +1,13 @@
 """The untrained network beside a trained one: how much of a score is the architecture's, and how much was learnt."""
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml
 from timm.models.vision_transformer import VisionTransformer
 
+from mae.errors import UserError
 from mae.models.mae import MaskedAutoencoder
+from mae.runtime.run_files import read_yaml
 from mae.weights.weights import Weights
 
 Choice = bool | Literal["auto"]
@@ -44,15 +44,9 @@ def seed_of_run(weights: Weights) -> int | None:
     if weights.format != "mae" or weights.classifier:
         return None
     parent = weights.source.parent
-    settings = read_settings((parent.parent if parent.name == "checkpoints" else parent) / "config.yaml")
+    try:
+        settings = read_yaml((parent.parent if parent.name == "checkpoints" else parent) / "config.yaml")
+    except UserError:
+        return None
     model, seed = settings.get("model"), settings.get("seed_everything")
     return seed if type(seed) is int and isinstance(model, dict) and model.get("init") is None else None
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file; empty where it cannot be read or holds something else."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return {}
-    return settings if isinstance(settings, dict) else {}

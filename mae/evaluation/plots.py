@@ -1,6 +1,5 @@
 """Pictures of reconstructions, the loss curve and the confusion matrix."""
 
-import csv
 import math
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from mae.models.mae import MaskedAutoencoder, patchify, unpatchify
+from mae.runtime.run_files import read_metrics
 
 Columns = dict[str, Tensor]  # title -> (B, C, H, W) in [0, 1]
 
@@ -136,8 +136,7 @@ def loss_curve(metrics: Path, path: Path) -> None:
     """Plot training and held-out loss over images seen, from a run's metrics.csv."""
     from matplotlib.figure import Figure
 
-    with metrics.open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    _, rows = read_metrics(metrics)
     figure = Figure(figsize=(6, 3.6), layout="constrained")
     axes = figure.add_subplot()
     for key, style in (("train/loss", "-"), ("val/loss", "o-")):

@@ -4,7 +4,6 @@ They do what `mae pretrain`, `mae linprobe` and `mae embed` do, with the same de
 """
 
 import contextlib
-import csv
 import io
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from mae.errors import UserError
 from mae.evaluation.embed import embed_command
 from mae.launch.stage_cli import StageCLI
 from mae.launch.stages import LinearProbeCLI, PretrainCLI
+from mae.runtime.run_files import read_metrics
 from mae.runtime.text import printable_output
 from mae.training.module import Stage
 
@@ -108,10 +108,8 @@ def run(
 def last_logged(path: Path) -> dict[str, float]:
     """The last value of each column of metrics.csv; empty where a run keeps none."""
     found: dict[str, float] = {}
-    if path.exists():
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                found |= {key: float(value) for key, value in row.items() if value and key != "step"}
+    for row in read_metrics(path)[1]:
+        found |= {key: float(value) for key, value in row.items() if value and key != "step"}
     return found
 
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-import yaml
 from jsonargparse import Namespace
 from torch import Tensor
 
@@ -31,6 +30,7 @@ from mae.pretrain import Pretrain
 from mae.runtime import memory
 from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.runtime.memory import GIB
+from mae.runtime.run_files import read_yaml
 from mae.training.optim import adamw, lars, scaled_lr
 from mae.weights.load import read_weights
 
@@ -136,11 +136,7 @@ def stage_of(path: Path, given: Sequence[str]) -> str:
     Raises:
         UserError: No stage or several stages fit.
     """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
-    model = content.get("model") if isinstance(content, dict) else None
+    model = read_yaml(path).get("model")
     keys = set(model) if isinstance(model, dict) else set()
     keys |= {arg.split("=")[0].removeprefix("--model.") for arg in given if arg.startswith("--model.")}
     known = {name: set(inspect.signature(cli.stage).parameters) for name, cli in STAGES.items()}

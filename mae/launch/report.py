@@ -1,7 +1,6 @@
 """`mae report`: the whole experiment over several seeds, on one page beside the published figures."""
 
 import contextlib
-import csv
 import html
 import io
 import json
@@ -29,6 +28,7 @@ from mae.launch import stages as stages_module
 from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.machine import available_cores, cpu_name
+from mae.runtime.run_files import read_metrics, read_yaml
 from mae.runtime.text import printable, printable_lines
 
 Settings = dict[str, Any]
@@ -125,15 +125,6 @@ def read_plan(path: Path, root: str | None = None) -> Plan:
     return Plan(path, stages, published)
 
 
-def read_yaml(path: Path) -> Settings:
-    try:
-        return mapping(yaml.safe_load(path.read_text(encoding="utf-8")), path, "the file")
-    except OSError as error:
-        raise UserError(f"config {path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}") from None
-
-
 def mapping(value: Any, path: Path, name: str) -> Settings:
     if value is not None and not isinstance(value, dict):
         raise UserError(f"{path}: {name} holds {value!r}; wanted are settings as `key: value`")
@@ -220,11 +211,8 @@ class StageRun(NamedTuple):
 
     def curve(self, key: str) -> Points:
         """(images seen, value) of a metric of the run."""
-        metrics = self.run_dir / "metrics.csv"
-        if not metrics.is_file():
-            return []
-        with metrics.open(newline="") as file:
-            return [(float(row["images_seen"]), float(row[key])) for row in csv.DictReader(file) if row.get(key)]
+        _, rows = read_metrics(self.run_dir / "metrics.csv")
+        return [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
 
     def difference(self) -> str | None:
         """A sentence about the first setting in which the config differs from the run's; None if they agree."""

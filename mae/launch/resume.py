@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch import Trainer
 
 from mae.data.crops import BEFORE_IT_WAS_RECORDED, RESIZED_THEN_CROPPED
@@ -12,6 +11,7 @@ from mae.errors import UserError
 from mae.options import flatten_settings
 from mae.runtime import checkpoint_files
 from mae.runtime.environment import is_first_rank
+from mae.runtime.run_files import read_yaml
 from mae.training.module import Stage
 from mae.weights import load
 from mae.weights.detect import NotFinite
@@ -145,9 +145,11 @@ class ResumePoint:
             UserError: Settings differ, or the run has had checkpoints.
         """
         path = self.run_dir / "config.yaml"
-        before = yaml.safe_load(path.read_text())
-        if not isinstance(before, dict):
-            raise UserError(f"{path} holds no settings: remove it, or give another --run_dir")
+        try:
+            if not (before := read_yaml(path)):
+                raise UserError(f"{path} holds no settings")
+        except UserError as error:
+            raise UserError(f"{error}; remove it, or give another --run_dir") from None
         if (newest := checkpoint_files.ever_saved(self.run_dir)) and not self.allow_changes:
             raise UserError(
                 f"{self.run_dir} had checkpoints, the newest {newest}, and has none now: bring them back, or give "

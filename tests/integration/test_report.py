@@ -124,7 +124,7 @@ def test_a_plain_pretraining_config_shares_what_its_data_are(tmp_path: Path) -> 
         ({"pretrain": {"config": "gone.yaml"}}, "gone.yaml cannot be read"),
         ({"pretrain": "micro.yaml"}, "pretrain holds 'micro.yaml'"),
         ({"pretrain": {}, "published": [{"stage": "probe", "value": "68"}]}, "published: .*'68'.* is not"),
-        ([1, 2], "the file holds"),
+        ([1, 2], "holds list where settings are wanted"),
     ],
 )
 def test_wrong_configs(
