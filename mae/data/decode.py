@@ -7,7 +7,6 @@ uint16 by adding 32768. Nothing here normalises.
 import math
 import os
 import re
-import stat
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from torch import Tensor
 from mae.data import jpeg
 from mae.data.crops import Box, resized_crop
 from mae.data.image_files import FORMATS, formats_for
+from mae.runtime.reading import read_regular
 from mae.runtime.text import printable
 
 MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377; more are refused by the header alone
@@ -164,18 +164,8 @@ def read_file(path: str | Path) -> bytes:
     Raises:
         BadImage: The file cannot be read, or is larger than any image of at most MAX_PIXELS.
     """
-    with _errors_as_bad_image(path), open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        size = status.st_size
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage(path, "not a file but a pipe or device")
-        if size > MAX_BYTES:
-            raise BadImage(path, f"{size} bytes, too many for an image of at most {MAX_PIXELS} pixels")
-        return file.readall()
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # opening a pipe would wait for a writer
+    with _errors_as_bad_image(path):
+        return read_regular(path, MAX_BYTES)
 
 
 def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:

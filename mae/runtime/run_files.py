@@ -7,15 +7,16 @@ from typing import Any
 import yaml
 
 from mae.errors import UserError
+from mae.runtime.reading import METRICS, SETTINGS, read_regular
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = SETTINGS) -> str:
     """
     Raises:
-        UserError: The file cannot be read, or is not text.
+        UserError: The file cannot be read, is larger than the limit (bytes), or is not text.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return read_regular(path, limit).decode("utf-8")
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -52,7 +53,7 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """
     if not path.exists():
         return [], []
-    lines = [line for line in read_text(path).splitlines(keepends=True) if line.endswith("\n")]
+    lines = [line for line in read_text(path, METRICS).splitlines(keepends=True) if line.endswith("\n")]
     reader = csv.DictReader(lines)
     columns, rows, last = list(reader.fieldnames or []), [], -1
     wrong = f"the first column is {columns[0]!r} where step is wanted" if columns and columns[0] != "step" else ""
