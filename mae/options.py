@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from mae.errors import UserError, did_you_mean
+from mae.runtime.run_files import load_yaml, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -106,14 +107,22 @@ def wrong_type(message: str) -> str | None:
 
 
 def with_config_paths(words: Sequence[str], command: str) -> list[str]:
-    """Command-line words with the value of each `--config` replaced by a path, where it names a packaged config."""
+    """Command-line words with the value of each `--config` replaced by a path, where it names a packaged config.
+
+    Raises:
+        UserError: There is no such config, or it cannot be read.
+    """
+
     result: list[str] = []
     for word in words:
-        option, equals, value = word.partition("=")
-        if result and result[-1] in CONFIG_OPTIONS:
-            word = find_config(word, command)
-        elif option in CONFIG_OPTIONS and equals:
-            word = f"{option}={find_config(value, command)}"
+        option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
+        is_config = option in CONFIG_OPTIONS if equals else bool(result) and result[-1] in CONFIG_OPTIONS
+        if is_config and not is_yaml_text(value):
+            value = find_config(value, command)
+            read_yaml(Path(value))
+        elif value.endswith((".yaml", ".yml")) and os.path.isfile(value):  # settings of a group, such as --trainer
+            load_yaml(Path(value))
+        word = option + equals + value
         result.append(word)
     return result
 
@@ -123,6 +132,11 @@ def config_names() -> list[str]:
     paths = sorted(path for folder in CONFIG_FOLDERS for path in (CONFIGS / folder).glob("*.yaml"))
     paths.sort(key=lambda path: CONFIG_FOLDERS.index(path.parent.name))
     return [f"{path.parent.name}/{path.stem}" for path in paths]
+
+
+def is_yaml_text(config: str) -> bool:
+    """Whether the value of --config is settings as YAML text, an option, or missing, rather than a file."""
+    return not config or config.startswith("-") or (bool(re.search(r"[{:\n]", config)) and not os.path.lexists(config))
 
 
 def find_config(config: str, command: str = "") -> str:
@@ -137,7 +151,7 @@ def find_config(config: str, command: str = "") -> str:
         UserError: There is neither a file nor a packaged config of this name.
     """
     config = os.path.expanduser(config)
-    if not config or config.startswith("-") or re.search(r"[{:\n]", config) or Path(config).is_file():
+    if is_yaml_text(config) or (os.path.lexists(config) and not os.path.isdir(config)):
         return config
     name = config.removeprefix("./").removeprefix("configs/").removesuffix(".yaml")
     names = config_names()

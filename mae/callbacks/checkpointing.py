@@ -1,6 +1,7 @@
 """Checkpoints while a run trains, and its stop at the end of a step when a signal has asked for it."""
 
 import time
+from pathlib import Path
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
@@ -9,6 +10,7 @@ from mae.errors import Stopped, TrainingFailed
 from mae.options import check_ranges
 from mae.runtime import checkpoint_files, signals, slurm
 from mae.runtime.checkpoint_files import last_checkpoint, step_file
+from mae.runtime.files import PARTIAL
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.signals import Wish
 from mae.training.checkpoint_io import CheckpointFiles
@@ -92,7 +94,10 @@ class Checkpoints(Checkpoint):
         whole = last_checkpoint(path.parent.parent)
         kept = f"the last good one is {whole.resolve().name}" if whole.exists() else "there is none yet"
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-        return f": {path}: {reason}; {kept}; make room or repair {path.parent}"
+        # A checkpoint waits for metrics.csv: then it is that file that cannot be written.
+        blamed = Path(getattr(error, "filename", None) or path)
+        blamed = path if blamed.suffix == PARTIAL else blamed
+        return f": {blamed}: {reason}; {kept}; make room or repair {blamed.parent}"
 
     def stop(self, trainer: Trainer, wish: Wish) -> None:
         """Wait for the checkpoint, go back to the batch system's queue where possible, and end the run.

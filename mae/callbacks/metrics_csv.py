@@ -50,7 +50,7 @@ class MetricsCSV(Logger):
             OSError: The file lacks rows, or cannot be flushed.
         """
         if self.behind:
-            raise self.behind
+            raise OSError(self.behind.errno, self.behind.strerror, str(self.path))
         if self.path.exists():
             sync(self.path)
 

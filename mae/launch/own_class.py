@@ -10,12 +10,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
-
-import yaml
+from pathlib import Path
 
 from mae.errors import UserError
 from mae.options import find_config
+from mae.runtime.run_files import read_yaml
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -58,11 +57,9 @@ def chosen(args: Sequence[str], key: str) -> str | None:
 
 def from_config(name: str, key: str) -> str | None:
     try:
-        with open(find_config(name)) as file:
-            settings: Any = yaml.safe_load(file)
-    except (OSError, ValueError, UserError, yaml.YAMLError):
+        value = read_yaml(Path(find_config(name))).get(key)
+    except (UserError, OSError):
         return None  # the parser says what is wrong with it
-    value = settings.get(key) if isinstance(settings, dict) else None
     return value if isinstance(value, str) else None
 
 

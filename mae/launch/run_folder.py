@@ -1,6 +1,9 @@
 """The run folder at the start of training: nothing in it is changed before every check has passed."""
 
+import errno
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -53,7 +56,9 @@ class RunFolder(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Stage)
-        self.check_length(trainer, pl_module)  # before the stage writes its recipe
+        # Before the stage writes its recipe.
+        self.check_length(trainer, pl_module)
+        on_first_rank(trainer, self.check_writable, self.resume.run_dir)
 
     def before_first_step(self, trainer: Trainer, stage: Stage) -> None:
         self.prepare_run_dir(trainer, stage)
@@ -87,16 +92,27 @@ class RunFolder(Callback):
         Raises:
             UserError: The folder cannot be written.
         """
-        problem = ""
-        if trainer.is_global_zero:
-            try:
-                self.write_config()
-                self.clear_leftovers(stage.total_steps)
-                self.metrics.cut_back()
-            except OSError as error:
-                problem = f"--run_dir {self.resume.run_dir} cannot be written: {error.filename}: {error.strerror}"
-        if problem := trainer.strategy.broadcast(problem):
-            raise UserError(problem)
+
+        def prepare() -> None:
+            self.write_config()
+            self.clear_leftovers(stage.total_steps)
+            self.metrics.cut_back()
+
+        on_first_rank(trainer, prepare, self.resume.run_dir)
+
+    def check_writable(self) -> None:
+        """What would otherwise show at the first checkpoint, or at the end of the run.
+
+        Raises:
+            OSError: A folder cannot be written to, or a folder is in the place of a file.
+        """
+        run_dir = self.resume.run_dir
+        for folder in (run_dir, checkpoint_files.folder_of(run_dir)):
+            if folder.exists() and not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        for name in ("config.yaml", checkpoint_files.NEWEST, *EXPORTS):
+            if (run_dir / name).is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(run_dir / name))
 
     def clear_leftovers(self, total_steps: int) -> None:
         """Remove unfinished checkpoints, and put aside checkpoints and weights of later steps than the start."""
@@ -112,3 +128,19 @@ class RunFolder(Callback):
             later += [path.rename(path.with_name(path.name + SUPERSEDED)) for path in exports]
         for path in later:
             print(f"{path.name} is of a later step: kept as *{SUPERSEDED}", flush=True)
+
+
+def on_first_rank(trainer: Trainer, write: Callable[[], None], run_dir: Path) -> None:
+    """Do something in the run folder, on rank 0; all ranks call it, and end together where it fails.
+
+    Raises:
+        UserError: Names the file that cannot be written.
+    """
+    problem = ""
+    if trainer.is_global_zero:
+        try:
+            write()
+        except OSError as error:
+            problem = f"--run_dir {run_dir} cannot be written: {error.filename}: {error.strerror}"
+    if problem := trainer.strategy.broadcast(problem):
+        raise UserError(problem)

@@ -4,6 +4,7 @@ A checkpoint is one file as torch writes it, a zip archive of tensors and plain 
 in the comment of the archive: torch reads it like any other, and a truncated or altered file is recognised.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.runtime.files import PARTIAL, atomic_write, sync
+from mae.runtime.run_files import read_text
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
 
@@ -64,9 +66,14 @@ def saved(run_dir: str | Path) -> list[Path]:
 
 
 def ever_saved(run_dir: str | Path) -> str | None:
-    """The name of the newest checkpoint that there has been."""
+    """The name of the newest checkpoint that there has been; None: there has been none."""
     path = Path(run_dir) / NEWEST
-    return path.read_text() if path.exists() else None
+    if not os.path.lexists(path):
+        return None
+    with contextlib.suppress(UserError):
+        if STEP_FILE.fullmatch(name := read_text(path)):
+            return name
+    return f"unknown, as {path} is damaged"
 
 
 def step_of(path: Path) -> int:

@@ -12,7 +12,8 @@ from typing import BinaryIO
 MIB, GIB = 1 << 20, 1 << 30
 
 # What a file can honestly need, in bytes.
-SETTINGS = 4 * MIB  # YAML and JSON: settings of a run, a model, a processor; with 20,000 names of classes 1 MiB
+YAML = 64 << 10  # settings of a run have 5 KiB; reading YAML takes some 20 s per MiB
+SETTINGS = 4 * MIB  # JSON: settings of a model or a processor; 20,000 names of classes take 1 MiB
 METRICS = GIB  # metrics.csv: a million rows of 1,000 bytes
 
 

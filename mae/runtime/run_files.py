@@ -7,7 +7,9 @@ from typing import Any
 import yaml
 
 from mae.errors import UserError
-from mae.runtime.reading import METRICS, SETTINGS, read_regular
+from mae.runtime.reading import METRICS, SETTINGS, YAML, read_regular
+
+DEPTH, VALUES = 50, 50_000  # of settings in YAML, at most; those of a run have 4 levels and some 200 values
 
 
 def read_text(path: Path, limit: int = SETTINGS) -> str:
@@ -27,20 +29,77 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file; none in an empty one.
 
     Raises:
-        UserError: It cannot be read, or holds something else.
+        UserError: As for `load_yaml`, or it holds something else.
     """
-    try:
-        settings = yaml.safe_load(read_text(path))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the date 2025-13-45, for example
-        if isinstance(error, UserError):
-            raise
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} is not YAML: {reason}") from None
+    settings = load_yaml(path)
     if settings is None:
         return {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} holds {type(settings).__name__} where settings are wanted (key: value)")
     return settings
+
+
+def load_yaml(path: Path) -> Any:
+    """The value in a YAML file.
+
+    Raises:
+        UserError: It cannot be read, or is no YAML within the bounds of this module.
+    """
+    text = read_text(path, YAML)
+    try:
+        return parse_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: the date 2025-13-45, for example
+        reason = "it nests too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise UserError(f"{path} is not YAML that can be read: {reason}") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """The value that a YAML text holds.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: It is no YAML, or out of bounds.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        measure(root, {}, 0)  # before anything is built
+        return loader.construct_document(root)
+    finally:
+        loader.dispose()
+
+
+def measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
+    """The number of values below a node, references counted as often as they are used.
+
+    Args:
+        sizes: Of the nodes seen so far; 0 while their values are counted.
+
+    Raises:
+        ValueError: There are too many, or too deep ones; a value holds itself, or a key comes twice.
+    """
+    place = f"line {node.start_mark.line + 1}"
+    if id(node) in sizes:
+        if not sizes[id(node)]:
+            raise ValueError(f"{place}: the value holds itself")
+        return sizes[id(node)]
+    if depth > DEPTH:
+        raise ValueError(f"{place}: it nests deeper than {DEPTH} levels")
+    sizes[id(node)], size, keys = 0, 1, set()
+    for child in node.value if isinstance(node, yaml.CollectionNode) else ():
+        if isinstance(child, tuple):
+            key, child = child
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {key.start_mark.line + 1}: a key is no plain text")
+            if key.value in keys:
+                raise ValueError(f"line {key.start_mark.line + 1}: the key {key.value} comes twice")
+            keys.add(key.value)
+        size += measure(child, sizes, depth + 1)
+    if size > VALUES:
+        raise ValueError(f"{place}: it has more than {VALUES:,} values, repeated ones included")
+    sizes[id(node)] = size
+    return size
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:

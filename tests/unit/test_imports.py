@@ -8,7 +8,8 @@ from conftest import ROOT
 
 FLOORS = [
     ["errors"],
-    ["options", "runtime"],
+    ["runtime"],
+    ["options"],
     ["commands"],
     ["models", "data"],
     ["training", "weights"],
