@@ -18,6 +18,13 @@ def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     assert soak.soak(soak.Case(processes=1, workers=0, accumulate=2, steps=40), kills, tmp_path) == 1
 
 
+@pytest.mark.slow
+@needs_proc
+def test_fine_tuning_that_was_stopped_by_force_ends_with_the_same_bits(tmp_path: Path) -> None:
+    kills = [soak.Kill("KILL", "group", "after STOP", 20, 0.2)]
+    assert soak.soak(soak.Case(processes=1, workers=2, accumulate=1, steps=40, stage="finetune"), kills, tmp_path) == 1
+
+
 @pytest.mark.soak
 @needs_proc
 def test_two_stopped_processes_end_with_the_same_bits(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
     python tests/soak/kill_soak.py --kills 25 --seed 0
 
-The program `mae pretrain` is run as a user would run it, in processes of its own, on a small network and real digits.
+`mae pretrain` and `mae finetune` (with mixup, cutmix, random erasing, stochastic depth and a moving average of the
+weights) are run as a user would run them, in processes of their own, on a small network and real digits.
 For each configuration there is one run that nothing disturbs, and one that is stopped again and again and started
 again with the same command. One line a stop; the first promise that is broken ends it with exit code 1:
 
 - SIGTERM, SIGUSR1 and SIGINT save and end with 143, 143 and 130; the run goes on at the very step that it said.
-- SIGKILL, of all or of one process, leaves nothing running and costs no more than a checkpoint interval.
+- SIGKILL, of all or of one process, also after SIGSTOP and SIGCONT, leaves nothing running and costs no more than a
+  checkpoint interval.
 - Every checkpoint in the folder can be read, at any time.
 - At the end weights, optimiser, schedule, metrics.csv (but for its speeds) and pictures are those of the other run.
 
@@ -30,28 +32,35 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 IMAGES, IMAGES_PER_STEP = 4000, 256  # of the digits, for training; of an optimiser step, about
 STEPS_PER_EPOCH = IMAGES // IMAGES_PER_STEP
 SAVED_EVERY = 7  # steps; besides at the end of each epoch
-NETWORK = [
+ENCODER = [
     *("--model.size=nano", "--model.embed_dim=64", "--model.depth=2", "--model.num_heads=2", "--model.patch_size=7"),
-    *("--model.decoder_embed_dim=32", "--model.decoder_depth=1", "--model.decoder_num_heads=2"),
     *("--model.base_lr=0.002", "--model.warmup_epochs=1"),
 ]
+NETWORK = [*ENCODER, "--model.decoder_embed_dim=32", "--model.decoder_depth=1", "--model.decoder_num_heads=2"]
 RUN = [
     *("--data.dataset=digits", "--data.crop_scale=[0.5,1]", "--trainer.accelerator=cpu", "--trainer.strategy=auto"),
     *("--trainer.log_every_n_steps=1", f"--checkpoint.every_n_steps={SAVED_EVERY}", "--wandb.mode=disabled"),
-    *("--panels.every_n_epochs=2", "--panels.images=2", "--online.every_n_epochs=3", "--online.train_images=300"),
-    *("--online.held_out_images=200", "--ckpt_path=last"),
+    "--ckpt_path=last",
 ]
+OF_STAGE = {
+    "pretrain": [
+        *NETWORK,
+        *("--panels.every_n_epochs=2", "--panels.images=2", "--online.every_n_epochs=3", "--online.train_images=300"),
+        "--online.held_out_images=200",
+    ],
+    "finetune": [*ENCODER, "--model.encoder=scratch", "--model.ema_decay=0.9", "--data.auto_augment=null"],
+}
+EXPORTS = {"pretrain": ("model.safetensors", "encoder.safetensors"), "finetune": ("model.safetensors", "confusion.csv")}
 EXIT_CODE = {"TERM": 143, "USR1": 143, "INT": 130}
 WALL_CLOCK = re.compile(r"(_s|seconds|mfu|data_wait|peak_memory_gib)$")  # columns of metrics.csv that no two runs share
 
@@ -60,7 +69,7 @@ TO_END = 60.0  # seconds in which the last process of a run must have ended afte
 SAVES_TO_WATCH = 2  # a small file may be written faster than one can look
 STEPS_TO_STOP = 3  # the one under way when the signal came, and two in which all processes agree
 
-Moment = Literal["random", "saving", "epoch", "start-up", "twice", "then KILL"]
+Moment = Literal["random", "saving", "epoch", "start-up", "twice", "then KILL", "after STOP"]
 
 
 class Violation(Exception):
@@ -69,15 +78,16 @@ class Violation(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration: processes, loader workers in each, micro-batches a step, optimiser steps in all."""
+    """A configuration: processes, loader workers in each, micro-batches a step, optimiser steps in all; the stage."""
 
     processes: int
     workers: int
     accumulate: int
     steps: int
+    stage: str = "pretrain"
 
     def __str__(self) -> str:
-        return f"{self.processes} x {self.workers} workers x {self.accumulate} accumulated"
+        return f"{self.stage} {self.processes} x {self.workers} workers x {self.accumulate} accumulated"
 
     def command(self, folder: Path) -> list[str]:
         batch = IMAGES_PER_STEP // (self.processes * self.accumulate)
@@ -89,8 +99,8 @@ class Case:
             "--data.batch_size_per_device": batch,
             "--data.num_workers": self.workers,
         }
-        settings = [*NETWORK, *RUN, *(f"{key}={value}" for key, value in own.items())]
-        return [sys.executable, "-m", "mae.cli", "pretrain", *settings]
+        settings = [*OF_STAGE[self.stage], *RUN, *(f"{key}={value}" for key, value in own.items())]
+        return [sys.executable, "-m", "mae.cli", self.stage, *settings]
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,7 @@ class Kill:
         target: `group`, `rank N` or `worker`.
         moment: `random`: in a step. `saving`: while a checkpoint is written. `epoch`: at its end. `start-up`: before
             the first step, as a rule. `twice`: the signal again 50 ms later. `then KILL`: SIGKILL up to 200 ms later.
+            `after STOP`: SIGSTOP first, SIGCONT up to a second later, then the signal within 100 ms.
         step: Not before this one.
         chance: In [0, 1), where within the moment.
     """
@@ -119,6 +130,9 @@ class Kill:
             return [first, (0.05, first[1])]
         if self.moment == "then KILL":
             return [first, (0.2 * self.chance, signal.SIGKILL.value)]
+        if self.moment == "after STOP":
+            paused = [(0.0, signal.SIGSTOP.value), (self.chance, signal.SIGCONT.value)]
+            return [*paused, (0.1 * self.chance, first[1])]
         return [first]
 
 
@@ -128,8 +142,7 @@ def plan(case: Case, count: int, signals: Iterator[str], draw: random.Random) ->
     for step in sorted(draw.randrange(1, int(0.85 * case.steps)) for _ in range(count)):
         name = next(signals)
         moments: dict[Moment, int] = {"random": 4, "saving": 2, "epoch": 2, "start-up": 1}
-        if name != "KILL":
-            moments |= {"twice": 2, "then KILL": 1}
+        moments |= {"twice": 2, "then KILL": 1} if name != "KILL" else {"after STOP": 2}
         (moment,) = draw.choices(list(moments), list(moments.values()))
         targets = ["group", "rank 0"]
         if moment not in ("start-up", "then KILL"):
@@ -411,8 +424,8 @@ def load(path: Path) -> dict[str, Any]:
 # ---- the end -------------------------------------------------------------------------------------------------------
 
 
-def compare(reference: Path, other: Path) -> None:
-    """The end of an uninterrupted run and of another.
+def compare(reference: Path, other: Path, exports: Sequence[str] = EXPORTS["pretrain"]) -> None:
+    """The end of an uninterrupted run and of another, with the files that it leaves for others.
 
     Raises:
         Violation: They differ; the first place is named.
@@ -422,9 +435,9 @@ def compare(reference: Path, other: Path) -> None:
     for key in ("global_step", "state_dict", "optimizer_states", "lr_schedulers"):
         if place := difference(ends[0][key], ends[1][key], key):
             raise Violation(f"last.ckpt differs from that of the uninterrupted run in {place}")
-    for name in ("model.safetensors", "encoder.safetensors"):
-        if place := difference(weights(reference / name), weights(other / name), name):
-            raise Violation(f"weights differ from those of the uninterrupted run in {place}")
+    for name in exports:
+        if (reference / name).read_bytes() != (other / name).read_bytes():
+            raise Violation(f"{name} is not the same bytes as that of the uninterrupted run")
     if left := sorted(path.name for path in other.rglob("*.partial")):
         raise Violation(f"unfinished files are left: {left}")
     pictures = [{path.name: path for path in folder.glob("reconstructions/*")} for folder in (reference, other)]
@@ -460,11 +473,6 @@ def compare_metrics(reference: Path, other: Path) -> None:
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-def weights(path: Path) -> dict[str, Any]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}
 
 
 def difference(a: Any, b: Any, place: str) -> str:
@@ -535,7 +543,7 @@ def soak(case: Case, kills: Sequence[Kill], folder: Path) -> int:
             run.wait_for_the_end()
             if run.main.returncode != 0:
                 raise Violation(f"exit code {run.main.returncode} of the last start\n{run.said(60)}")
-        compare(folder / "undisturbed", run.folder)
+        compare(folder / "undisturbed", run.folder, EXPORTS[case.stage])
     finally:
         run.sweep()
     print(f"{case} | {done} stops, {run.starts} starts, the same end to the bit", flush=True)
@@ -550,6 +558,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--workers", nargs="+", type=int, default=[0, 2], help="loader processes of each process")
     parser.add_argument("--steps", type=int, default=150, help="optimiser steps of a run")
+    parser.add_argument("--finetune", action=argparse.BooleanOptionalAction, default=True, help="fine-tuning, too")
     parser.add_argument("--keep", type=Path, help="a new folder for runs and logs (default: kept after a failure only)")
     args = parser.parse_args(argv)
     if args.keep and args.keep.exists():
@@ -564,10 +573,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for i, processes in enumerate(args.processes)
         for j, workers in enumerate(args.workers)
     ]
+    if args.finetune:
+        cases += [replace(case, stage="finetune") for case in cases if case.accumulate == 1]
     root = args.keep or Path(tempfile.mkdtemp(prefix="soak_"))
     start, done = time.monotonic(), 0
     for i, case in enumerate(cases):
-        folder = root / f"{case.processes}x{case.workers}x{case.accumulate}"
+        folder = root / f"{case.stage}_{case.processes}x{case.workers}x{case.accumulate}"
         folder.mkdir(parents=True, exist_ok=False)
         kills = plan(case, args.kills // len(cases) + (i < args.kills % len(cases)), signals, draw)
         try:
