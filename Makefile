@@ -46,10 +46,11 @@ test-slow: .venv/stamp ## the slow tests: several processes, kills, Slurm, noteb
 test-bench: .venv/stamp ## the tests of mae bench, one after the other
 	.venv/bin/python -m pytest -m "bench and not soak and not gpu" $(ARGS)
 
-soak: .venv/stamp ## the longest tests; kill a small run 25 times, signal a Slurm job 20 times: the same bits
+soak: .venv/stamp ## the longest tests; 25 kills, 20 signals to a Slurm job: the same bits; an hour of damaged files
 	.venv/bin/python -m pytest -m soak
 	.venv/bin/python tests/soak/kill_soak.py --kills 25 $(ARGS)
 	.venv/bin/python tests/soak/slurm_soak.py --signals 20
+	.venv/bin/python tests/soak/fuzz.py --minutes 60
 
 test-floor: .venv-floor/stamp ## the fast tests with the lowest supported versions
 	.venv-floor/bin/python -m pytest $(FAST) $(ARGS)
