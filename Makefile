@@ -7,7 +7,7 @@
 WORKERS ?= auto
 PARALLEL = -n $(WORKERS) --maxprocesses 8
 FAST = $(PARALLEL) --dist worksteal -m "not slow and not soak and not gpu and not bench"
-SLOW = $(PARALLEL) --dist loadfile -m "slow and not soak and not bench"
+SLOW = $(PARALLEL) --dist loadfile --no-loadscope-reorder -m "slow and not soak and not bench"
 
 # The first candidate that is at least Python 3.11 and can make environments; else the first that is at least 3.11.
 find = $(shell for p in $(1); do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' || continue; \
