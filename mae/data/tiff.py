@@ -7,7 +7,7 @@ number of bands, uint8, uint16, int16 and float32. No sample is taken for what t
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
 from itertools import islice
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
+
+from mae.data.bounds import MAX_DIRECTORIES, check_memory
 
 MINISWHITE, MINISBLACK, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8  # values of PhotometricInterpretation
 
@@ -31,13 +33,8 @@ BY_PILLOW = PREDICTED | {1, 2, 3, 4, 6, 7, 32773}  # none, CCITT, JPEG, PackBits
 
 ORIENTATION, INK_SET, GDAL_NODATA = 274, 332, 42113  # tags
 
-# (height, width, bytes of the pixels) -> raises if they are over the limits
-MAX_PAGES = 64  # pages that are looked at, as only the first is read
 
-CheckSize = Callable[[int, int, int], None]
-
-
-def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None:
+def read(data: bytes, in_chans: int) -> np.ndarray | None:
     """The samples of the first page of a TIFF file.
 
     With `in_chans` 1, 3 or 4, grey and RGB pictures of unsigned samples, with alpha or without, are converted as those
@@ -60,9 +57,9 @@ def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None
         if min(height, width, bands) < 1:
             raise ValueError(f"{width} x {height} pixels of {bands} bands")
         kind = KINDS.get((page.sampleformat, page.bitspersample))
-        check_size(height, width, height * width * bands * (np.dtype(kind).itemsize if kind else 1))
         if _for_pillow(page, kind, bands, in_chans):
             return None
+        check_memory(height, width, 2 * bands * (np.dtype(kind).itemsize if kind else 1))
         if kind is None:
             name = f"{FORMATS.get(page.sampleformat, 'unknown ')}{page.bitspersample}"
             hint = "; save it as float32" if name == "float64" else ""
@@ -80,7 +77,11 @@ def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None
     if inverted:
         samples = np.iinfo(samples.dtype).max - samples
     if alpha is not None and picture and (bands != in_chans or alpha == ASSOCIATED):
-        return as_picture(samples, in_chans, alpha)
+        converted = np.empty((in_chans, *samples.shape[1:]), samples.dtype)
+        step = max(1, 2**20 // samples.shape[2])
+        for top in range(0, samples.shape[1], step):  # in bands, as it takes several times their memory
+            converted[:, top : top + step] = as_picture(samples[:, top : top + step], in_chans, alpha)
+        return converted
     return np.ascontiguousarray(samples) if min(samples.strides) < 0 else samples
 
 
@@ -109,7 +110,7 @@ class _Silence(logging.Filter):
 
 def _further_pages(file: tifffile.TiffFile) -> Iterator[Any]:
     seen = {file.pages.first.offset}
-    for page in islice(iter(file.pages), 1, MAX_PAGES):
+    for page in islice(iter(file.pages), 1, MAX_DIRECTORIES):
         if page.offset in seen:
             raise ValueError("file is damaged: its pages go in a circle")
         seen.add(page.offset)

@@ -16,7 +16,7 @@ from image_files import become_nobody, encoded, in_child, on_white, png16, png_c
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mae.data import decode, image_files
+from mae.data import bounds, decode, image_files
 from mae.data.crops import center_box, random_crop_box, resized_crop
 from mae.data.decode import BadImage, decode_image
 from mae.data.image_files import find_images
@@ -325,7 +325,7 @@ def test_npy_that_is_broken(tmp_path):
     # A header that claims 3 GB a channel, and nothing behind it.
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (60000, 60000, 3)})
-    assert str(decode.MAX_PIXELS) in bad(path)
+    assert str(bounds.MAX_PIXELS) in bad(path)
 
 
 # --- broken image files
@@ -440,7 +440,7 @@ def test_a_header_over_the_limit_is_refused_before_decoding(tmp_path, monkeypatc
 
     # Our own limit holds where Pillow's was lifted.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(decode, "MAX_PIXELS", RGB.width * RGB.height - 1)
+    monkeypatch.setattr(bounds, "MAX_PIXELS", RGB.width * RGB.height - 1)
     assert "53 x 37 pixels, over the limit of 1960" in bad(path)
 
 
