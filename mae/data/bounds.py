@@ -3,6 +3,7 @@
 A small file can claim many pixels, or consist of parts without end that each take the decoder some time.
 """
 
+import re
 import struct
 from collections.abc import Iterator
 from itertools import islice
@@ -12,6 +13,14 @@ MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377
 MAX_MEMORY = 1 << 30  # bytes that decoding an image may take, besides its file; of every loader process
 
 MAX_PARTS = 10_000  # PNG chunks and blocks of a GIF, besides those that the size of the file explains
+
+MAX_PLAIN = 8 << 20  # bytes of a PNM file whose samples are written as text, which Pillow reads 2 MB of in a second
+
+MAX_PNM_HEADER = 1 << 16
+
+_PNM_COMMENT = re.compile(rb"#[^\r\n]*[\r\n]?")
+
+_EXIF = re.compile(rb"II\*\0|MM\0\*")
 
 MAX_TAGS = 4096  # of a TIFF directory
 
@@ -59,7 +68,7 @@ def pillow_bytes(format: str | None, mode: str, converted: bool, transparent: bo
 
 
 def check_parts(data: bytes) -> None:
-    """Refuse a PNG or GIF file of more parts, and a TIFF file of more tags, than any program writes.
+    """Refuse a PNG or GIF file of more parts than any program writes, and what else takes Pillow minutes.
 
     Raises:
         ValueError: It is over a limit.
@@ -68,6 +77,14 @@ def check_parts(data: bytes) -> None:
     most = MAX_PARTS + len(data) // 512
     if parts and next(islice(parts(data), most, None), None):
         raise ValueError(f"over {most} parts in a file of {len(data):,} bytes, more than any program writes")
+    if data[:1] == b"P" and data[1:2] in b"123456":
+        if len(_PNM_COMMENT.sub(b" ", data[:MAX_PNM_HEADER]).split(None, 3)) < 4 and len(data) > MAX_PNM_HEADER:
+            raise ValueError(f"a header of over {MAX_PNM_HEADER:,} bytes")
+        if data[1:2] in b"123" and len(data) > MAX_PLAIN:
+            raise ValueError(f"{len(data):,} bytes of samples written as text, over the limit of {MAX_PLAIN:,}")
+    if data[4:8] == b"ftyp":  # AVIF and HEIC, of which Pillow reads the EXIF as soon as it opens them
+        for found in islice(_EXIF.finditer(data), MAX_DIRECTORIES):
+            check_directories(data[found.start() :])
 
 
 def _png_chunks(data: bytes) -> Iterator[int]:

@@ -353,7 +353,7 @@ def _upright_samples(image: Image.Image, turn: Image.Transpose | None) -> np.nda
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
     """An image in horizontal bands, (h, W, C) each: Pillow copies what it gives, and a whole image twice."""
-    step = max(1, 2**20 // image.width)
+    step = max(1, 2**18 // image.width)
     for top in range(0, image.height, step):
         bottom = min(top + step, image.height)
         band = image if step >= image.height else image.crop((0, top, image.width, bottom))

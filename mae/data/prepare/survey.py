@@ -141,7 +141,8 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {
         "alpha": image.has_transparency_data,
-        "16 bits": image.mode.startswith("I") or ";16" in str(image.tile),  # how Pillow will unpack the samples
+        "16 bits": image.mode.startswith("I")
+        or ";16" in str(getattr(image, "tile", "")),  # how Pillow will unpack the samples
         "turned by EXIF": turned,
         "progressive JPEG": "progressive" in image.info,
         "several frames": image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False),

@@ -36,7 +36,7 @@ def train_until_it_hangs(folder: Path, hanging: Path, workers: int, out: Path) -
             pass
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_watchdog_names_the_file_that_a_loader_is_at(tmp_path: Path, workers: int) -> None:
     paths = save_images(tmp_path / "images", 8)
     child = os.fork()
