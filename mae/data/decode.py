@@ -176,7 +176,8 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
         As `Picture.pixels`.
 
     Raises:
-        BadImage: The image cannot be read or decoded, or only in part. No other error is raised.
+        BadImage: The image cannot be read or decoded, data of it are missing, or it is over a limit of `bounds`. No
+            other error is raised.
     """
     return open_image(read_file(path), path, in_chans).pixels()
 
@@ -217,7 +218,7 @@ def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
                 return _open_with_pillow(data, path, in_chans)
             turn = _UPRIGHT.get(_orientation(image))
         picture = JpegPicture(data, path, header, in_chans, turn)
-        further = header.channels if picture.as_it_is else 8 + in_chans
+        further = 0 if picture.as_it_is else 8 + in_chans
         check_memory(header.height, header.width, header.channels + header.coefficients + further)
         return picture
 

@@ -141,7 +141,7 @@ def test_what_decoding_takes_is_what_is_counted() -> None:
     side = 1500
     wide = png(16, 6, (side, side), png_chunk(b"IDAT", zlib.compress(bytes(side * (8 * side + 1)), 1)))
     flat = Image.new("RGB", (side, side))
-    cases = [(wide, 25), (encoded(flat, "PNG"), 7), (encoded(flat, "JPEG", progressive=True), 9)]
+    cases = [(wide, 25), (encoded(flat, "PNG"), 7), (encoded(flat, "JPEG", progressive=True), 6)]
     for data, counted in cases:
         limit = side * side * counted
         with mock.patch.object(bounds, "MAX_MEMORY", limit - 1), pytest.raises(BadImage, match="to decode, over"):
