@@ -8,6 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
 
+from mae.data.datasets import images_under_way
 from mae.runtime.run_lock import RunLock
 from mae.runtime.watchdog import Watchdog, beat
 
@@ -35,7 +36,8 @@ class Alive(Callback):
         environment = getattr(trainer.strategy, "cluster_environment", None)
         started_by_rank_0 = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
         parent = os.getppid() if started_by_rank_0 or isinstance(environment, TorchElasticEnvironment) else None
-        self.watchdog = Watchdog(60 * self.minutes, Path(trainer.default_root_dir), trainer.global_rank, parent)
+        folder = Path(trainer.default_root_dir)
+        self.watchdog = Watchdog(60 * self.minutes, folder, trainer.global_rank, parent, reading=images_under_way)
         self.watchdog.start()
 
     def stop(self) -> None:

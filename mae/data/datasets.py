@@ -3,6 +3,7 @@
 import os
 import re
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing.sharedctypes import RawArray
@@ -21,6 +22,7 @@ from mae.data.sources import Source
 from mae.errors import UserError
 from mae.runtime.machine import available_cores
 from mae.runtime.memory import shared_memory_message
+from mae.runtime.text import printable
 
 # The path of a socket has at most 107 characters, of which Python needs "/pymp-xxxxxxxx/listener-xxxxxxxx". With a
 # longer one a thread of the loader process fails, and training would wait for it forever.
@@ -46,7 +48,10 @@ class Batch(NamedTuple):
 
 
 class WorkerProgress:
-    """The image that each loader process is reading, in shared memory, so that the main process can name it on a crash.
+    """The image that each loader process is reading, in shared memory, so that the main process can name it.
+
+    It does so when a loader process has died, and the watchdog when nothing moves. Without loader processes the main
+    process notes its own image.
 
     Raises:
         UserError: TMPDIR is too long for the sockets between processes, or there is no shared memory.
@@ -62,24 +67,46 @@ class WorkerProgress:
             )
         self.source, self.workers = source, workers
         try:
-            self.slots = RawArray("q", 2 * workers)  # for each worker, its process id and the index of its image
+            # For each worker its process id, the index of its image, and when it began with it; 0 when it is done.
+            self.slots = RawArray("q", 3 * max(workers, 1))
         except OSError as error:
             raise UserError(shared_memory_message(error)) from None
         WorkerProgress.instances.add(self)  # last, as the message about a dead process may be needed at any moment
 
     def set(self, index: int) -> None:
-        """Note the image that this process reads next; the main process notes nothing."""
+        """Note the image that this process reads next; the main process of loaders notes nothing."""
         worker = get_worker_info()
         if worker is not None:
-            self.slots[2 * worker.id : 2 * worker.id + 2] = [os.getpid(), index]
+            self.slots[3 * worker.id : 3 * worker.id + 3] = [os.getpid(), index, time.monotonic_ns()]
+        elif not self.workers:
+            self.slots[:] = [os.getpid(), index, time.monotonic_ns()]
+
+    def done(self) -> None:
+        """Note that this process waits for what to read next."""
+        worker = get_worker_info()
+        if worker is not None or not self.workers:
+            self.slots[3 * (worker.id if worker else 0) + 2] = 0
 
     def last(self, pid: int) -> str | None:
         """The image that a loader process was reading, or None if the process is not one of these."""
         for worker in range(self.workers):
-            owner, index = self.slots[2 * worker : 2 * worker + 2]
+            owner, index = self.slots[3 * worker : 3 * worker + 2]
             if owner == pid:
                 return self.source.where(index)
         return None
+
+    def under_way(self) -> list[str]:
+        """What is being read at this moment: each image, by which process and since when."""
+        found, now = [], time.monotonic_ns()
+        for pid, index, begun in zip(*(self.slots[i::3] for i in range(3)), strict=True):
+            if begun:
+                found.append(f"{self.source.where(index)} (pid {pid}, for {(now - begun) / 1e9:.0f} s)")
+        return found
+
+
+def images_under_way() -> str:
+    """The images that loader processes, or this process, are reading at this moment; for the watchdog."""
+    return printable(", ".join(image for progress in list(WorkerProgress.instances) for image in progress.under_way()))
 
 
 def default_workers(threads: int | None = None, processes: int | None = None) -> int:
@@ -125,6 +152,8 @@ class Samples(Dataset[Any]):
                 if reason:
                     picture = BadImage(self.source.where(index), reason)
             yield picture
+        if self.progress:
+            self.progress.done()
 
 
 class DecodedSamples(Samples):

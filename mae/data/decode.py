@@ -10,7 +10,6 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from mae.data import jpeg
+from mae.data.bounds import MAX_MEMORY, check_directories, check_memory, check_parts, pillow_bytes
 from mae.data.crops import Box, resized_crop
 from mae.data.image_files import FORMATS, formats_for
 from mae.runtime.reading import read_regular
 from mae.runtime.text import printable
-
-MAX_PIXELS = 178_956_970  # per image, Pillow's own limit: 13,377 x 13,377; more are refused by the header alone
-
-MAX_BYTES = 8 * MAX_PIXELS  # of a file, and of an image's samples: 4 uncompressed channels of 16 bits
 
 ALPHA_BACKGROUND = 255  # white, in every channel, behind transparent parts
 
@@ -45,6 +41,8 @@ _END_MARKERS = {"JPEG": b"\xff\xd9", "MPO": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82
 
 _ORIENTATION_TAG = 0x0112
 
+_EXIF_START = re.compile(rb"^(Exif\0\0){1,2}")
+
 _UPRIGHT = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -54,6 +52,8 @@ _UPRIGHT = {  # EXIF orientation -> the operation that undoes it; 1 is upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+_LAID_OVER = [_UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # those that swap height and width
 
 _LIBRARY_WARNINGS = ("ignore", None, Warning, re.compile(r"(PIL|tifffile|imagecodecs)\."), 0)
 
@@ -100,17 +100,30 @@ class Picture:
 
         Args:
             reduced: Decode large boxes of a JPEG at a half, quarter or eighth of the size if that suffices: faster, but
-                not the same pixels.
+                not the same pixels. Not of one that is turned, or becomes grey.
         """
         return resized_crop(self.pixels(), box, size)
 
 
 class JpegPicture(Picture):
-    """A JPEG for libjpeg-turbo, decoded when and as far as needed; by Pillow if that fails."""
+    """A JPEG for libjpeg-turbo, decoded when and as far as needed; by Pillow if that fails.
 
-    def __init__(self, data: bytes, path: str | Path, header: jpeg.Header, in_chans: int) -> None:
-        self.data, self.path, self.header, self.in_chans = data, path, header, in_chans
-        self.height, self.width, self.decoder = header.height, header.width, "libjpeg-turbo"
+    Args:
+        turn: The operation that makes it upright; such an image is always decoded whole.
+    """
+
+    def __init__(
+        self,
+        data: bytes,
+        path: str | Path,
+        header: jpeg.Header,
+        in_chans: int,
+        turn: Image.Transpose | None = None,
+    ) -> None:
+        self.data, self.path, self.header, self.in_chans, self.turn = data, path, header, in_chans, turn
+        self.height, self.width = (header.width, header.height) if turn in _LAID_OVER else (header.height, header.width)
+        self.as_it_is = turn is None and in_chans in (3, header.channels)
+        self.decoder = "libjpeg-turbo"
 
     def pixels(self) -> Tensor:
         return self._decode(self.height, 1)
@@ -118,7 +131,13 @@ class JpegPicture(Picture):
     def resized_crop(self, box: Box, size: tuple[int, int], reduced: bool = False) -> Tensor:
         top, left, height, width = box
         reduce = 1
-        while reduced and reduce < 8 and height >= 2 * reduce * size[0] and width >= 2 * reduce * size[1]:
+        while (
+            reduced
+            and self.as_it_is
+            and reduce < 8
+            and height >= 2 * reduce * size[0]
+            and width >= 2 * reduce * size[1]
+        ):
             reduce *= 2
         pixels = self._decode(top + height, reduce)
         if reduce > 1:
@@ -130,9 +149,13 @@ class JpegPicture(Picture):
         return resized_crop(pixels, (top, left, height, width), size)
 
     def _decode(self, rows: int, reduce: int) -> Tensor:
+        """(C, H, W) of at least so many rows, at 1 / `reduce` of the size."""
         with _errors_as_bad_image(self.path):
-            pixels = jpeg.decode(self.data, self.header, rows, reduce)
+            pixels = jpeg.decode(self.data, self.header, rows if self.turn is None else self.header.height, reduce)
             whole = _open_with_pillow(self.data, self.path, self.in_chans) if pixels is None else None
+            if pixels is not None and not self.as_it_is:
+                image = Image.fromarray(pixels.squeeze(2) if self.header.channels == 1 else pixels)
+                pixels = _upright_samples(_with_channels(image, self.in_chans), self.turn)
         if whole is not None:
             self.decoder = whole.decoder
             size = -(-self.height // reduce), -(-self.width // reduce)
@@ -153,7 +176,8 @@ def decode_image(path: str | Path, in_chans: int = 3) -> Tensor:
         As `Picture.pixels`.
 
     Raises:
-        BadImage: The image cannot be read or decoded, or only in part. No other error is raised.
+        BadImage: The image cannot be read or decoded, data of it are missing, or it is over a limit of `bounds`. No
+            other error is raised.
     """
     return open_image(read_file(path), path, in_chans).pixels()
 
@@ -162,10 +186,10 @@ def read_file(path: str | Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        BadImage: The file cannot be read, or is larger than any image of at most MAX_PIXELS.
+        BadImage: The file cannot be read, or is larger than what may be decoded of it.
     """
     with _errors_as_bad_image(path):
-        return read_regular(path, MAX_BYTES)
+        return read_regular(path, MAX_MEMORY)
 
 
 def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
@@ -186,16 +210,17 @@ def open_image(data: bytes, path: str | Path, in_chans: int = 3) -> Picture:
         header = jpeg.read_header(data)
         if header is None:
             return _open_with_pillow(data, path, in_chans)
-        _check_pixels(path, header.height, header.width)
         _check_end(data, path, "JPEG", header.data)
-        # Grey from colour follows Pillow's formula, and only Pillow handles alpha.
-        exact = (in_chans, header.channels) in ((3, 3), (3, 1), (1, 1))
-        if exact and header.metadata:
-            image = _read_pillow_header(BytesIO(data))
-            exact = image.format == "JPEG" and not is_turned(image)  # one image, not several as in MPO, and upright
-        if not exact:
-            return _open_with_pillow(data, path, in_chans)
-        return JpegPicture(data, path, header, in_chans)
+        turn = None
+        if header.metadata:
+            image = read_pillow_header(data)
+            if image.format != "JPEG":  # several images, as in MPO
+                return _open_with_pillow(data, path, in_chans)
+            turn = _UPRIGHT.get(_orientation(image))
+        picture = JpegPicture(data, path, header, in_chans, turn)
+        further = 0 if picture.as_it_is else 8 + in_chans
+        check_memory(header.height, header.width, header.channels + header.coefficients + further)
+        return picture
 
 
 @contextmanager
@@ -211,13 +236,6 @@ def _errors_as_bad_image(path: str | Path) -> Iterator[None]:
         raise BadImage(path, reason or type(error).__name__) from error
 
 
-def _check_pixels(path: str | Path, height: int, width: int, size: int = 0) -> None:
-    if height * width > MAX_PIXELS:
-        raise BadImage(path, f"{width} x {height} pixels, over the limit of {MAX_PIXELS}")
-    if size > MAX_BYTES:
-        raise BadImage(path, f"{width} x {height} pixels of {size} bytes in all, over the limit of {MAX_BYTES}")
-
-
 def _check_end(data: bytes, path: str | Path, kind: str, start: int) -> None:
     # A half-written file often has zeros up to its full length, of which the JPEG and PNG decoders make pixels, too.
     marker = _END_MARKERS.get(kind, b"")
@@ -229,7 +247,8 @@ def _as_stored(samples: np.ndarray, path: str | Path, decoder: str) -> Picture:
     """The picture of (C, H, W) samples of one of KINDS."""
     kind = samples.dtype.name
     if kind == "int16":
-        samples = samples.view(np.uint16) ^ 0x8000  # x + 32768
+        samples = samples.view(np.uint16)
+        samples ^= 0x8000  # x + 32768
     if kind == "float32" and (bad := samples.size - int(np.isfinite(samples).sum())):
         raise BadImage(path, f"{bad} samples are NaN or infinite: fill in what has no data first")
     return Picture(torch.from_numpy(samples), decoder, kind)
@@ -239,7 +258,8 @@ def _open_tiff(data: bytes, path: str | Path, in_chans: int) -> Picture:
     from mae.data import tiff  # tifffile is only imported if there is a TIFF
 
     _hide_library_warnings()
-    samples = tiff.read(data, in_chans, partial(_check_pixels, path))
+    check_directories(data)
+    samples = tiff.read(data, in_chans)
     return _open_with_pillow(data, path, in_chans) if samples is None else _as_stored(samples, path, "tifffile")
 
 
@@ -254,7 +274,7 @@ def _decode_npy(data: bytes, path: str | Path, in_chans: int) -> np.ndarray:
         raise BadImage(path, f"holds {dtype}, wanted {', '.join(KINDS[:-1])} or {KINDS[-1]}{hint}")
     if len(shape) not in (2, 3) or 0 in shape or (*shape, 1)[2] != in_chans:
         raise BadImage(path, f"has shape {shape}, wanted (height, width, {in_chans})")
-    _check_pixels(path, shape[0], shape[1])
+    check_memory(shape[0], shape[1], 2 * in_chans * dtype.itemsize)
     count = math.prod(shape)
     if len(data) - file.tell() < count * dtype.itemsize:
         raise BadImage(path, "file is truncated")
@@ -270,11 +290,16 @@ def _hide_library_warnings() -> None:
         warnings.filterwarnings("ignore", module=_LIBRARY_WARNINGS[3].pattern)
 
 
-def _read_pillow_header(stream: BytesIO) -> Image.Image:
-    """Read the header of an image."""
+def read_pillow_header(data: bytes) -> Image.Image:
+    """An image that Pillow has opened and not decoded.
+
+    Raises:
+        Exception: It is none, is damaged, or has more parts than is honest; of many types, with the reason.
+    """
     _hide_library_warnings()
-    data = stream.getvalue()  # the bytes that it was made of, not a copy
-    image = Image.open(stream, formats=formats_for(data))
+    check_parts(data)
+    check_directories(jpeg.joined_exif(data))
+    image = Image.open(BytesIO(data), formats=formats_for(data))
     if image.format == "JPEG2000":
         _check_jpeg2000(image, data)
     return image
@@ -294,10 +319,17 @@ def _check_jpeg2000(image: Image.Image, data: bytes) -> None:
 
 
 def _open_with_pillow(data: bytes, path: str | Path, in_chans: int) -> Picture:
-    stream = BytesIO(data)
-    image = _read_pillow_header(stream)
-    _check_pixels(path, image.height, image.width)
-    _check_end(data, path, image.format or "", stream.tell())
+    image = read_pillow_header(data)
+    # To look for the EXIF of a PNG that has none, Pillow would decode it to its end.
+    turned = (image.format != "PNG" or "exif" in image.info) and is_turned(image)
+    transparent, wide = in_chans != 4 and image.has_transparency_data, _is_wide(image, data)
+    converted = turned or wide or image.mode not in (_MODES[in_chans], "RGBA" if transparent else "")
+    per_pixel = pillow_bytes(image.format, image.mode, converted, transparent, wide, in_chans)
+    check_memory(image.height, image.width, per_pixel)
+    file = getattr(image, "fp", None)  # which stands behind the header; Pillow has closed it for some formats
+    _check_end(data, path, image.format or "", file.tell() if file else 0)
+    if image.format in ("JPEG", "MPO"):
+        jpeg.check_whole(data, "CMYK" if image.mode == "CMYK" else "GRAY")
     image.load()  # raises on data that ends early: LOAD_TRUNCATED_IMAGES stays False
 
     return _as_picture(image, data, in_chans)
@@ -307,10 +339,26 @@ def _as_picture(image: Image.Image, data: bytes, in_chans: int) -> Picture:
     # The official MAE pipeline (torchvision's ImageFolder) ignores the orientation and sees such photographs lying on
     # their side; here they are turned upright. Hardly any file of ImageNet has one.
     turn = _UPRIGHT.get(_orientation(image))
-    image = _with_channels(_eight_bit(image, data), in_chans)
+    pixels = _upright_samples(_with_channels(_eight_bit(image, data), in_chans), turn)
+    return Picture(torch.from_numpy(pixels).permute(2, 0, 1), "Pillow")
+
+
+def _upright_samples(image: Image.Image, turn: Image.Transpose | None) -> np.ndarray:
+    """(H, W, C) uint8 of an image of 1, 3 or 4 channels, turned."""
     image = image if turn is None else image.transpose(turn)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
-    return Picture(pixels.view(image.height, image.width, in_chans).permute(2, 0, 1), "Pillow")
+    samples = np.empty((image.height, image.width, len(image.getbands())), np.uint8)
+    for rows, part in _bands(image):
+        samples[rows] = part
+    return samples
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, np.ndarray]]:
+    """An image in horizontal bands, (h, W, C) each: Pillow copies what it gives, and a whole image twice."""
+    step = max(1, 2**18 // image.width)
+    for top in range(0, image.height, step):
+        bottom = min(top + step, image.height)
+        band = image if step >= image.height else image.crop((0, top, image.width, bottom))
+        yield slice(top, bottom), np.asarray(band).reshape(bottom - top, image.width, -1)
 
 
 def from_item(image: Any, where: str, in_chans: int) -> Picture:
@@ -356,6 +404,10 @@ def _undecoded_file(image: Image.Image) -> bytes:
 
 def _orientation(image: Image.Image) -> int:
     try:
+        exif = image.info.get("exif", b"")
+        if "Raw profile type exif" in image.info:  # as Pillow takes it from PNG files
+            exif = exif or bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+        check_directories(_EXIF_START.sub(b"", exif))
         return int(image.getexif().get(_ORIENTATION_TAG, 1))
     except Exception:  # Pillow raises many types
         return 1  # damaged EXIF does not make the pixels bad; some files of ImageNet have it
@@ -366,35 +418,45 @@ def is_turned(image: Image.Image) -> bool:
     return _orientation(image) in _UPRIGHT
 
 
+def _is_wide(image: Image.Image, data: bytes) -> bool:
+    """Whether an image has 16 bits a channel that Pillow gives."""
+    if image.format == "PNG" and data[24:25] == b"\x10":
+        return True
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
 def _eight_bit(image: Image.Image, data: bytes) -> Image.Image:
     """The image in a mode of 8 bits per channel: 16-bit samples become round(x / 257), so 65535 becomes 255."""
-    if image.format == "PNG" and data[24:25] == b"\x10" and image.mode in ("RGB", "RGBA"):
-        samples = _png_16_bit_colour(image, data)
-    elif image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        samples = np.asarray(image)[..., None]
-    elif image.mode in ("I", "F"):
-        raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; save 8 or 16 bits a channel")
-    else:
+    if not _is_wide(image, data):
+        if image.mode in ("I", "F"):
+            raise ValueError(f"32-bit pixels (mode {image.mode}) have no known range; save 8 or 16 bits a channel")
         return image
-
-    channels = ((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)
     key = image.info.get("transparency")  # one grey or RGB value, in 16 bits, that stands for transparent
-    if key is not None and channels.shape[2] in (1, 3):
-        opaque = (samples != np.asarray(key)).any(axis=2, keepdims=True)
-        channels = np.concatenate([channels, opaque.astype(np.uint8) * 255], axis=2)
-    return Image.fromarray(channels.squeeze(2) if channels.shape[2] == 1 else channels)  # L, LA, RGB or RGBA
+    result: np.ndarray | None = None
+    for rows, samples in _wide_bands(image, data):
+        bands = [((samples.astype(np.uint32) + 128) // 257).astype(np.uint8)]
+        if key is not None and samples.shape[2] in (1, 3):
+            bands.append((samples != np.asarray(key)).any(axis=2, keepdims=True) * np.uint8(255))
+        narrow = np.concatenate(bands, axis=2)
+        if result is None:
+            result = np.empty((image.height, *narrow.shape[1:]), np.uint8)
+        result[rows] = narrow
+    assert result is not None  # an image has a row
+    return Image.fromarray(result.squeeze(2) if result.shape[2] == 1 else result)  # L, LA, RGB or RGBA
 
 
-def _png_16_bit_colour(image: Image.Image, data: bytes) -> np.ndarray:
-    """The samples of a 16-bit PNG with 2 to 4 channels, (H, W, C) uint16, of which Pillow keeps the high bytes."""
+def _wide_bands(image: Image.Image, data: bytes) -> Iterator[tuple[slice, np.ndarray]]:
+    """As `_bands`, with all 16 bits of the samples; of colour PNG Pillow keeps the high bytes."""
+    if image.mode not in ("RGB", "RGBA"):
+        yield from _bands(image)
+        return
     # Read once more with other modes. Grey with alpha (colour type 4 in the header) is read as four channels of 8 bits,
     # so that nothing is lost; others are read in the other byte order, so that Pillow keeps the low bytes.
     grey_alpha = data[25] == 4
     again = Image.open(BytesIO(data), formats=("PNG",))
     again.tile = [(*again.tile[0][:3], "RGBA" if grey_alpha else f"{image.mode};16L")]  # type: ignore[list-item]
-    if grey_alpha:
-        return np.frombuffer(again.tobytes(), ">u2").reshape(image.height, image.width, 2)
-    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(again).astype(np.uint16)
+    for (rows, high), (_, low) in zip(_bands(image), _bands(again), strict=True):
+        yield rows, low.view(">u2") if grey_alpha else high.astype(np.uint16) << 8 | low
 
 
 def _with_channels(image: Image.Image, in_chans: int) -> Image.Image:

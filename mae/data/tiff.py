@@ -5,10 +5,13 @@ number of bands, uint8, uint16, int16 and float32. No sample is taken for what t
 """
 
 import logging
+import lzma
 import math
 import re
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from io import BytesIO
 from itertools import islice
 from typing import Any
@@ -16,6 +19,9 @@ from typing import Any
 import numpy as np
 import tifffile
 from PIL import Image
+
+from mae.data import jpeg
+from mae.data.bounds import MAX_DIRECTORIES, check_memory
 
 MINISWHITE, MINISBLACK, RGB, PALETTE, CMYK, YCBCR, CIELAB = 0, 1, 2, 3, 5, 6, 8  # values of PhotometricInterpretation
 
@@ -29,15 +35,16 @@ FORMATS = {1: "uint", 2: "int", 3: "float", 4: "undefined ", 5: "complex int", 6
 PREDICTED = {5, 8, 32946, 34925, 50000}  # LZW, deflate, LZMA, zstd
 BY_PILLOW = PREDICTED | {1, 2, 3, 4, 6, 7, 32773}  # none, CCITT, JPEG, PackBits
 
+JPEG = 7  # compression
+
+STREAMS: dict[int, Any] = {8: zlib.decompressobj, 32946: zlib.decompressobj, 34925: lzma.LZMADecompressor}
+
+SMALL_STRIP = 1 << 17  # compressed bytes, of which deflate makes 135 MB at most
+
 ORIENTATION, INK_SET, GDAL_NODATA = 274, 332, 42113  # tags
 
-# (height, width, bytes of the pixels) -> raises if they are over the limits
-MAX_PAGES = 64  # pages that are looked at, as only the first is read
 
-CheckSize = Callable[[int, int, int], None]
-
-
-def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None:
+def read(data: bytes, in_chans: int) -> np.ndarray | None:
     """The samples of the first page of a TIFF file.
 
     With `in_chans` 1, 3 or 4, grey and RGB pictures of unsigned samples, with alpha or without, are converted as those
@@ -59,10 +66,12 @@ def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None
         height, width, bands = int(page.imagelength), int(page.imagewidth), int(page.samplesperpixel)
         if min(height, width, bands) < 1:
             raise ValueError(f"{width} x {height} pixels of {bands} bands")
+        if page.compression == JPEG:
+            _check_jpegs(page, data)
         kind = KINDS.get((page.sampleformat, page.bitspersample))
-        check_size(height, width, height * width * bands * (np.dtype(kind).itemsize if kind else 1))
         if _for_pillow(page, kind, bands, in_chans):
             return None
+        check_memory(height, width, 2 * bands * (np.dtype(kind).itemsize if kind else 1))
         if kind is None:
             name = f"{FORMATS.get(page.sampleformat, 'unknown ')}{page.bitspersample}"
             hint = "; save it as float32" if name == "float64" else ""
@@ -80,7 +89,11 @@ def read(data: bytes, in_chans: int, check_size: CheckSize) -> np.ndarray | None
     if inverted:
         samples = np.iinfo(samples.dtype).max - samples
     if alpha is not None and picture and (bands != in_chans or alpha == ASSOCIATED):
-        return as_picture(samples, in_chans, alpha)
+        converted = np.empty((in_chans, *samples.shape[1:]), samples.dtype)
+        step = max(1, 2**18 // samples.shape[2])
+        for top in range(0, samples.shape[1], step):  # in bands, as it takes several times their memory
+            converted[:, top : top + step] = as_picture(samples[:, top : top + step], in_chans, alpha)
+        return converted
     return np.ascontiguousarray(samples) if min(samples.strides) < 0 else samples
 
 
@@ -109,7 +122,7 @@ class _Silence(logging.Filter):
 
 def _further_pages(file: tifffile.TiffFile) -> Iterator[Any]:
     seen = {file.pages.first.offset}
-    for page in islice(iter(file.pages), 1, MAX_PAGES):
+    for page in islice(iter(file.pages), 1, MAX_DIRECTORIES):
         if page.offset in seen:
             raise ValueError("file is damaged: its pages go in a circle")
         seen.add(page.offset)
@@ -194,6 +207,8 @@ def _samples(page: Any, data: bytes) -> np.ndarray:
         raise ValueError("file is truncated")
     if page.is_tiled and math.prod(page.tile) > 2**24 + 4 * page.imagelength * page.imagewidth:
         raise ValueError(f"tiles of {page.tile} pixels in an image of {page.imagelength} x {page.imagewidth}")
+    if find_spec("imagecodecs") is None:
+        _check_expansion(page, data)
     try:
         samples = page.asarray(maxworkers=1)
     except (ValueError, NotImplementedError) as error:
@@ -214,6 +229,25 @@ def _samples(page: Any, data: bytes) -> np.ndarray:
         raise ValueError(f"file is damaged: {samples.shape} samples")
     _check_data(samples, page.tags.valueof(GDAL_NODATA))
     return samples
+
+
+def _check_expansion(page: Any, data: bytes) -> None:
+    """Refuse strips that hold more than their tags say, which Python's own libraries would decompress to the end."""
+    if page.compression in STREAMS:
+        most = math.prod(page.chunks) * page.dtype.itemsize
+        for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+            if count > SMALL_STRIP:
+                made = STREAMS[page.compression]().decompress(data[offset : offset + count], most + 1)
+                if len(made) > most:
+                    raise ValueError(f"file is damaged: a strip or tile holds over {most:,} bytes")
+
+
+def _check_jpegs(page: Any, data: bytes) -> None:
+    """Refuse strips or tiles that lack data, which libtiff and Pillow fill up with grey."""
+    tables = page.jpegtables or b"\xff\xd8\xff\xd9"
+    for offset, count in zip(page.dataoffsets, page.databytecounts, strict=False):
+        part = tables[:-2] + data[offset + 2 : offset + count]
+        jpeg.check_whole(part, "CMYK" if page.samplesperpixel == 4 else "GRAY")
 
 
 def _name(value: Any) -> str:

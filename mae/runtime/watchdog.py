@@ -13,6 +13,7 @@ import select
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 STDERR = 2  # the descriptor, because sys.stderr may be locked by a thread that hangs
@@ -30,14 +31,24 @@ class Watchdog:
         rank: Global rank of this process.
         parent: Pid of the process that must stay alive: the first rank, or torchrun's agent.
         grace: Seconds between report and end, in which other ranks report; at most 10 by default.
+        reading: Names the images that are being read, "" if there are none. It must not block.
     """
 
-    def __init__(self, seconds: float, folder: Path, rank: int, parent: int | None = None, grace: float | None = None):
+    def __init__(
+        self,
+        seconds: float,
+        folder: Path,
+        rank: int,
+        parent: int | None = None,
+        grace: float | None = None,
+        reading: Callable[[], str] = str,
+    ):
         self.seconds = seconds
         self.path = folder / "stacks" / f"rank_{rank:04d}.txt"
         self.name = f"rank {rank} (pid {os.getpid()}, host {socket.gethostname()})"
         self.parent = parent
         self.grace = min(10.0, seconds / 2) if grace is None else grace
+        self.reading = reading
         self.tick = min(5.0, seconds / 10)
         self.last = (time.monotonic(), "the start")
         self.stopping = threading.Event()
@@ -82,7 +93,7 @@ class Watchdog:
             silent = time.monotonic() - moment
             if silent > self.seconds:
                 self._report(silent, where)
-            if where != noted:
+            if (where := where + self._images()) != noted:
                 self._write(
                     f"{self.name}; it was last at: {where}; its stacks, if it hung in a call into C:\n".encode()
                 )
@@ -96,6 +107,12 @@ class Watchdog:
             if self.stopping.wait(self.tick):
                 return
 
+    def _images(self) -> str:
+        with contextlib.suppress(Exception):  # whatever happens, the report comes
+            if images := self.reading():
+                return f"; images being read: {images}"
+        return ""
+
     def _report(self, silent: float, where: str) -> None:
         """Write the stacks and end the process."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -103,6 +120,7 @@ class Watchdog:
         faulthandler.dump_traceback_later(2 * self.grace + 10, file=nowhere, exit=True)
         stacks = os.memfd_create("stacks")
         faulthandler.dump_traceback(stacks)
+        where += self._images()
         last = f"has not finished a step for {silent:.0f} s; it was last at: {where}; stacks in {self.path}"
         report = f"mae: error: {self.name} {last}\n".encode() + os.pread(stacks, 1 << 20, 0)
         write_to_stderr(report)

@@ -7,19 +7,17 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from mae.data import image_files
 from mae.data.channel_stats import extremes, mean_and_std, moments
 from mae.data.datasets import WorkerProgress
-from mae.data.decode import BadImage, Picture, is_turned, open_image
+from mae.data.decode import BadImage, Picture, is_turned, open_image, read_pillow_header
 from mae.data.image_files import IMAGE_SUFFIXES, walk_files
 from mae.data.loaders import unchanged
 from mae.data.sources import FileSource, FolderSource
@@ -138,15 +136,16 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
     """Format, colour and marks of an image file, from its header."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        image = Image.open(BytesIO(data), formats=image_files.formats_for(data))
+        image = read_pillow_header(data)
         # To look for the EXIF of a PNG that has none, Pillow would decode it to its end.
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {
         "alpha": image.has_transparency_data,
-        "16 bits": image.mode.startswith("I") or ";16" in str(image.tile),  # how Pillow will unpack the samples
+        "16 bits": image.mode.startswith("I")
+        or ";16" in str(getattr(image, "tile", "")),  # how Pillow will unpack the samples
         "turned by EXIF": turned,
         "progressive JPEG": "progressive" in image.info,
-        "several frames": image.format in ("GIF", "PNG", "WEBP") and getattr(image, "n_frames", 1) > 1,
+        "several frames": image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False),
     }
     name = "JPEG" if image.format == "MPO" else str(image.format)  # MPO: several JPEGs in one file
     return name, colour_of(image.mode), marks

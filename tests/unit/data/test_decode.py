@@ -1,6 +1,7 @@
 """Files to pixels: every format against Pillow, every kind of broken file, the boxes, and the walk over folders."""
 
 import contextlib
+import io
 import math
 import os
 import pickle
@@ -10,13 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from image_files import become_nobody, encoded, in_child, on_white, png16, png_chunk, public_folder, smooth
 from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
-from mae.data import decode, image_files
+from mae.data import bounds, decode, image_files
 from mae.data.crops import center_box, random_crop_box, resized_crop
 from mae.data.decode import BadImage, decode_image
 from mae.data.image_files import find_images
@@ -325,7 +327,7 @@ def test_npy_that_is_broken(tmp_path):
     # A header that claims 3 GB a channel, and nothing behind it.
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": (60000, 60000, 3)})
-    assert str(decode.MAX_PIXELS) in bad(path)
+    assert str(bounds.MAX_PIXELS) in bad(path)
 
 
 # --- broken image files
@@ -348,6 +350,67 @@ def test_truncation_is_an_error_or_costs_no_pixel(tmp_path, suffix, kind, pictur
             assert torch.equal(image, expected)
             assert keep > len(whole) - 24  # no more than a trailer that holds no pixels, such as the GIF one
     assert refused >= 16
+
+
+def closed(kind: str, data: bytes, part: float) -> bytes:
+    """A file of which a part is left, with its end mark, and the lengths in its structure mended."""
+    cut = data[: int(len(data) * part)]
+    if kind == "JPEG":
+        return cut + b"\xff\xd9"
+    if kind == "GIF":
+        return cut + b"\0;"
+    if kind == "PNG":
+        at = data.index(b"IDAT")
+        pixels = data[at + 4 : at + 4 + int(int.from_bytes(data[at - 4 : at]) * part)]
+        return data[: at - 4] + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
+    if kind == "WEBP":
+        cut = cut[: len(cut) & ~1]
+        at = cut.index(b"VP8") + 4
+        chunk = cut[:at] + struct.pack("<I", len(cut) - at - 4) + cut[at + 4 :]
+        return chunk[:4] + struct.pack("<I", len(cut) - 8) + chunk[8:]
+    if kind == "JPEG2000":
+        edited = bytearray(cut + b"\xff\xd9")
+        if (box := edited.find(b"jp2c")) > 0:
+            edited[box - 4 : box] = bytes(4)  # up to the end
+        tile = edited.rindex(b"\xff\x90\0\x0a")
+        edited[tile + 6 : tile + 10] = (len(edited) - 2 - tile).to_bytes(4)
+        return bytes(edited)
+    if kind == "TIFF":
+        with tifffile.TiffFile(io.BytesIO(data)) as file:
+            page = file.pages.first
+            tag, last = page.tags["StripByteCounts"], len(page.databytecounts) - 1
+            size = {3: 2, 4: 4}[tag.dtype]
+            place, count = tag.valueoffset + size * last, int(page.databytecounts[last] * part)
+            edited = bytearray(data)
+            edited[place : place + size] = count.to_bytes(size, "little")
+            if page.compression == 7:
+                end = page.dataoffsets[last] + count
+                edited[end - 2 : end] = b"\xff\xd9"
+            return bytes(edited)
+    return cut  # of formats without an end mark
+
+
+CLOSED = [*FORMATS, ("tif", "TIFF", RGB, {"compression": "jpeg"}), ("tif", "TIFF", RGB, {"compression": "packbits"})]
+CLOSED += [("tif", "TIFF", RGB.convert("L"), {"compression": kind}) for kind in ("jpeg", "tiff_adobe_deflate")]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind", "picture", "options"), CLOSED, ids=[f"{k}-{p.mode}-{o}" for _, k, p, o in CLOSED]
+)
+def test_half_a_picture_with_an_end_mark_is_not_taken_for_the_whole(tmp_path, suffix, kind, picture, options):
+    path = tmp_path / f"x.{suffix}"
+    whole = encoded(picture, kind, **options)
+    path.write_bytes(whole)
+    expected = decode_image(path)
+    for tenths in (5, 7, 9):
+        path.write_bytes(closed(kind, whole, tenths / 10))
+        try:
+            image = decode_image(path)
+        except BadImage:
+            continue
+        assert kind == "TIFF"  # without compression the lengths are not needed
+        assert "compression" not in options
+        assert torch.equal(image, expected)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
@@ -440,7 +503,7 @@ def test_a_header_over_the_limit_is_refused_before_decoding(tmp_path, monkeypatc
 
     # Our own limit holds where Pillow's was lifted.
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    monkeypatch.setattr(decode, "MAX_PIXELS", RGB.width * RGB.height - 1)
+    monkeypatch.setattr(bounds, "MAX_PIXELS", RGB.width * RGB.height - 1)
     assert "53 x 37 pixels, over the limit of 1960" in bad(path)
 
 

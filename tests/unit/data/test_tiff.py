@@ -18,7 +18,7 @@ from PIL import Image
 from tifffile import _imagecodecs
 
 from mae.cli import main
-from mae.data import decode, tiff
+from mae.data import bounds, tiff
 from mae.data.channel_stats import as_text
 from mae.data.crops import resized_crop
 from mae.data.datamodule import ImageData
@@ -246,8 +246,8 @@ def test_what_is_claimed_and_missing_costs_no_memory(monkeypatch: pytest.MonkeyP
     assert "truncated" in bad(changed("StripByteCounts", 9999, at=3))
     for keep in range(8, len(data) - 1, 7):
         bad(data[:keep])
-    monkeypatch.setattr(decode, "MAX_BYTES", 8 * 8 * 3 * 2 - 1)
-    assert "8 x 8 pixels of 384 bytes in all, over the limit of 383" in bad(data)
+    monkeypatch.setattr(bounds, "MAX_MEMORY", 8 * 8 * 12 - 1)
+    assert "8 x 8 pixels take 768 bytes to decode, over the limit of 767" in bad(data)
 
 
 def test_a_compression_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
