@@ -19,7 +19,7 @@ NAMES = GIB  # lists of images: 16 million names of 64 bytes
 TAR_HEADER = MIB // 4  # of one member of a tar file: long names, and extended attributes of 64 KiB each
 DEVKIT = 64 * MIB  # ImageNet's, unpacked; it takes 3 MiB
 WEIGHTS_HEADER = 16 * MIB  # of a safetensors file: 100,000 names and shapes, and a description with names of classes
-PICKLE = 64 * MIB  # of a checkpoint of torch: everything but its tensors
+PICKLE = 16 * MIB  # of a checkpoint of torch: everything but its tensors
 RECORDED = 4 * GIB  # a run's .wandb file
 
 
