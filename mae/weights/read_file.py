@@ -402,5 +402,5 @@ def parts_in(index: Path) -> list[Path]:
         raise UserError(f"{index} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     for name in names:
         if not isinstance(name, str) or Path(name[:256]).name != name or not name or name.endswith(".json"):
-            raise UserError(f"{index} names {str(name)[:100]!r}, which is not beside it or no file of weights")
+            raise UserError(f"{index} names {str(name)[:100]}, which is not beside it or no file of weights")
     return [index.with_name(name) for name in names]

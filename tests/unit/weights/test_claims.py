@@ -114,17 +114,9 @@ def test_the_configuration_of_transformers(tmp_path: Path) -> None:
         for value in values:
             path.write_text(json.dumps(whole | {key: value}))
             refused(tmp_path, "config.json cannot be used|computes with")
-    for text, said in {
-        DEEP: "too deeply",
-        '{"a": 1, "a": 1}': "'a' twice",
-        "\xff\xfe": "cannot be read",
-        "{": "cannot",
-    }.items():
+    for text, said in {DEEP: "too deeply", '{"a": 1, "a": 1}': "'a' twice", "\xff\xfe": "", "{": ""}.items():
         path.write_text(text, encoding="latin-1")
-        refused(
-            tmp_path,
-            rf"config\.json cannot be read: .*{said}" if "cannot" not in said else "config.json cannot be read",
-        )
+        refused(tmp_path, rf"config\.json cannot be read: .*{said}")
     path.write_text(json.dumps(whole))
     for content in (
         {"image_std": [0.5, 0, 0.5]},
@@ -161,7 +153,7 @@ def test_the_configuration_of_timm(tmp_path: Path) -> None:
     refused(tmp_path, r"config\.json cannot be used \(std is \[0, 1, 1\]\)")
 
 
-def test_tensors_that_do_not_go_together(tmp_path: Path) -> None:
+def test_tensors_that_do_not_go_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     state = official(autoencoder())
     wide = torch.zeros(1).expand(10**6, 10**6)
     for name, value in {
@@ -177,9 +169,9 @@ def test_tensors_that_do_not_go_together(tmp_path: Path) -> None:
     head = classifier("class", "batchnorm").state_dict() | {"head.0.running_var": torch.zeros(7)}
     head = {f"{key}": value for key, value in head.items()} | {"fc_norm.weight": torch.ones(32)}
     refused(torch_file(head, tmp_path / "x.pth"), r"x\.pth")
-    many = {f"t{i}": torch.zeros(0) for i in range(20_001)}
-    save_file(many, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", "20,001 tensors, over the limit of 20,000")
+    monkeypatch.setattr("mae.weights.read_file.MOST_TENSORS", 7)
+    save_file({f"t{i}": torch.zeros(1) for i in range(8)}, tmp_path / "x.safetensors")
+    refused(tmp_path / "x.safetensors", "8 tensors, over the limit of 7")
     (tmp_path / "x.safetensors").write_bytes((2**25).to_bytes(8, "little") + b"{" + bytes(100))
     refused(tmp_path / "x.safetensors", "a header of 33,554,432 bytes, over 16,777,216")
 
