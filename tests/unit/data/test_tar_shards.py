@@ -435,6 +435,7 @@ def read_in_little_memory(folder: Path) -> list[str]:
         return [*map(str, source.read_all([0, 1])), *(damage for _, damage in find_damage(folder, source.index))]
 
 
+@pytest.mark.slow
 def test_records_behind_the_end_of_a_shard_take_no_memory(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes(bytes(2048))
     write_index(make_index(["a.tar"], [0] * 2, [512, 2**50], [2**30, 9], ["x", "y"], [7, 8]), tmp_path / INDEX)

@@ -219,6 +219,7 @@ def sealed_off(paths: list[Path]) -> list[tuple[str, int]]:
     return said
 
 
+@pytest.mark.slow
 def test_half_a_download_takes_no_memory(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": {"blocks.0.norm1.weight": torch.zeros(1 << 25)}}  # 128 MiB
     paths = [tmp_path / name for name in ("new.pth", "old.pth", "x.safetensors", "plain.pth", "claims.pth")]
@@ -230,8 +231,12 @@ def test_half_a_download_takes_no_memory(tmp_path: Path) -> None:
     paths[4].write_bytes(small.replace(b"K\x4d", b"J\xff\xff\xff\x7f", 1))  # of 77 numbers 2 billion
     for path in paths[:3]:
         os.truncate(path, 100 << 20)
-    said = in_process(sealed_off, paths)
-    assert len(said) == 5
+    network = autoencoder()
+    deep = {"model": network.config | {"depth": HUGE}, "mean": [0.5] * 3, "std": [0.5] * 3}
+    claims = described(network.state_dict(), tmp_path / "deep.safetensors", json.dumps(deep))
+    *said, (text, grown) = in_process(sealed_off, [*paths, claims])
+    assert text.endswith("does not fit its own description: depth is 1000000000")
+    assert grown < 64
     for (text, grown), path in zip(said, paths, strict=True):
         assert text.startswith(f"{path} is damaged or cut off: ")
         assert grown < 64

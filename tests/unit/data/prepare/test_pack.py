@@ -668,7 +668,7 @@ def test_a_channel_of_one_value_is_named(tmp_path: Path, capsys: pytest.CaptureF
     pack.pack_command([str(tmp_path / "images"), str(tmp_path / "shards"), "--num_workers=0"])
     stats_command([f"--data.root={tmp_path / 'images'}", "--data.num_workers=0"])
     out, err = capsys.readouterr()
-    warning = "mae: warning: std 0 of channel 1, 2, by which nothing can be divided: set another"
+    warning = "mae: warning: std 0 of channels 1, 2, by which nothing can be divided: leave out, or set another"
     assert warning in out.splitlines()
     assert warning in err.splitlines()
     pack.verify_shards(tmp_path / "shards")
