@@ -6,10 +6,10 @@ from pathlib import Path
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
-from mae.errors import Stopped, TrainingFailed
+from mae.errors import Stopped, TrainingFailed, UserError
 from mae.options import check_ranges
 from mae.runtime import checkpoint_files, signals, slurm
-from mae.runtime.checkpoint_files import last_checkpoint, step_file
+from mae.runtime.checkpoint_files import step_file
 from mae.runtime.files import PARTIAL
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.signals import Wish
@@ -91,8 +91,11 @@ class Checkpoints(Checkpoint):
         if self.files.failed is None:
             return ""
         path, error = self.files.failed
-        whole = last_checkpoint(path.parent.parent)
-        kept = f"the last good one is {whole.resolve().name}" if whole.exists() else "there is none yet"
+        try:
+            whole, complaints = checkpoint_files.newest(path.parent.parent)
+            kept = "; ".join([*complaints, f"the last good one is {whole.name}" if whole else "there is none yet"])
+        except UserError as all_damaged:
+            kept = str(all_damaged)
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         # A checkpoint waits for metrics.csv: then it is that file that cannot be written.
         blamed = Path(getattr(error, "filename", None) or path)

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mae.runtime.reading import RECORDED, read_regular
+
 FILE_HEADER = 7  # b":W&B", uint16 magic, uint8 version
 
 BLOCK = 32 * 1024  # counted from the start of the file
@@ -45,7 +47,7 @@ def cut_torn_tail(path: Path) -> None:
 
 def _records(path: Path) -> Iterator[tuple[bytes, int]]:
     """Yield each record and where it ends."""
-    raw = path.read_bytes()
+    raw = read_regular(path, RECORDED)
     if not b":W&B".startswith(raw[:4]):
         raise ValueError(f"{path} is not a .wandb file, it begins with {raw[:FILE_HEADER]!r}")
     record: bytes | None = None

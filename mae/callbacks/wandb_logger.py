@@ -24,6 +24,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from mae.callbacks.wandb_file import cut_torn_tail, last_step
 from mae.callbacks.wandb_settings import Mode, WandbSettings, wandb_mode
 from mae.runtime.files import atomic_write_text
+from mae.runtime.run_files import read_text
 from mae.runtime.text import DRAWING_THREAD, printable
 
 T = TypeVar("T")
@@ -318,7 +319,7 @@ def _printable(value: Any) -> Any:
 def _run_id(run_dir: Path, new: bool) -> str:
     """The id of the run in W&B, which is kept in the run folder: a run that goes on has the one that it had."""
     path = run_dir / "wandb" / "id"
-    if not new and path.is_file() and re.fullmatch(RUN_ID, run_id := path.read_text().strip()):
+    if not new and path.is_file() and re.fullmatch(RUN_ID, run_id := read_text(path).strip()):
         return run_id
     path.parent.mkdir(parents=True, exist_ok=True)
     run_id = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(5)

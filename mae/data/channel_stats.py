@@ -38,6 +38,15 @@ def mean_and_std(sums: np.ndarray, count: int) -> tuple[list[float], list[float]
     return mean.tolist(), np.sqrt(np.maximum(0, squares - mean**2)).tolist()
 
 
+def constant_channels(mean: Sequence[float], std: Sequence[float]) -> str:
+    """A warning that names the channels whose values are all the same, up to rounding; "" if there are none."""
+    found = [str(i) for i, (m, s) in enumerate(zip(mean, std, strict=True)) if s <= 1e-7 * abs(m)]
+    which = f"channel{'s' * (len(found) > 1)} {', '.join(found)}"
+    return (
+        f"mae: warning: std 0 of {which}, by which nothing can be divided: leave out, or set another" if found else ""
+    )
+
+
 def as_option(key: str, values: Sequence[float]) -> str:
     """("mean", [0.5]) -> "--data.mean '[0.5000]'"."""
     return f"--data.{key} '[{as_text(values)}]'"

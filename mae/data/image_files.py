@@ -2,6 +2,7 @@
 
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -89,11 +90,13 @@ class Leftovers:
 
     Attributes:
         suffixes: Files that are images by a suffix in UNREAD_SUFFIXES, by suffix.
+        specials: Pipes, sockets and devices, by what they are.
         hidden: Names of hidden and system folders that hold images.
         folders: Paths of all other folders.
     """
 
     suffixes: Counter[str] = field(default_factory=Counter)
+    specials: Counter[str] = field(default_factory=Counter)
     hidden: set[str] = field(default_factory=set)
     folders: set[str] = field(default_factory=set)
 
@@ -117,6 +120,7 @@ class Leftovers:
         for suffix, count in sorted(self.suffixes.items()):
             remedy = UNREAD_SUFFIXES[suffix]
             parts.append(f"{suffix} {count:,}" + (f" ({remedy})" if remedy else ""))
+        parts += [f"{kind} {count:,}" for kind, count in sorted(self.specials.items())]
         parts += [f"folder {name}" for name in sorted(self.hidden)]
         return f"left out: {', '.join(parts)}" if parts else ""
 
@@ -144,9 +148,11 @@ def find_images(root: str | Path, leftovers: Leftovers | None = None) -> list[st
     found = []
     for path, entry in walk_files(Path(root), leftovers):
         suffix = os.path.splitext(path)[1].lower()
-        if suffix in IMAGE_SUFFIXES:
-            if entry.is_symlink() or entry.is_file():
-                found.append(path)
+        if not (entry.is_symlink() or entry.is_file()):  # of a link to itself nothing else can be asked
+            if leftovers is not None:
+                leftovers.specials[kind_of_special(entry)] += 1
+        elif suffix in IMAGE_SUFFIXES:
+            found.append(path)
         elif leftovers is not None:
             leftovers.add_file(suffix)
     return sorted(found)
@@ -193,6 +199,14 @@ def holds_images(folder: Path, files: int = 1000) -> bool:
     with suppress(UserError):
         return any(os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES for path, _ in islice(walk_files(folder), files))
     return False
+
+
+def kind_of_special(entry: os.DirEntry[str]) -> str:
+    """What a file is that is no regular one."""
+    with suppress(OSError):
+        mode = entry.stat(follow_symlinks=False).st_mode
+        return "pipe" if stat.S_ISFIFO(mode) else "socket" if stat.S_ISSOCK(mode) else "device"
+    return "vanished file"
 
 
 def is_dir(entry: os.DirEntry[str]) -> bool:

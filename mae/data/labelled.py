@@ -17,6 +17,7 @@ from mae.data.sampling import seeded
 from mae.data.sources import Source, by_class
 from mae.errors import UserError
 from mae.options import check_ranges, expand_home
+from mae.runtime.reading import NAMES, read_regular
 from mae.runtime.text import escaped
 
 
@@ -133,9 +134,10 @@ def read_subset_file(source: Source, path: Path) -> list[int]:
         UserError: The file cannot be read, lists an unknown image or a bare name of several, or lists none of a class.
     """
     try:
-        lines = {line.strip() for line in path.read_text("utf-8", "surrogateescape").split("\n") if line.strip()}
+        text = read_regular(path, NAMES).decode("utf-8", "surrogateescape").replace("\r", "\n")
     except OSError as error:
-        raise UserError(f"--data.subset_file {path} cannot be read: {error}") from None
+        raise UserError(f"--data.subset_file {path} cannot be read: {error.strerror}") from None
+    lines = {line.strip() for line in text.split("\n") if line.strip()}
     chosen, matched = [], dict[str, str]()  # the image of each line
     for index in range(len(source)):
         name = source.name(index)

@@ -6,23 +6,28 @@ training sees the same batches as from the folder that was packed.
 """
 
 import json
+import math
 import os
 import posixpath
+import re
 import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 
-from mae.data.decode import BadImage
+from mae.data.decode import MAX_BYTES, BadImage
 from mae.data.image_files import IMAGE_SUFFIXES, Leftovers, find_images, is_hidden
 from mae.data.sources import FileSource, FolderSource, class_labels, note_folders
 from mae.errors import UserError
+from mae.runtime import reading
 from mae.runtime.files import atomic_write
+from mae.runtime.reading import open_regular
 from mae.runtime.storage import Place, Range
 
 INDEX = "index.safetensors"
@@ -117,16 +122,17 @@ def read_index(place: Place) -> Index:
     """
     where = place / INDEX
     try:
-        data = where.read()
+        data = where.read(reading.INDEX)
     except Exception as error:  # remote places raise errors of any type
-        raise UserError(f"{where} cannot be read: {error or type(error).__name__}") from None
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{where} cannot be read: {reason}") from None
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         about = json.loads(header["__metadata__"]["mae_shards"])
         if about["version"] > VERSION:
             raise UserError(f"{where} was written by a newer version of this package ({about['version']} > {VERSION})")
         index = Index(about["files"], **safetensors.numpy.load(data), classes=about["classes"], about=about["about"])
-        intact = index.checksum() == about["crc32"]
+        intact = index.checksum() == about["crc32"] and makes_sense(index)
     except UserError:
         raise
     except Exception:  # json, safetensors and missing keys raise different types
@@ -134,6 +140,47 @@ def read_index(place: Place) -> Index:
     if not intact:
         raise UserError(f"{where} is damaged; `mae pack` writes the shards anew")
     return index
+
+
+def makes_sense(index: Index) -> bool:
+    """Whether every image has a place, a name and, where there are labels, a class. A right checksum does not say so.
+
+    Whether the shards are so long is not looked at here: records behind the end of a shard are bad images.
+    """
+    n, names, about = len(index), index.files + index.classes, index.about
+    arrays = {key: getattr(index, key) for key in _ARRAYS}
+    if not all(isinstance(text, str) for text in names) or not all(map(is_file_name, index.files)):
+        return False
+    if any(array.dtype != _ARRAYS[key] or array.ndim != 1 for key, array in arrays.items()):
+        return False
+    if index.names.dtype != np.uint8 or index.names.ndim != 1 or not n:
+        return False
+    lengths = {key: len(array) for key, array in arrays.items()}
+    if any(length != n and (length or key not in ("crc32", "label")) for key, length in lengths.items()):
+        return False
+    statistics = [value for key in ("mean", "std") for value in about.get(key) or ()]
+    return bool(
+        index.file[-1] < len(index.files)
+        and ascending(index.file)
+        and index.offset.min() >= 0
+        and index.size.min() >= 0
+        and index.size.max() <= MAX_BYTES
+        and index.offset.max() <= 2**62
+        and index.name_end[0] >= 0
+        and ascending(index.name_end)
+        and index.name_end[-1] == len(index.names)
+        and (not len(index.label) or 0 <= index.label.min() <= index.label.max() < len(index.classes))
+        and all(type(value) in (int, float) and math.isfinite(value) for value in statistics)
+        and min(about.get("std") or [0]) >= 0  # 0: of images that are all of one colour
+    )
+
+
+def is_file_name(name: str) -> bool:
+    return bool(name) and "/" not in name and "\0" not in name and name not in (".", "..")
+
+
+def ascending(numbers: np.ndarray) -> bool:
+    return bool((numbers[1:] >= numbers[:-1]).all())
 
 
 class RecordSource(FileSource):
@@ -172,13 +219,66 @@ class RecordSource(FileSource):
     def read_all(self, indices: Sequence[int]) -> Iterator[bytes | BadImage]:
         # From a remote place all at once; on this machine one by one, so that they are not in memory together.
         for chunk in [indices] if self.place.remote else [[index] for index in indices]:
-            contents = self.place.read_ranges([self._range(index) for index in chunk])
-            for index, data in zip(chunk, contents, strict=True):
+            ranges = [self._range(index) for index in chunk]
+            contents = self.place.read_ranges([(name, start, min(size, MAX_BYTES)) for name, start, size in ranges])
+            for index, (_, _, size), data in zip(chunk, ranges, contents, strict=True):
+                if size > MAX_BYTES:
+                    data = ValueError(f"it has {size:,} bytes, over the limit of {MAX_BYTES:,}")
                 yield BadImage(self.where(index), str(data)) if isinstance(data, Exception) else data
 
     def _range(self, index: int) -> Range:
         table = self.index
         return table.files[table.file[index]], int(table.offset[index]), int(table.size[index])
+
+
+class HeaderReader:
+    """Gives the headers of a tar file to tarfile, which believes all sizes in them, and may wait for more for ever.
+
+    What tarfile asks for between two calls of `renew` must not be more than `reading.TAR_HEADER`.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.seek, self.tell = file.seek, file.tell
+        self.renew()
+
+    def renew(self) -> None:
+        self.left = reading.TAR_HEADER
+
+    def read(self, size: int) -> bytes:
+        self.left -= size
+        if size < 0 or self.left < 0:
+            raise tarfile.ReadError(f"a header of more than {reading.TAR_HEADER:,} bytes")
+        data = self.file.read(size)
+        if size > tarfile.BLOCKSIZE and re.search(rb"\d{200}", data):  # tarfile's patterns would take hours for these
+            raise tarfile.ReadError("a header with a number of 200 digits")
+        return data
+
+
+@contextmanager
+def tar_errors() -> Iterator[None]:
+    """Whatever the headers of a tar file make tarfile raise, as its own error."""
+    try:
+        yield
+    except (OSError, tarfile.TarError):
+        raise
+    except Exception as error:  # RecursionError, ValueError, OverflowError, ...
+        raise tarfile.ReadError(f"a damaged header ({type(error).__name__})") from None
+
+
+def next_member(tar: tarfile.TarFile, headers: HeaderReader) -> tarfile.TarInfo | None:
+    """The next member; None at the end.
+
+    Raises:
+        tarfile.TarError: A header cannot be right.
+    """
+    headers.renew()
+    with tar_errors():
+        member = tar.next()
+    tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them in memory
+    if member is not None and not (member.size >= 0 and member.offset < member.offset_data <= tar.offset):
+        raise tarfile.ReadError(f"a size of {member.size:,} bytes at byte {member.offset}")  # it would lead back
+    return member
 
 
 def scan_tar(
@@ -200,14 +300,16 @@ def scan_tar(
         UserError: The file cannot be read, is damaged or compressed, or an image in it is a link.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             end = os.fstat(file.fileno()).st_size if size is None else start + size
             if start == end:
                 raise tarfile.ReadError("empty file")
             file.seek(start)
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (member := tar.next()) is not None and member.offset < end:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep a million of them in memory
+            headers = HeaderReader(file)
+            with tar_errors():
+                tar = tarfile.open(fileobj=headers, mode="r:")  # type: ignore[call-overload]  # it needs no more
+            with tar:
+                while (member := next_member(tar, headers)) is not None and member.offset < end:
                     if tar.offset > end:
                         raise tarfile.ReadError("unexpected end of data")
                     name = posixpath.normpath(member.name).lstrip("/")  # as after unpacking

@@ -29,6 +29,7 @@ from mae.runtime.files import (
     os_errors_as_user_errors,
     sync,
 )
+from mae.runtime.reading import SETTINGS, open_regular, read_regular
 
 ABOUT, LOCK = "about.json", "lock"  # beside the chunks: their settings; the lock of the process that writes them
 
@@ -120,8 +121,9 @@ class FeatureChunks:
             for path in self.folder.glob(f"*{PARTIAL}"):
                 path.unlink()
             earlier: dict[str, Any] = {}
-            with suppress(FileNotFoundError, ValueError):
-                earlier = json.loads((self.folder / ABOUT).read_text())
+            with suppress(FileNotFoundError, ValueError, RecursionError):
+                content = json.loads(read_regular(self.folder / ABOUT, SETTINGS))
+                earlier = content if isinstance(content, dict) else {}
             if earlier != self.about and any(self.folder.glob(CHUNKS)):
                 if not force:
                     keys = [key for key in self.about | earlier if earlier.get(key) != self.about.get(key)]
@@ -150,12 +152,21 @@ class FeatureChunks:
 
     def _bad_images(self, number: int) -> list[tuple[int, str]] | None:
         """Unreadable images of a chunk; None if it is absent, damaged or of other settings."""
+        expected = sum(map(len, self.batches(number)))
         try:
+            open_regular(self.path(number)).close()  # a pipe would be waited for
             with safe_open(self.path(number), "np") as file:
                 metadata = file.metadata() or {}
-        except (FileNotFoundError, SafetensorError):
+                if metadata.get("key") != self.key:
+                    return None
+                bad = [(int(index), str(reason)) for index, reason in json.loads(metadata["bad"])]
+                shapes = [file.get_slice(name).get_shape() for name in ("rows", *self.columns)]
+        except (FileNotFoundError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
             return None
-        return json.loads(metadata["bad"]) if metadata.get("key") == self.key else None
+        except OSError as error:
+            raise UserError(f"{self.path(number)} cannot be read: {error.strerror}; remove it") from None
+        rows = expected - len(bad)
+        return bad if shapes == [[rows], *([rows, self.about["width"]] for _ in self.columns)] else None
 
     def bad(self) -> list[tuple[int, str]]:
         """Number and reason of the unreadable images in the chunks so far."""

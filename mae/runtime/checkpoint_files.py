@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.runtime.files import PARTIAL, atomic_write, sync
+from mae.runtime.reading import open_regular
 from mae.runtime.run_files import read_text
 
 FORMAT = 1  # raised when older versions of this package could no longer resume from a checkpoint
@@ -90,7 +91,7 @@ def seal_of(file: IO[bytes], size: int) -> bytes | None:
 
 def is_sealed(path: Path) -> bool:
     """Whether a file ends with our checksum; weights from elsewhere do not."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return seal_of(file, path.stat().st_size) is not None
 
 
@@ -98,7 +99,7 @@ def damage(path: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint; None if they are those that were written. Reads the whole file."""
     try:
         size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if (comment := seal_of(file, size)) is None:
                 return "it is torn: its checksum is missing"
             file.seek(0)

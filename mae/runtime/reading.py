@@ -15,6 +15,13 @@ MIB, GIB = 1 << 20, 1 << 30
 YAML = 64 << 10  # settings of a run have 5 KiB; reading YAML takes some 20 s per MiB
 SETTINGS = 4 * MIB  # JSON: settings of a model or a processor; 20,000 names of classes take 1 MiB
 METRICS = GIB  # metrics.csv: a million rows of 1,000 bytes
+INDEX = GIB  # of shards: 16 million images at 64 bytes, half of them its name
+NAMES = GIB  # lists of images: 16 million names of 64 bytes
+TAR_HEADER = MIB // 4  # of one member of a tar file: long names, and extended attributes of 64 KiB each
+DEVKIT = 64 * MIB  # ImageNet's, unpacked; it takes 3 MiB
+WEIGHTS_HEADER = 16 * MIB  # of a safetensors file: 100,000 names and shapes, and a description with names of classes
+PICKLE = 16 * MIB  # of a checkpoint of torch: everything but its tensors
+RECORDED = 4 * GIB  # a run's .wandb file
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -1,19 +1,40 @@
 """Reading data from a path on this machine, or from an address that fsspec supports (s3://, http://, ...)."""
 
+import errno
 import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientTimeout
+from aiohttp import ClientResponse, ClientTimeout
 from fsspec.core import url_to_fs
 
 from mae.errors import UserError
+from mae.runtime.reading import open_regular, read_regular
 
 ATTEMPTS = 3  # at reading remote bytes, with growing pauses: networks fail now and then, and a run lasts for days
 
-_HTTP = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=10, sock_read=30)}}  # seconds without an answer
+
+class BoundedResponse(ClientResponse):
+    """An answer over HTTP that is read to just above what was asked for: some servers send all, and some never end."""
+
+    async def read(self) -> bytes:
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.request_info.headers.get("Range", ""))
+        if asked is None:
+            return await super().read()
+        data, size = bytearray(), 1 + int(asked[2]) - int(asked[1])
+        async for chunk in self.content.iter_any():
+            data += chunk
+            if len(data) > size:
+                self.close()
+                break
+        return bytes(data)
+
+
+# Seconds without an answer.
+_HTTP = {"client_kwargs": {"timeout": ClientTimeout(sock_connect=10, sock_read=30), "response_class": BoundedResponse}}
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "http": _HTTP,
@@ -75,16 +96,21 @@ class Place:
                 time.sleep(attempt)
         raise UserError(f"{self.where} cannot be reached: {reason}")
 
-    def read(self) -> bytes:
+    def read(self, limit: int) -> bytes:
         """The whole file.
 
+        Args:
+            limit: In bytes.
+
         Raises:
-            OSError: The file cannot be read; for remote places also exceptions of other types.
+            OSError: The file cannot be read or is larger; for remote places also exceptions of other types.
         """
         if not self.remote:
-            return Path(self.where).read_bytes()
+            return read_regular(self.where, limit)
         fs, path = self._fs()
-        data: bytes = fs.cat_file(path)
+        data: bytes = fs.cat_file(path, start=0, end=limit + 1)
+        if len(data) > limit:
+            raise OSError(errno.EFBIG, f"it has more bytes than the limit of {limit:,}", self.where)
         return data
 
     def read_ranges(self, ranges: Sequence[Range]) -> list[bytes | Exception]:
@@ -116,8 +142,9 @@ class Place:
 
     def _read_local(self, name: str, start: int, size: int) -> bytes | Exception:
         try:
-            with open(f"{self.where}/{name}" if name else self.where, "rb", buffering=0) as file:
-                return checked(os.pread(file.fileno(), size, start), size)
+            with open_regular(f"{self.where}/{name}" if name else self.where) as file:
+                there = max(0, os.fstat(file.fileno()).st_size - start)  # memory is not taken for more than that
+                return checked(os.pread(file.fileno(), min(size, there), start), size)
         except OSError as error:
             return error
 

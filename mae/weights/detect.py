@@ -4,7 +4,6 @@ Everything is detected from the content: names of tensors give the format, their
 gives is recorded in a configuration beside the file, follows from published models, or has to be stated by the caller.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from mae.errors import UserError
-from mae.models.mae import MaskedAutoencoder
+from mae.models.mae import NOT_COUNTS, MaskedAutoencoder
 from mae.models.meta_device import meta_parameters
 from mae.models.vit import build
+from mae.weights.claims import FAULTS, MOST, check_arguments, is_number, is_size, shown
 from mae.weights.detect_architecture import NO_OVERRIDES, ArchitectureDetector, ArchOverrides
 from mae.weights.read_file import Opened, open_weights
 from mae.weights.state_dict_keys import DECODER, ENCODER, State, dialect_of, to_ours
@@ -25,6 +25,7 @@ from mae.weights.wrappers import Unwrapped, unwrap
 UNUSED_TENSORS = (f"{ENCODER}head_drop", "vit.pooler.", "pooler.", "vit.embeddings.mask_token")  # how names begin
 
 MOST_NAMED = 3  # tensors in an error
+
 
 ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
@@ -72,12 +73,20 @@ def detect_opened(opened: Opened, overrides: ArchOverrides) -> Weights:
     state, description = opened.state, opened.description
     if description is not None and overrides.prefix is not None:
         raise UserError(f"--prefix {overrides.prefix}: {opened.path} is a file of this project, which has one encoder")
-    if description is not None and opened.about.get("key") == "state_dict":
-        weights = Weights(opened.path, as_float32(run_state(state, description)), description)
-    else:
-        weights = detect_by_names(opened, overrides)
-    weights = weights._replace(problems=problems_of(weights))
-    reject_contradictions(weights, overrides)
+    try:
+        if description is not None:
+            check_own_description(opened.path, description, len(state))
+        if description is not None and opened.about.get("key") == "state_dict":
+            weights = Weights(opened.path, as_float32(run_state(state, description)), description)
+        else:
+            weights = detect_by_names(opened, overrides)
+        weights = weights._replace(problems=problems_of(weights))
+        reject_contradictions(weights, overrides)
+    except UserError:
+        raise
+    except FAULTS as error:  # tensors whose shapes do not go together, before they can be compared with what is wanted
+        reason = " ".join(str(error).split())
+        raise UserError(f"{opened.path} cannot be used: {reason[:200] or type(error).__name__}") from None
     return weights
 
 
@@ -131,9 +140,12 @@ def described(
         description = detector.description()
     except UserError:
         raise
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except FAULTS as error:
+        reason = " ".join(f"{'' if type(error) is ValueError else type(error).__name__ + ': '}{error}".split())[:200]
+        where = opened.about.get("config_path")
+        where = f" and in {where}" if where else ""
         raise UserError(
-            f"{opened.path}: the settings that are stored with it cannot be used ({type(error).__name__}: {error})"
+            f"{opened.path}: the settings that are stored with it{where} cannot be used ({reason})"
         ) from None
     notes = (*notes, *detector.notes)
     return Weights(opened.path, detector.state, description, file_format, notes, (), detector.target_assumed_from)
@@ -181,10 +193,10 @@ def problems_of(weights: Weights) -> tuple[str, ...]:
     Raises:
         UserError: The description itself makes no sense.
     """
+    check_own_description(weights.source, weights.description, len(weights.state))
     try:
-        check_description(weights)
         expected = expected_shapes(weights)
-    except (TypeError, ValueError, KeyError) as error:
+    except FAULTS as error:
         raise UserError(f"{weights.source} does not fit its own description: {error}") from None
     state, problems = weights.state, list(weights.problems)
     if missing := [key for key in expected if key not in state]:
@@ -214,23 +226,73 @@ def expected_shapes(weights: Weights) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in state.items() if has_decoder or key.startswith(ENCODER)}
 
 
-def check_description(weights: Weights) -> None:
-    """Check what a configuration may state and no tensor shows.
+def check_own_description(path: Path, description: dict[str, Any], tensors: int) -> None:
+    """
+    Raises:
+        UserError: As in `check_description`; it names the file.
+    """
+    try:
+        check_description(description, tensors)
+    except FAULTS as error:
+        raise UserError(f"{path} does not fit its own description: {error}") from None
+
+
+def check_description(description: dict[str, Any], tensors: int) -> None:
+    """Check what a description says before anything is built by it, and what no tensor shows.
+
+    Args:
+        tensors: How many there are: every block has some.
 
     Raises:
         ValueError: Nothing can be computed with it.
     """
-    model, description = weights.config, weights.description
+    model = description.get("model")
+    if not isinstance(model, dict):
+        raise ValueError(f"model is {shown(model)}")
     if missing := [key for key in ENCODER_SIZES if key not in model]:
         raise ValueError(f"{missing[0]} is missing")
+    for key, value in model.items():
+        if key not in NOT_COUNTS and not is_size(value, pair=key in ("image_size", "patch_size")):
+            raise ValueError(f"{key} is {shown(value)}")
+        if key in ("depth", "decoder_depth") and value > tensors:
+            raise ValueError(f"{key} is {value:,}, with {tensors:,} tensors in all")
+    if not is_number(ratio := model["mlp_ratio"]) or not 0 < ratio * model["embed_dim"] <= MOST**2:
+        raise ValueError(f"mlp_ratio is {shown(ratio)}")
+    if not isinstance(model.get("timm_encoder", ""), str):
+        raise ValueError(f"timm_encoder is {shown(model['timm_encoder'])}")
+    check_arguments(model.get("timm_args"), tensors)
     for key in ("mean", "std"):
         values = description.get(key, [0.5] * model["in_chans"])
-        if len(values) != model["in_chans"] or not all(isinstance(v, int | float) and math.isfinite(v) for v in values):
-            raise ValueError(f"{key} is {values}, its images have {model['in_chans']} channels")
-    if not 0 < (ratio := description.get("mask_ratio", 0.75)) < 1:
-        raise ValueError(f"mask_ratio is {ratio}")
+        known = isinstance(values, list | tuple) and len(values) == model["in_chans"] and all(map(is_number, values))
+        if values is not None and not known:
+            raise ValueError(f"{key} is {shown(values)}, its images have {model['in_chans']} channels")
+        if key == "std" and values is not None and min(values) <= 0:
+            raise ValueError(f"std is {shown(values)}, by which nothing can be divided")
+    if not is_number(ratio := description.get("mask_ratio", 0.75)) or not 0 < ratio < 1:
+        raise ValueError(f"mask_ratio is {shown(ratio)}")
     if not isinstance(target := model.get("norm_pix_loss", True), bool):
-        raise ValueError(f"norm_pix_loss is {target!r}")
+        raise ValueError(f"norm_pix_loss is {shown(target)}")
+    about = description.get("classifier")
+    for holder in (description, about or {}):
+        if (crop := holder.get("crop_pct")) is not None and (not is_number(crop) or not 0 < crop <= 1):
+            raise ValueError(f"crop_pct is {shown(crop)}")
+    if about is not None:
+        check_classifier(about)
+
+
+def check_classifier(about: dict[str, Any]) -> None:
+    """
+    Raises:
+        ValueError: No classifier can be built by it.
+    """
+    classes = about["classes"]
+    if not isinstance(classes, list) or not classes or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes is {shown(classes)}")
+    for key, known in (("pool", ("mean", "class")), ("head", ("linear", "batchnorm", "plain"))):
+        if about[key] not in known:
+            raise ValueError(f"{key} is {shown(about[key])}")
+    if not is_number(scale := about["lora_scale"]):
+        raise ValueError(f"lora_scale is {shown(scale)}")
 
 
 def count_non_finite(tensor: Tensor) -> int:

@@ -19,6 +19,7 @@ from mae.errors import UserError
 from mae.models.mae import SIZES, Pair, as_pair, sincos_positions
 from mae.models.meta_device import meta_parameters
 from mae.models.vit import Pool
+from mae.weights.claims import check_arguments, check_recorded
 from mae.weights.preprocessing import by_timm, by_transformers
 from mae.weights.read_file import Opened
 from mae.weights.state_dict_keys import DECODER, ENCODER, State
@@ -29,6 +30,8 @@ ENCODER_HEADS = {size.embed_dim: size.num_heads for size in SIZES.values()}  # b
 DECODER_HEADS = {512: 16}  # by width; all published models have this one
 
 TIMM_POOLS: dict[Any, Pool] = {"token": "class", "avg": "mean"}
+
+MOST_PATCHES = 1 << 17  # of an image
 
 SINCOS_TOLERANCE = 5e-3  # positions stored as bfloat16 are off by up to 2e-3
 
@@ -67,7 +70,9 @@ def recorded_settings(opened: Opened, state: State) -> dict[str, Any]:
         more |= {key: args.get(key) for key in ("mean", "std", "crop_pct")}
     recorded |= {key: value for key, value in more.items() if value is not None}
     recorded |= opened.about.get("recorded") or {}
-    return {key: value for key, value in recorded.items() if value is not None}
+    recorded = {key: value for key, value in recorded.items() if value is not None}
+    check_recorded(recorded)
+    return recorded
 
 
 def script_arguments(opened: Opened) -> dict[str, Any]:
@@ -114,7 +119,9 @@ def timm_settings(config: dict[str, Any], opened: Opened, state: State) -> dict[
     settings["classes"] = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, dict) else labels
     pool, norm_after_pool = model_args.get("global_pool", config.get("global_pool")), model_args.get("fc_norm")
     stem = state.get(f"{ENCODER}patch_embed.proj.weight", torch.empty(0))
-    network = timm_network(config["architecture"], {"num_classes": config.get("num_classes", 1000), **model_args})
+    arguments = {"num_classes": config.get("num_classes", 1000), **model_args}
+    check_arguments(arguments, len(state))
+    network = timm_network(config["architecture"], arguments)
     if network is not None and (other := other_than_here(network)):
         raise UserError(f"{opened.path}: timm's {config['architecture']} {other}, other than this network")
     if isinstance(network, VisionTransformer) and network.embed_dim == len(stem):
@@ -209,6 +216,7 @@ class ArchitectureDetector:
             told = by_timm(config.get("pretrained_cfg") or {}, image_size)
         else:
             told = by_transformers(config.get("processor") or {}, image_size, in_chans)
+        check_recorded(told.settings)
         self.recorded |= told.settings
         self.notes += told.notes
 
@@ -285,8 +293,13 @@ class ArchitectureDetector:
         """Rows and columns of patches: recorded, stated, those whose sin-cos positions are stored, or a square."""
         if f"{ENCODER}reg_token" in self.state:
             raise UserError(f"{self.path} has register tokens (reg_token), which this network does not have")
-        rows = self.shape(f"{ENCODER}pos_embed", 3)[1]
+        one, rows, columns = self.shape(f"{ENCODER}pos_embed", 3)
         count = rows - 1
+        if (one, columns) != (1, width) or not 0 < count <= MOST_PATCHES:
+            raise UserError(
+                f"{self.path}: {ENCODER}pos_embed is {(one, rows, columns)}, wanted (1, 1 + patches, {width}), with "
+                f"{MOST_PATCHES:,} patches at most"
+            )
         if "image_size" in self.recorded:
             size = as_pair(self.recorded["image_size"])
             grid = size[0] // patch[0], size[1] // patch[1]

@@ -18,7 +18,7 @@ from mae.runtime.text import printable
 from mae.weights.detect import count_non_finite, detect_opened, first_names, overrides_from
 from mae.weights.detect_architecture import NO_OVERRIDES, SINCOS_TOLERANCE, ArchOverrides
 from mae.weights.model_card import count_of, size_name
-from mae.weights.read_file import Opened, open_weights
+from mae.weights.read_file import Opened, open_weights, parts_in
 from mae.weights.state_dict_keys import DECODER, ENCODER, State
 from mae.weights.weights import POSITIONS, Weights
 
@@ -107,7 +107,7 @@ def size_on_disk(path: Path) -> int:
     """Bytes, those of all parts where the weights are split over several files."""
     files = [path]
     if path.name.endswith(".index.json"):
-        files += [path.with_name(name) for name in set(json.loads(path.read_text())["weight_map"].values())]
+        files += parts_in(path)
     return sum(file.stat().st_size for file in files)
 
 

@@ -7,12 +7,13 @@ file that asks for any other class is refused, and the error names the class.
 import argparse
 import contextlib
 import json
+import math
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from mae.errors import UserError
 from mae.options import require_utf8
-from mae.runtime import checkpoint_files
+from mae.runtime import checkpoint_files, reading
+from mae.runtime.reading import open_regular, read_regular
 from mae.weights.state_dict_keys import State, bare_name
 from mae.weights.wrappers import encoder_roots
 
@@ -31,7 +33,7 @@ RUN_FILES = ("model.safetensors", "checkpoints/last.ckpt", "encoder.safetensors"
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
-HEADER = 100_000_000  # bytes, at most, of the header of a safetensors file
+MOST_TENSORS, LONGEST_NAME = 20_000, 1000  # in a file, and characters of a tensor's name
 
 AVERAGED_KEYS = ("state_dict_ema", "model_ema")
 
@@ -52,7 +54,7 @@ class Opened(NamedTuple):
     path: Path  # of the file, also where SRC is a folder
     state: State  # on the CPU, mapped from the file where it allows that; without the prefixes of wrappers
     description: dict[str, Any] | None  # the one that our own files hold
-    about: dict[str, Any]  # `config` (a JSON file beside it), `key` (of the tensors), `args`, `arch`, `epoch`
+    about: dict[str, Any]  # `config` and its `config_path`, `key` (of the tensors), `args`, `arch`, `epoch`
     optimizer: bool  # it holds the state of an optimiser
     notes: list[str]
 
@@ -64,13 +66,16 @@ def open_weights(src: str | Path) -> Opened:
         UserError: There are none, or they cannot be read; the error names the file and what is wrong with it.
     """
     path = Path(src).expanduser()
-    if path.is_dir():
-        path = in_folder(path)
-    require_utf8(path)
-    if not path.exists():
-        raise UserError(f"{path} does not exist")
-    if not path.is_file():
-        raise UserError(f"{path} is no file")
+    try:
+        if path.is_dir():
+            path = in_folder(path)
+        require_utf8(path)
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+        if not path.is_file():
+            raise UserError(f"{path} is no file")
+    except OSError as error:  # a folder that may not be searched, a name that is too long
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     config = config_of(path)
     if path.name.endswith(".index.json"):
         return open_parts(path, config)
@@ -85,9 +90,9 @@ def open_weights(src: str | Path) -> Opened:
 
 def in_folder(folder: Path) -> Path:
     """The file to read in a run folder, or in a folder that transformers or timm has saved."""
-    names = MODEL_FILES if (folder / "config.json").is_file() else (*RUN_FILES, *MODEL_FILES)
+    names = MODEL_FILES if (folder / "config.json").exists() else (*RUN_FILES, *MODEL_FILES)
     for name in names:
-        if (folder / name).is_file():
+        if (folder / name).exists():
             return folder / name
     raise UserError(f"{folder} is no run folder and no saved model: it holds none of {', '.join(names)}")
 
@@ -100,7 +105,7 @@ def config_of(path: Path) -> dict[str, Any]:
     if not {"model_type", "architecture"} & config.keys():  # a JSON file about something else
         return {}
     processor = read_json(beside.with_name("preprocessor_config.json"), required=True) if in_saved_folder else {}
-    return {"config": {**config, "processor": processor}}
+    return {"config": {**config, "processor": processor}, "config_path": beside}
 
 
 def read_json(path: Path, required: bool) -> dict[str, Any]:
@@ -109,24 +114,52 @@ def read_json(path: Path, required: bool) -> dict[str, Any]:
     Raises:
         UserError: `required`, and the file exists but holds no settings.
     """
-    if not path.is_file():
+    if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text())
-        if not isinstance(content, dict):
-            raise ValueError(f"it holds a {type(content).__name__} instead of settings")
+        return settings_in(read_regular(path, reading.SETTINGS))
     except (OSError, ValueError) as error:
         if required:
-            raise UserError(f"{path} cannot be read: {error}") from None
+            raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         return {}
+
+
+def settings_in(text: str | bytes) -> dict[str, Any]:
+    """The settings in a text of JSON.
+
+    Raises:
+        ValueError: It is too long, is not JSON, holds something else, a name twice, or a number that is not finite.
+    """
+    if len(text) > reading.SETTINGS:
+        raise ValueError(f"it has {len(text):,} bytes, over the limit of {reading.SETTINGS:,}")
+    try:
+        content = json.loads(text, object_pairs_hook=unique, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of settings")
     return content
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+    return settings
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:30]} is not a finite number")
+    return value
 
 
 def container_of(path: Path) -> str:
     """By the first bytes."""
     size = path.stat().st_size
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(64)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
@@ -135,9 +168,11 @@ def container_of(path: Path) -> str:
     if not size:
         raise UserError(f"{path} is empty (0 bytes)")
     # First, since the length that these begin with may have the bytes of any other kind.
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= HEADER:
+    if head[8:9] == b"{" and (length := int.from_bytes(head[:8], "little")) < 2**32:
+        if length > reading.WEIGHTS_HEADER:
+            raise UserError(f"{path} is damaged: a header of {length:,} bytes, over {reading.WEIGHTS_HEADER:,}")
         return "safetensors"
-    if head[:2] == b"PK" or head[:1] == b"\x80" or b"ustar" in head:  # as torch writes today, before 1.6, and long ago
+    if head[:2] == b"PK" or head[:1] == b"\x80":  # as torch writes today, and before 1.6
         return "torch"
     if head.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a pointer of Git LFS, not the file itself: run `git lfs pull` where it came from")
@@ -154,9 +189,7 @@ def open_safetensors(path: Path) -> Opened:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged or cut off: {error}") from None
     try:
-        description = json.loads(metadata["mae"]) if "mae" in metadata else None
-        if not isinstance(description, dict | None):
-            raise ValueError(f"a {type(description).__name__}")
+        description = settings_in(metadata["mae"]) if "mae" in metadata else None
     except ValueError as error:
         raise UserError(f"{path} is damaged: its own description cannot be read: {error}") from None
     return Opened(path, with_bare_names(path, state), description, {}, False, [])
@@ -168,7 +201,8 @@ def open_torch(path: Path, content: Any = None) -> Opened:
     if isinstance(content, Tensor) or not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__} instead of a dictionary of tensors")
     description = content.get("mae")
-    if isinstance(description, dict) and (version := content.get("mae_format", 0)) > checkpoint_files.FORMAT:
+    version = content.get("mae_format", 0)
+    if isinstance(description, dict) and isinstance(version, int) and version > checkpoint_files.FORMAT:
         raise UserError(
             f"{path} was written by a newer version of this package (format {version}, this one reads up to "
             f"{checkpoint_files.FORMAT}): update the package"
@@ -202,62 +236,125 @@ def holds_tensors(value: Any) -> bool:
 
 
 def load_pickle(path: Path) -> Any:
-    """The content, with tensors mapped from the file where its format allows that."""
-    failure: Exception | None = None
-    for mmap in (True, False):
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about old files, which torch reads all the same
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except RuntimeError as error:
-            failure = error
-            if "mmap" not in str(error):  # files from before torch 1.6 cannot be mapped
-                break
-        except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
-            failure = error
-            break
-    message = str(failure)
-    classes = classes_in_pickle(path)
-    if unknown := [name for name in classes if name not in KNOWN_CLASSES and not name.startswith("torch.")]:
+    """The content, with tensors mapped from the file where its format allows that.
+
+    Raises:
+        UserError: It is damaged or cut off, which costs little memory, or asks for classes that are not read.
+    """
+    outline = read_outline(path)
+    if unknown := [name for name in outline.classes if name not in KNOWN_CLASSES and not name.startswith("torch.")]:
         raise UserError(
             f"{path} is not safe to load: it asks for {', '.join(unknown[:3])}, which could run any code; only "
             "tensors, plain values and argparse.Namespace are read. If you trust it, save its state_dict alone where "
             "it comes from"
         )
-    if isinstance(failure, pickle.UnpicklingError):
-        # The first sentences of torch's message advise to load the file all the same; the cause comes later.
-        match = re.search(r"[Uu]nsupported [^\n]*", message)
-        raise UserError(f"{path} is not safe to load: it holds more than tensors ({match[0] if match else 'a pickle'})")
-    raise UserError(f"{path} is damaged or cut off: {(message.splitlines() or [type(failure).__name__])[0]}")
-
-
-def classes_in_pickle(path: Path) -> list[str]:
-    """The classes that a pickle would import; its instructions are only listed, none is run."""
+    if outline.wrong:
+        raise UserError(f"{path} is damaged or cut off: {outline.wrong}")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                pickles = [archive.read(name) for name in archive.namelist() if name.endswith("/data.pkl")]
-        else:
-            pickles = [path.read_bytes()]
-    except Exception:  # whatever a damaged archive makes zipfile raise
-        return []
-    classes: dict[str, None] = {}
-    for data in pickles:
-        words: list[str] = []  # strings in the order of their use
-        memo: list[str] = []
-        with contextlib.suppress(Exception):  # of a damaged pickle, the classes up to there count
-            for operation, argument, _ in pickletools.genops(data):
-                if operation.name == "GLOBAL":
-                    classes[str(argument).replace(" ", ".")] = None
-                elif operation.name == "STACK_GLOBAL":
-                    classes[".".join(words[-2:])] = None
-                elif operation.name == "MEMOIZE":
-                    memo.append(words[-1] if words else "")
-                elif operation.name in ("BINGET", "LONG_BINGET") and int(argument or 0) < len(memo):
-                    words.append(memo[int(argument or 0)])
-                elif isinstance(argument, str):
-                    words.append(argument)
-    return list(classes)
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old files, which torch reads all the same
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=outline.is_zip)
+    except pickle.UnpicklingError as error:
+        # The first sentences of torch's message advise to load the file all the same; the cause comes later.
+        match = re.search(r"[Uu]nsupported [^\n]*", str(error))
+        what = match[0] if match else "a pickle"
+        raise UserError(f"{path} is not safe to load: it holds more than tensors ({what})") from None
+    except Exception as error:  # whatever a damaged or foreign file makes the unpickler raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} is damaged or cut off: {reason}") from None
+
+
+class Outline(NamedTuple):
+    """What a file of torch asks for, found without running anything in it and without reading its tensors."""
+
+    is_zip: bool
+    classes: list[str]  # that its pickle would import
+    wrong: str  # why it cannot be whole, or ""
+
+
+class Stub:
+    """Stands for every class and function that a pickle names. Whatever the pickle does with it, nothing happens."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "Stub":
+        return object.__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def _ignore(self, *args: Any) -> None: ...
+
+    __setstate__ = __setitem__ = append = extend = add = __call__ = _ignore
+
+
+class OutlineReader(pickle.Unpickler):
+    """
+    Attributes:
+        classes: The classes that the pickles up to here name.
+        storages: By key, how many bytes the tensors' memory takes, as the pickles have it.
+    """
+
+    def __init__(self, stream: BytesIO) -> None:
+        super().__init__(stream)
+        self.classes: dict[str, None] = {}
+        self.storages: dict[str, int] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.classes[f"{module}.{name}"] = None
+        return type(name, (Stub,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, storage, key, where, count = pid[:5]
+        dtype = DTYPES.get(storage.__name__.removesuffix("Storage"), torch.uint8)
+        if kind != "storage" or type(count) is not int:
+            raise ValueError(f"{count!r} numbers in a tensor")
+        self.storages[str(key)] = 0 if where == "meta" else count * dtype.itemsize
+        return Stub()
+
+
+# By how torch calls their memory: FloatStorage, ...
+DTYPES = {
+    **{"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16},
+    **{"Long": torch.int64, "Int": torch.int32, "Short": torch.int16},
+}
+
+
+def read_outline(path: Path) -> Outline:
+    size, is_zip = path.stat().st_size, False
+    wrong = ""
+    try:
+        with open_regular(path) as file:
+            is_zip = file.read(2) == b"PK"
+            file.seek(0)
+            pickles = pickle_in(zipfile.ZipFile(file)) if is_zip else file.read(min(size, reading.PICKLE))
+    except Exception as error:  # whatever a damaged archive makes zipfile raise
+        return Outline(is_zip, [], str(error) or type(error).__name__)
+    outline = OutlineReader(BytesIO(pickles))
+    try:
+        first = outline.load()
+        if not is_zip and first != torch.serialization.MAGIC_NUMBER:
+            wrong = "it is a pickle, but not of torch"
+        for _ in range(3 if not is_zip and not wrong else 0):  # the version, sizes of numbers, and the content
+            outline.load()
+    except Exception as error:  # whatever a damaged pickle raises; up to there it counts
+        if not is_zip:  # whose tensors are mapped: torch may judge
+            wrong = str(error) or type(error).__name__
+    claimed = sum(outline.storages.values())
+    if not wrong and claimed > size:
+        wrong = f"its tensors take {claimed:,} bytes, the file has {size:,}"
+    return Outline(is_zip, list(outline.classes), " ".join(wrong.split()))
+
+
+def pickle_in(archive: zipfile.ZipFile) -> bytes:
+    """The values in a checkpoint of torch, which is a zip archive."""
+    names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(names) != 1:
+        raise ValueError("a zip archive without data.pkl")
+    if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+        raise ValueError(f"{packed[0]} is compressed, as torch does not write it")
+    if (size := archive.getinfo(names[0]).file_size) > reading.PICKLE:
+        raise ValueError(f"{names[0]} has {size:,} bytes, over the limit of {reading.PICKLE:,}")
+    with contextlib.suppress(zipfile.BadZipFile):  # of a writer that leaves out checksums
+        return archive.read(names[0])
+    return b""
 
 
 def with_bare_names(path: Path, state: Mapping[Any, Any]) -> State:
@@ -266,6 +363,8 @@ def with_bare_names(path: Path, state: Mapping[Any, Any]) -> State:
     Raises:
         UserError: Something else than a tensor is among them, a tensor has no values, or a name comes twice.
     """
+    if len(state) > MOST_TENSORS:
+        raise UserError(f"{path} holds {len(state):,} tensors, over the limit of {MOST_TENSORS:,}")
     tensors: State = {}
     for key, value in state.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
@@ -274,6 +373,10 @@ def with_bare_names(path: Path, state: Mapping[Any, Any]) -> State:
             )
         if value.layout is not torch.strided or value.is_meta:
             raise UserError(f"{path}: {key} has no numbers of its own (it is sparse or a placeholder)")
+        if (claimed := value.numel() * value.element_size()) > (stored := value.untyped_storage().nbytes()):
+            raise UserError(f"{path}: {key} claims {claimed:,} bytes, of which {stored:,} are stored")
+        if len(key) > LONGEST_NAME:
+            raise UserError(f"{path} holds a tensor with a name of {len(key):,} characters: {key[:30]}...")
         name = bare_name(key)
         if name in tensors:
             raise UserError(f"{path} holds {name} twice, with and without a prefix: keep one of them")
@@ -285,13 +388,19 @@ def with_bare_names(path: Path, state: Mapping[Any, Any]) -> State:
 
 def open_parts(index: Path, config: dict[str, Any]) -> Opened:
     """Open weights in several files, as transformers splits large ones."""
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} cannot be read: {error}") from None
     state: State = {}
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise UserError(f"{index} names {name}, which is not beside it")
-        state |= open_weights(index.with_name(name)).state
+    for part in parts_in(index):
+        state |= open_weights(part).state
     return Opened(index, state, None, config, False, [])
+
+
+def parts_in(index: Path) -> list[Path]:
+    """The files that an index of weights names, which lie beside it."""
+    try:
+        names = sorted(set(settings_in(read_regular(index, reading.SETTINGS))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name[:256]).name != name or not name or name.endswith(".json"):
+            raise UserError(f"{index} names {str(name)[:100]}, which is not beside it or no file of weights")
+    return [index.with_name(name) for name in names]

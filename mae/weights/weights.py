@@ -217,6 +217,8 @@ def merge_lora(state: State, scale: float) -> State:
         if key.endswith(".base_layer.weight"):
             layer = key.removesuffix(".base_layer.weight")
             down, up = state[f"{layer}.lora_A.default.weight"], state[f"{layer}.lora_B.default.weight"]
+            if value.shape != (len(up), *down.shape[1:]):  # before their product takes memory
+                raise ValueError(f"{layer} has adapters of another shape")
             value = value + scale * up @ down
         merged[key.replace(".base_layer.", ".")] = value
     return merged
@@ -228,6 +230,8 @@ def fold_batchnorm(state: State) -> State:
     mean, var = (state.pop(f"{ENCODER}head.0.running_{key}").double() for key in ("mean", "var"))
     state.pop(f"{ENCODER}head.0.num_batches_tracked", None)
     weight, bias = (state.pop(f"{ENCODER}head.1.{key}").double() for key in ("weight", "bias"))
+    if weight.shape[1:] != var.shape or var.shape != mean.shape or var.ndim != 1:
+        raise ValueError("its head and the BatchNorm before it are of different widths")
     weight = weight / (var + 1e-6).sqrt()  # epsilon of the official probe, and of ours
     return state | {f"{ENCODER}head.weight": weight.float(), f"{ENCODER}head.bias": (bias - weight @ mean).float()}
 

@@ -112,7 +112,7 @@ def chosen_root(path: Path, roots: list[str], prefix: str | None) -> str:
         there = f"there is one behind {' and one behind '.join(quoted)}" if roots else "there is none at all"
         raise UserError(f"--prefix {prefix}: {path} has no encoder behind it; {there}")
     if len(fitting) > 1:
-        several = " and ".join(f"'{names[root]}'" for root in fitting)
+        several = " and ".join(f"'{names[root]}'" for root in fitting[:5]) + (" and more" if len(fitting) > 5 else "")
         raise UserError(
             f"{path} holds {len(fitting)} encoders, behind the prefixes {several}: state which; `mae convert` and "
             "`mae inspect` take --prefix, mae.load and mae.load_encoder prefix="

@@ -7,14 +7,16 @@ starts, such as the second rank of two, are fresh interpreters as ever.
 """
 
 import atexit
+import contextlib
 import functools
 import multiprocessing
 import os
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
 from multiprocessing import forkserver
@@ -23,6 +25,8 @@ from typing import Any, TypeVar
 from unittest import mock
 
 import torch
+
+from mae.runtime.memory import status
 
 Result = TypeVar("Result")
 
@@ -119,6 +123,17 @@ def in_process(function: Callable[..., Result], *args: Any, timeout: float = 200
     start_server()
     with ProcessPoolExecutor(1, CONTEXT) as pool:
         return pool.submit(function, *args).result(timeout)
+
+
+@contextlib.contextmanager
+def little_memory(mib: int) -> Iterator[None]:
+    """So many MiB of address space beyond what this process takes now."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (status("VmSize") + mib * 2**20, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def run_forked(args: Sequence[object], timeout: float, **environ: str) -> subprocess.CompletedProcess[str]:

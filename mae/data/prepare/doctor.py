@@ -148,6 +148,9 @@ def other_problems(
         remedies = sorted({UNREAD_SUFFIXES[suffix] for suffix in left.suffixes} - {""})
         advice = f"images by their suffix, left out; {', or '.join([*remedies, 'convert to PNG, TIFF or JPEG'])}"
         yield new_finding(sum(left.suffixes.values()), "file", what, advice, sorted(left.suffixes))
+        advice = "pipes, sockets and devices, left out; remove, or rename"
+        kinds = [f"{kind} {count:,}" for kind, count in sorted(left.specials.items())]
+        yield new_finding(sum(left.specials.values()), "entry", f"in {key} that is no file", advice, kinds)
         advice = "of systems and programs, left out with the images in them; rename what is wanted"
         yield new_finding(len(left.hidden), "hidden folder", f"with images in {key}", advice, sorted(left.hidden))
         misnamed = split.marked("other suffix")

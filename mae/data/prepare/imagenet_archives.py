@@ -10,6 +10,8 @@ import numpy as np
 
 from mae.data.tar_shards import RecordSource, record_source, scan_tar
 from mae.errors import UserError
+from mae.runtime import reading
+from mae.runtime.reading import open_regular
 from mae.runtime.storage import Place
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -80,7 +82,10 @@ def read_devkit(path: Path) -> tuple[dict[int, str], list[int]]:
     import scipy.io  # slow to import, and only these archives need it
 
     try:
-        whole = gzip.decompress(path.read_bytes())  # to the end, where its checksum is
+        with open_regular(path) as packed, gzip.GzipFile(fileobj=packed) as stream:
+            whole = stream.read(reading.DEVKIT + 1)  # to the end, where its checksum is
+        if len(whole) > reading.DEVKIT:
+            raise ValueError(f"unpacked it has more than {reading.DEVKIT:,} bytes")
         with tarfile.open(fileobj=BytesIO(whole)) as tar:
             meta, truth_file = (
                 _member(tar, f"{_DATA}/{name}") for name in ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")

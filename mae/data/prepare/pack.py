@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae.commands import pack_parser
-from mae.data.channel_stats import as_option, mean_and_std, moments
+from mae.data.channel_stats import as_option, constant_channels, mean_and_std, moments
 from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
@@ -195,6 +195,9 @@ def pack_images(config: Namespace) -> None:
     for key in ("mean", "std"):
         if values := packed["train"].about[key]:
             print(as_option(key, values), flush=True)
+    about = packed["train"].about
+    if about["std"] and (warning := constant_channels(about["mean"], about["std"])):
+        print(warning, flush=True)
 
 
 def open_sources(src: Path, config: Namespace) -> Splits:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mae.data.channel_stats import as_option, mean_and_std, moments
+from mae.data.channel_stats import as_option, constant_channels, mean_and_std, moments
 from mae.data.datamodule import ImageData
 from mae.data.decode import BadImage
 from mae.data.prepare.survey import survey_split
@@ -28,6 +28,8 @@ def stats_command(args: Sequence[str]) -> None:
         print(data.layout, file=sys.stderr)  # what is on standard output can be given to a command
     for key, values in zip(("mean", "std"), statistics, strict=True):
         print(as_option(key, values))
+    if warning := constant_channels(*statistics):
+        print(warning, file=sys.stderr)
 
 
 def channel_statistics(data: ImageData) -> tuple[list[float], list[float]]:

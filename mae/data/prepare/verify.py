@@ -1,5 +1,6 @@
 """`mae pack --verify`: compare shards with their index byte by byte, and name the damaged records."""
 
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from mae.data.decode import BadImage
 from mae.data.prepare.tar_writer import image_suffix, key, member, padded, written_files
 from mae.data.tar_shards import INDEX, Index, read_index
 from mae.errors import UserError
+from mae.runtime.reading import open_regular
 from mae.runtime.storage import Place
 
 BLOCK = tarfile.BLOCKSIZE
@@ -58,7 +60,7 @@ def find_damage(folder: Path, index: Index, progress: Callable[[], Any] = lambda
     ends = np.searchsorted(index.file, np.arange(len(index.files)), side="right").tolist()
     for name, start, end in zip(index.files, [0, *ends], ends, strict=False):
         try:
-            file = open(folder / name, "rb")
+            file = open_regular(folder / name)
         except OSError as error:
             for i in range(start, end):
                 yield i, f"the shard cannot be opened: {error.strerror}"
@@ -79,11 +81,12 @@ def find_damage(folder: Path, index: Index, progress: Callable[[], Any] = lambda
 
 def record_damage(file: BinaryIO, index: Index, i: int) -> list[str]:
     """What is wrong with a record of a shard; leaves the file at the end of the record."""
-    size = int(index.size[i])
-    file.seek(int(index.offset[i]) - BLOCK)
+    size, start = int(index.size[i]), int(index.offset[i]) - BLOCK
+    left = os.fstat(file.fileno()).st_size - start
+    if left < BLOCK + size:  # before memory is taken for it
+        return ["the shard ends within it" if left > 0 else "the shard ends before it"]
+    file.seek(max(0, start))
     header, data = file.read(BLOCK), file.read(size)
-    if len(header) < BLOCK or len(data) < size:
-        return ["the shard ends within it" if header else "the shard ends before it"]
     # An image that was encoded anew has another suffix than its name.
     damage = header_damage(header, [f"{key(i)}.{suffix}" for suffix in (image_suffix(index.name(i)), "jpg")], size)
     if zlib.crc32(data) != index.crc32[i]:

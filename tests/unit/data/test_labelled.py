@@ -1,6 +1,7 @@
 """Labels: few of them, held-out parts, classes that cannot be; and the strong augmentation of fine-tuning."""
 
 import hashlib
+import os
 import random
 from pathlib import Path
 
@@ -74,6 +75,9 @@ def test_a_list_of_names_is_the_training_set(image_folder: Path, tmp_path: Path)
     assert names(data) == ["cat/001.png", "dog/own.png"]
     with pytest.raises(UserError, match=r"nowhere\.txt cannot be read"):
         LabelledData(root=str(image_folder), subset_file="nowhere.txt").load()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--data.subset_file .*pipe cannot be read: it is a pipe or device"):
+        LabelledData(root=str(image_folder), subset_file=str(tmp_path / "pipe")).load()
 
 
 def test_a_held_out_part_is_apart_and_the_test_images_are_not_in_it() -> None:

@@ -1,5 +1,7 @@
 """Which folder is taken for which split, what is no class, what is left out: said in one line, the same in a tar."""
 
+import os
+import socket
 import tarfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from mae.cli import main
 from mae.data.image_files import Leftovers, find_images
 from mae.data.labelled import LabelledData
 from mae.data.layout import open_splits
+from mae.data.sources import FolderSource, describe
 from mae.data.tar_shards import scan_tar
 from mae.errors import UserError
 from mae.runtime.storage import Place
@@ -183,6 +186,16 @@ def test_the_line_is_printed_where_images_are_counted(tmp_path: Path, capsys: py
     (root / "train").mkdir()
     assert main(["doctor", str(root)]) == 2
     assert "has both Train/ and train/: say which one is for train with --train_dir" in capsys.readouterr().err
+
+
+def test_pipes_and_sockets_are_named(tmp_path: Path) -> None:
+    save_images(tmp_path / "cat", 2)
+    os.mkfifo(tmp_path / "cat" / "x.jpg")
+    os.mkfifo(tmp_path / "queue")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "s.png"))
+    source = FolderSource(tmp_path, 3)
+    assert describe(source) == "2 images, 1 class; left out: pipe 2, socket 1"
 
 
 def test_leftovers_are_those_of_the_walk(tmp_path: Path) -> None:

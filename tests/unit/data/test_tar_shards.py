@@ -1,6 +1,7 @@
 """Images from shards, here and from afar: the same batches as from the folder, or errors; and the index."""
 
 import io
+import os
 import re
 import tarfile
 import threading
@@ -12,16 +13,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked import in_process
+from aiohttp import ClientTimeout
+from forked import in_process, little_memory
 from PIL import Image
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
 from mae.data.decode import BadImage
 from mae.data.prepare import pack
+from mae.data.prepare.verify import find_damage
 from mae.data.sources import FolderSource
 from mae.data.tar_shards import (
     INDEX,
+    Index,
     RecordSource,
     make_index,
     open_images,
@@ -31,7 +35,7 @@ from mae.data.tar_shards import (
     write_index,
 )
 from mae.errors import UserError
-from mae.runtime import memory, storage
+from mae.runtime import memory, reading, storage
 from mae.runtime.storage import Place
 
 SETTINGS: dict[str, Any] = {"image_size": 16, "batch_size_per_device": 6, "seed": 5}
@@ -102,12 +106,16 @@ class Store(SimpleHTTPRequestHandler):
         ranges: Whether it knows of parts; else it sends the whole file.
         failing: Requests for shards that it still has to answer with an error.
         closed: How paths begin that it never answers but with an error.
+        endless: It sends zeros for ever ("yes"; "lying" of its length, too), or nothing at all ("silent").
+        sent: So many bytes of these.
         asked: What was asked for.
     """
 
     ranges = True
     failing = 0
     closed = "-"
+    endless = ""
+    sent = 0
     asked: list[str]
 
     def do_GET(self) -> None:
@@ -119,6 +127,16 @@ class Store(SimpleHTTPRequestHandler):
             self.send_error(HTTPStatus.SERVICE_UNAVAILABLE)
             return
         part = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if self.endless:
+            self.send_response(HTTPStatus.OK)
+            if self.endless == "lying":
+                self.send_header("Content-Length", str(2**50))
+            self.end_headers()
+            while self.endless != "silent":
+                self.wfile.write(bytes(1 << 16))
+                type(self).sent += 1 << 16
+            threading.Event().wait(1)
+            return
         path = Path(self.translate_path(self.path))
         self.asked.append(f"{path.name} {part[0] if part else 'whole'}")
         if not part or not path.is_file() or not self.ranges:
@@ -175,7 +193,8 @@ def test_batches_over_http_are_those_of_the_folder(
     assert_same(batches(loaded(f"{where}/", num_workers=2)), wanted)  # forked, with connections open
     assert pauses == []
     asked = store.kind.asked  # type: ignore[attr-defined]
-    assert {request.split()[1] for request in asked if INDEX in request} == {"whole", "bytes=0-0"}  # there at all?
+    # Is it there at all? And then all of it, up to the limit.
+    assert {request.split()[1] for request in asked if INDEX in request} == {"bytes=0-0", f"bytes=0-{reading.INDEX}"}
     parts = [request for request in asked if ".tar bytes=" in request]
     assert len(parts) == 2 * (2 * 24 + 6)  # each image once an epoch, and nothing else of the shards
     assert not [request for request in asked if request.endswith(".tar whole")]
@@ -248,6 +267,22 @@ def test_no_index_from_afar_is_one_line(tmp_path: Path, store: Callable[..., str
         loaded("nosuch://bucket")
 
 
+@pytest.mark.parametrize("endless", ["yes", "lying", "silent"])
+def test_an_index_without_end_is_read_to_its_limit(
+    endless: str, tmp_path: Path, store: Callable[..., str], monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    monkeypatch.setattr(reading, "INDEX", 1 << 20)
+    patience = {**storage.OPTIONS["http"]["client_kwargs"], "timeout": ClientTimeout(sock_connect=1, sock_read=0.05)}
+    monkeypatch.setitem(storage.OPTIONS, "http", {"client_kwargs": patience, "skip_instance_cache": True})
+    where = store(tmp_path, endless=endless)
+    said = "reached" if endless == "silent" else "read: it has more bytes than the limit of 1,048,576"
+    with pytest.raises(UserError, match=rf"index.safetensors cannot be {said}"):
+        open_images(Place(where), 3)
+    source = RecordSource(Place(where), make_index(["000000.tar"], [0], [0], [3], ["a"]), 3)
+    assert isinstance(next(source.read_all([0])), BadImage)
+    assert store.kind.sent < 64 << 20  # type: ignore[attr-defined]  # of 5 answers, what sockets hold included
+
+
 def test_empty_records_over_http(tmp_path: Path, store: Callable[..., str]) -> None:
     (tmp_path / "000000.tar").write_bytes(b"abc" + bytes(100))
     source = RecordSource(Place(store(tmp_path)), make_index(["000000.tar"], [0, 0], [0, 3], [3, 0], ["a", "b"]), 3)
@@ -308,7 +343,7 @@ def test_an_index_comes_back_as_it_was(tmp_path: Path) -> None:
     names = ["cat/ä.jpg", "cat/\udcff.jpg", "", "dog/x y.png"]
     about = {"mean": [0.1, 1 / 3], "encoding": "original bytes"}
     index = make_index(
-        ["a.tar", "b.tar"], [0, 0, 1, 1], [512, 2**40, 512, 9], [1, 2, 0, 2**33], names, [0, 2**32 - 1, 5, 6],
+        ["a.tar", "b.tar"], [0, 0, 1, 1], [512, 2**40, 512, 9], [1, 2, 0, 2**30], names, [0, 2**32 - 1, 5, 6],
         [0, 0, 2, 1], ["cat", "dog", "none"], about,
     )  # fmt: skip
     write_index(index, tmp_path / INDEX)
@@ -344,6 +379,94 @@ def test_a_damaged_index_is_refused_whatever_byte_it_is(shards: Path, tmp_path: 
     path.unlink()
     with pytest.raises(UserError, match=r"index.safetensors cannot be read"):
         read_index(Place(tmp_path))
+
+
+def changed(index: Index, **columns: Any) -> Index:
+    return Index(**(index._asdict() | columns))  # `_replace` would ask for its length
+
+
+def damaged_columns(index: Index) -> Iterator[tuple[str, Index]]:
+    """An index of three images in two shards, with one thing wrong at a time."""
+    columns: dict[str, list[list[int]]] = {
+        "file": [[0, 0, 2], [1, 0, 0], [0, 0]],
+        "offset": [[-1, 512, 512], [2**63 - 1, 0, 0], [0, 0]],
+        "size": [[-1, 1, 1], [1, 2**62, 1], [1, 1, 1, 1]],
+        "crc32": [[1, 2]],
+        "label": [[0, 1, 2], [-1, 0, 0], [0, 1]],
+        "name_end": [[2, 1, 3], [1, 2, 4], [1, 2, 2], [-1, 2, 3]],
+    }
+    for key, values in columns.items():
+        column = getattr(index, key)
+        yield from ((f"{key} {value}", changed(index, **{key: np.array(value, column.dtype)})) for value in values)
+        for what, other in (("floats", column.astype("float64")), ("matrix", column[None]), ("number", column[0])):
+            yield f"{key}: {what}", changed(index, **{key: np.asarray(other)})
+    yield "names of another type", changed(index, names=index.names.astype("int16"))
+    nested: list[Any] = []
+    for _ in range(500):
+        nested = [nested]
+    others: dict[str, list[Any]] = {
+        "files": [["a.tar", "../b.tar"], ["a.tar", "/etc/passwd"], ["a.tar", 7], ["a.tar", ""], "ab", None, {"a": 0}],
+        "classes": [[1, 2], ["cat"], None, [["cat"], ["dog"]]],
+        "about": [{"mean": ["0.5"]}, {"mean": 0.5}, {"std": [-1.0]}, {"std": [np.nan]}, {"std": [True]}, [], None],
+    }
+    others["about"].append({"std": nested})
+    for key, values in others.items():
+        yield from ((f"{key} {str(value)[:50]}", changed(index, **{key: value})) for value in values)
+    arrays = ("file", "offset", "size", "crc32", "label", "name_end", "names")
+    yield "no images", changed(index, **{key: getattr(index, key)[:0] for key in arrays})
+
+
+def test_an_index_with_a_right_checksum_and_wrong_contents_is_damaged(tmp_path: Path) -> None:
+    labels, about = [0, 1, 1], {"mean": [0.5], "std": [0.0]}
+    columns = [0, 0, 1], [512, 1024, 512], [1, 2, 3], ["x", "y", "z"], [7, 8, 9]
+    whole = make_index(["a.tar", "b.tar"], *columns, labels, ["cat", "dog"], about)
+    write_index(whole, tmp_path / INDEX)
+    assert len(open_images(Place(tmp_path), 3)) == 3
+    for what, index in damaged_columns(whole):
+        write_index(index, tmp_path / INDEX)
+        with pytest.raises(UserError, match=r"index.safetensors is damaged; `mae pack` writes the shards anew$"):
+            raise AssertionError(f"{what}: {open_images(Place(tmp_path), 3)}")
+
+
+def read_in_little_memory(folder: Path) -> list[str]:
+    source = open_images(Place(folder), 3)
+    assert isinstance(source, RecordSource)
+    with little_memory(64):
+        return [*map(str, source.read_all([0, 1])), *(damage for _, damage in find_damage(folder, source.index))]
+
+
+@pytest.mark.slow
+def test_records_behind_the_end_of_a_shard_take_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(bytes(2048))
+    write_index(make_index(["a.tar"], [0] * 2, [512, 2**50], [2**30, 9], ["x", "y"], [7, 8]), tmp_path / INDEX)
+    assert in_process(read_in_little_memory, tmp_path) == [
+        f"{tmp_path}/a.tar: x: 1536 bytes came instead of {2**30}",
+        f"{tmp_path}/a.tar: y: 0 bytes came instead of 9",
+        "the shard ends within it",
+        "the shard ends before it",
+    ]
+
+
+def zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, zeros])
+def test_shards_indexes_and_tar_files_that_are_no_files(make: Callable[[Path], None], tmp_path: Path) -> None:
+    write_index(make_index(["a.tar"], [0], [512], [9], ["x"], [7]), tmp_path / INDEX)
+    make(tmp_path / "a.tar")
+    said = "it is a pipe or device, not a file"
+    with pytest.raises(BadImage, match=said):
+        open_images(Place(tmp_path), 3).read(0)
+    assert [damage for _, damage in find_damage(tmp_path, read_index(Place(tmp_path)))] == [
+        f"the shard cannot be opened: {said}"
+    ]
+    with pytest.raises(UserError, match=said):
+        list(scan_tar(tmp_path / "a.tar"))
+    (tmp_path / INDEX).unlink()
+    make(tmp_path / INDEX)
+    with pytest.raises(UserError, match=rf"index.safetensors cannot be read: {said}"):
+        open_images(Place(tmp_path), 3)
 
 
 def test_an_index_of_a_newer_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -455,3 +578,61 @@ def test_tar_files_that_would_lose_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "images.tar.gz").rename(tmp_path / "packed.tar")
     with pytest.raises(UserError, match=r"packed.tar is not a tar file .*unpack it if it is compressed"):
         tar_source(tmp_path / "packed.tar", 3)
+
+
+def header(name: bytes = b"a.jpg", size: bytes = b"00000000003\0", kind: bytes = b"0") -> bytes:
+    """The 512 bytes of a header, with a right checksum."""
+    block = name.ljust(100, b"\0") + b"0000644\0" + 2 * b"0000000\0" + size + b"00000000000\0" + b" " * 8 + kind
+    block = (block.ljust(257, b"\0") + b"ustar\x0000").ljust(512, b"\0")
+    return block[:148] + b"%06o\0 " % sum(block) + block[156:]
+
+
+def padded(data: bytes) -> bytes:
+    return data + bytes(-len(data) % 512)
+
+
+def octal(size: int) -> bytes:
+    return b"%011o\0" % size
+
+
+def extended(*texts: bytes) -> bytes:
+    """An extended header, PAX, with these records."""
+    data = b""
+    for text in texts:
+        data += next(r for n in range(len(text) + 9) if len(r := b"%d %s\n" % (n, text)) == n)
+    return header(b"pax", octal(len(data)), b"x") + padded(data)
+
+
+IMAGE, END, BIG = header() + padded(b"abc"), bytes(1024), octal(8**11 - 1)
+SPARSE = extended(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + header(size=octal(512))
+HOSTILE_TARS = {
+    "a negative size": header(size=b"\xff" * 12) + END,
+    "a size that leads back": IMAGE + header(size=b"\xff" * 10 + b"\xf6\x00") + END,
+    "a size beyond the file": header(size=BIG) + END,
+    "a size of 2^86": header(size=b"\x80" + b"\x7f" * 11) + END,
+    "PAX: size -512": extended(b"size=-512") + IMAGE + END,
+    "PAX: size -1536": extended(b"size=-1536") + IMAGE + END,
+    "PAX: size of 5,000 digits": extended(b"size=" + b"9" * 5000) + IMAGE + END,
+    "PAX: 8 GB": header(b"pax", BIG, b"x") + END,
+    "PAX: negative": header(b"pax", b"\xff" * 10 + b"\xfe\0", b"x") + IMAGE + END,
+    "PAX: a record of no length": header(b"pax", octal(6), b"x") + padded(b"0 a=b\n") + IMAGE + END,
+    "PAX: digits": header(b"pax", octal(200_000), b"x") + padded(b"9" * 200_000) + IMAGE + END,
+    "PAX: a chain": extended(b"path=b.jpg") * 2000 + IMAGE + END,
+    "long names: a chain": (header(b"l", octal(6), b"L") + padded(b"b.jpg\0")) * 2000 + IMAGE + END,
+    "long name: 8 GB": header(b"l", BIG, b"L") + END,
+    "sparse map without end": SPARSE + padded(b"999999999\n1\n"),
+    "sparse map of words": SPARSE + padded(b"many\n"),
+    "sparse map, long": extended(b"GNU.sparse.map=" + b"1,1," * 70_000) + IMAGE + END,
+    "no header": IMAGE + b"x" * 512 + END,
+}
+
+
+def test_tar_files_that_no_program_writes_are_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    for what, data in HOSTILE_TARS.items():
+        path.write_bytes(data)
+        with pytest.raises(UserError, match=r"x.tar is not a tar file that can be read: ") as caught:
+            raise AssertionError(f"{what}: {list(scan_tar(path))}")
+        assert "\n" not in str(caught.value)
+    path.write_bytes(extended(b"path=b\0.jpg") + IMAGE + header(name=b"") + padded(b"abc") + END)
+    assert [name for name, _, _ in scan_tar(path)] == ["b\0.jpg"]

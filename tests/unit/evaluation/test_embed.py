@@ -19,12 +19,14 @@ import pytest
 import torch
 from conftest import save_images
 from PIL import Image
+from safetensors.torch import save_file
 
 from mae.data.datamodule import ImageData
 from mae.data.prepare.pack import pack_command as pack
 from mae.data.sources import load_digits
 from mae.errors import UserError
 from mae.evaluation import embed, embed_chunks
+from mae.evaluation.embed_chunks import FeatureChunks
 from mae.evaluation.features import POOLS
 from mae.models.mae import MaskedAutoencoder
 from mae.runtime import files
@@ -363,6 +365,32 @@ def test_parts_of_other_settings_are_not_mixed_in(encoder: Path, digits: Path, t
     (embed_chunks.chunk_folder(tmp_path / "z.npz") / "000000.safetensors").write_bytes(stray)
     run(*settings(other, digits, tmp_path / "z.npz"))
     assert (tmp_path / "z.npz").read_bytes() == out.read_bytes()
+
+
+@pytest.mark.parametrize("what", ["rows", "width", "bad", "name", "key"])
+def test_parts_that_hold_something_else_are_computed_again(what: str, tmp_path: Path) -> None:
+    about = {"images": 5, "batch_size": 2, "batches_per_part": 2, "layers": ["last"], "width": 3, "dtype": "float32"}
+    chunks = FeatureChunks(tmp_path / "x.npz", about)
+    chunks.folder.mkdir()
+    chunks.begin(force=False)
+    chunks.write(0, torch.arange(4), {"features": torch.zeros(4, 3)}, [])
+    chunks.write(1, torch.zeros(0, dtype=torch.int64), {"features": torch.zeros(0, 3)}, [(4, "broken")])
+    assert chunks.missing() == []
+    assert chunks.bad() == [(4, "broken")]
+    metadata = {"key": chunks.key, "bad": "[]"}
+    metadata |= {"bad": {"bad": "[" * 10_000}, "key": {"key": "other"}}.get(what, {})
+    tensors = {"rows": torch.arange(4 - (what == "rows")), "features": torch.zeros(4, 3 + (what == "width"))}
+    if what == "name":
+        tensors["other"] = tensors.pop("features")
+    save_file(tensors, chunks.path(0), metadata)
+    assert chunks.missing() == [0]
+    for path in (chunks.path(0), chunks.folder / "about.json"):
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(UserError, match=r"000000.safetensors cannot be read: it is a pipe or device, not a file; re"):
+        chunks.missing()
+    with pytest.raises(UserError, match=r"npz.parts cannot be written: it is a pipe or device, not a file"):
+        chunks.begin(force=False)
 
 
 def test_a_file_that_is_there_stays_unless_forced(encoder: Path, digits: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import re
 import signal
 import time
 from multiprocessing.connection import Connection
@@ -14,6 +15,7 @@ from forked import CONTEXT, start_server
 
 import mae.runtime.checkpoint_files
 import mae.runtime.signals
+from mae.callbacks.checkpointing import Checkpoints
 from mae.errors import UserError
 from mae.runtime.checkpoint_files import clear_unfinished, damage, newest, saved, step_file
 from mae.training.checkpoint_io import CheckpointFiles, HostCopy
@@ -80,6 +82,22 @@ def test_where_all_are_damaged_the_run_does_not_start_over(tmp_path: Path) -> No
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"step_0000020.ckpt is damaged: .*step_0000010.ckpt is damaged: .*no other"):
         newest(tmp_path)
+
+
+def test_what_is_left_is_told_where_a_checkpoint_cannot_be_written(tmp_path: Path) -> None:
+    callback = Checkpoints()
+    callback.files = CheckpointFiles(3)
+    callback.files.failed = step_file(tmp_path, 30), OSError(28, "No space left on device")
+    assert "; there is none yet; " in callback.why()
+    save(tmp_path, 10, 20)
+    assert "; the last good one is step_0000020.ckpt; " in callback.why()
+    newer, older = step_file(tmp_path, 20), step_file(tmp_path, 10)
+    newer.unlink()
+    os.mkfifo(newer)
+    said = "step_0000020.ckpt is damaged: it cannot be read: it is a pipe or device, not a file"
+    assert f"{said}; the last good one is step_0000010.ckpt; " in callback.why()
+    older.write_bytes(b"")
+    assert re.search(rf"{said}; .*step_0000010.ckpt is damaged: .*there is no other checkpoint", callback.why())
 
 
 def test_a_copy_of_a_run_whose_links_became_files_can_be_used(tmp_path: Path) -> None:

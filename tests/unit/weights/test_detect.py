@@ -593,6 +593,8 @@ def test_graphs_and_files_that_may_not_be_read(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"x.pt2 is a graph, which is run and not read back"):
         usable_weights(tmp_path / "x.pt2")
     torch.save({}, tmp_path / "x.pth")
-    monkeypatch.setattr(Path, "open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
+    monkeypatch.setattr(
+        "mae.weights.read_file.open_regular", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied"))
+    )
     with pytest.raises(UserError, match=r"x.pth cannot be read: Permission denied"):
         usable_weights(tmp_path / "x.pth")

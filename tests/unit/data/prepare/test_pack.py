@@ -24,6 +24,7 @@ from mae.data.crops import resized_crop
 from mae.data.datamodule import ImageData
 from mae.data.decode import decode_image
 from mae.data.prepare import pack, tar_writer
+from mae.data.prepare.stats import stats_command
 from mae.data.prepare.verify import find_damage
 from mae.data.sources import FolderSource
 from mae.data.tar_shards import INDEX, Index, RecordSource, open_images, read_index
@@ -658,3 +659,16 @@ def test_shards_that_cannot_be_replaced_stay_as_they_were(image_folder: Path, tm
     pack.pack_command([str(image_folder), str(dst), "--num_workers=0", "--overwrite=true"])
     assert len(read_index(Place(dst / "train"))) == 15
     assert {path.name for path in dst.rglob("*") if path.is_file()} == {"000000.tar", "index.safetensors"}
+
+
+def test_a_channel_of_one_value_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        Image.new("RGB", (9, 7), (40 * i, 111, 7)).save(tmp_path / "images" / f"{i}.png")
+    pack.pack_command([str(tmp_path / "images"), str(tmp_path / "shards"), "--num_workers=0"])
+    stats_command([f"--data.root={tmp_path / 'images'}", "--data.num_workers=0"])
+    out, err = capsys.readouterr()
+    warning = "mae: warning: std 0 of channels 1, 2, by which nothing can be divided: leave out, or set another"
+    assert warning in out.splitlines()
+    assert warning in err.splitlines()
+    pack.verify_shards(tmp_path / "shards")
