@@ -57,6 +57,6 @@ def test_worst_classes_say_what_they_are_taken_for_and_classes_without_images_ar
         paths[1].read_text().splitlines()[1] == "class 0,3,33.333333"[:13] + paths[1].read_text().splitlines()[1][13:]
     )
     picture = tmp_path / "confusion.png"
-    plots.confusion(report.confusion, report.classes, report.worst(20), picture)
+    plots.confusion(report, picture)
     with Image.open(picture) as image:
         assert image.width > 600
