@@ -23,7 +23,7 @@ from mae.options import ToolParser, out_file
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
-from mae.runtime.text import csv_row, printable
+from mae.runtime.text import csv_row, escaped, printable
 from mae.weights.classifier import Classifier, load_classifier
 from mae.weights.load import fill_data_settings, trained_data_settings
 
@@ -160,12 +160,14 @@ def predict_command(args: Sequence[str]) -> None:
             with torch.no_grad():
                 probabilities = classifier.network(images).float().softmax(dim=1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
-                writer.writerows(csv_row([source.name(i)]) for i in range(row_number, index))  # unreadable ones
+                writer.writerows(
+                    csv_row([escaped(source.name(i))]) for i in range(row_number, index)
+                )  # unreadable ones
                 row_number = index + 1
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]
-                writer.writerow(csv_row([source.name(index), classifier.classes[best], shares[best], *shares]))
-        writer.writerows(csv_row([source.name(i)]) for i in range(row_number, len(paths)))
+                writer.writerow(csv_row([escaped(source.name(index)), classifier.classes[best], shares[best], *shares]))
+        writer.writerows(csv_row([escaped(source.name(i))]) for i in range(row_number, len(paths)))
     note = f"; {leftovers.note()}" if leftovers.note() else ""
     print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes{note}")
     if bad:

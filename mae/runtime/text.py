@@ -39,7 +39,7 @@ def escaped(name: str) -> str:
 
 
 def csv_row(cells: Iterable[object]) -> list[object]:
-    """A row for `csv.writer`: texts as `escaped`, and none that a spreadsheet would take for a formula.
+    """A row for `csv.writer`: texts as `printable`, and none that a spreadsheet would take for a formula.
 
     A text that begins with = + - @ gets an apostrophe before it, by the advice of OWASP, and so does one that begins
     with an apostrophe: without the first one it is the text again. Numbers stay, as text, too.
@@ -48,7 +48,7 @@ def csv_row(cells: Iterable[object]) -> list[object]:
 
 
 def _cell(text: str) -> str:
-    text = escaped(text)
+    text = printable(text)
     return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
 
 

@@ -84,7 +84,8 @@ def doctor_command(args: Sequence[str]) -> None:
         lines.append(f"wrote {config.json}")
     if config.list:
         table = io.StringIO(newline="")
-        csv.writer(table).writerows(map(csv_row, [("path", "problem"), *problem_rows(splits, groups)]))
+        rows = chain([("path", "problem")], problem_rows(splits, groups))
+        csv.writer(table).writerows(csv_row(map(escaped, row)) for row in rows)
         write_report(config.list, table.getvalue())
         lines.append(f"wrote {config.list}")
     elif findings:
