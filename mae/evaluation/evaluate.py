@@ -24,6 +24,7 @@ from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
 from mae.runtime.text import csv_row, escaped, printable
+from mae.training.lightning_internals import end_with_lost_ranks
 from mae.weights.classifier import Classifier, load_classifier
 from mae.weights.load import fill_data_settings, trained_data_settings
 
@@ -84,6 +85,7 @@ def evaluate_command(args: Sequence[str]) -> None:
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
     module = Evaluation(classifier)
+    end_with_lost_ranks()
     trainer.validate(module, datamodule=data, verbose=False)
     if not is_first_rank():
         return
