@@ -146,7 +146,8 @@ def end_with_lost_ranks(hint: Callable[[], str] = lambda: "") -> None:
             write_to_stderr(f"{line}\n".encode())
         os._exit(2 if code == 2 else 1)
 
-    subprocess_script._ChildProcessObserver._terminate_all = end  # type: ignore[method-assign]
+    observers: Any = subprocess_script._ChildProcessObserver
+    observers._terminate_all = end
 
 
 def set_parallel_sizes(strategy: ModelParallelStrategy, data: int, tensor: int) -> None:
