@@ -37,19 +37,24 @@ def deaths_noted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    deaths: list[tuple[Any, ...]] = []
+    before = signal.getsignal(signal.SIGCHLD)
+    errors: list[Exception] = []
 
     def note(*death: Any) -> None:
-        deaths.append(death)
+        try:
+            if callable(before):
+                before(*death)
+        except RuntimeError as error:
+            errors.append(error)
 
-    before = signal.signal(signal.SIGCHLD, note) or signal.SIG_DFL
+    signal.signal(signal.SIGCHLD, note)
     try:
         yield
     finally:
         if signal.getsignal(signal.SIGCHLD) is note:  # else torch has set its own by now, for the first time
-            signal.signal(signal.SIGCHLD, before)
-    if deaths and callable(before):
-        before(*deaths[0])
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    if errors:
+        raise errors[0]
 
 
 def with_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:
