@@ -4,7 +4,6 @@ import contextlib
 import json
 import statistics
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from mae.errors import UserError
 from mae.options import out_file
+from mae.runtime.files import write_report
 from mae.runtime.machine import available_cores
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def check_options(config: Namespace, *positive: str) -> None:
 
 def write_json(path: str | None, figures: dict[str, Any]) -> None:
     if path:
-        Path(path).write_text(json.dumps(plain_values(figures), indent=1) + "\n")
+        write_report(path, json.dumps(plain_values(figures), indent=1) + "\n")
 
 
 def plain_values(value: Any) -> Any:

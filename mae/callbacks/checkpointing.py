@@ -99,7 +99,7 @@ class Checkpoints(Checkpoint):
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         # A checkpoint waits for metrics.csv: then it is that file that cannot be written.
         blamed = Path(getattr(error, "filename", None) or path)
-        blamed = path if blamed.suffix == PARTIAL else blamed
+        blamed = path if PARTIAL in (blamed.suffix, blamed.parent.suffix) else blamed
         return f": {blamed}: {reason}; {kept}; make room or repair {blamed.parent}"
 
     def stop(self, trainer: Trainer, wish: Wish) -> None:

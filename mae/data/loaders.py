@@ -1,8 +1,11 @@
 """DataLoaders whose processes end together with the run, and which name the process that has died."""
 
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -20,7 +23,38 @@ class Loader(DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         if self.num_workers:
             end_loaders_at_exit()
+            with deaths_noted():
+                return with_worker_errors(super().__iter__())
         return with_worker_errors(super().__iter__())
+
+
+@contextmanager
+def deaths_noted() -> Iterator[None]:
+    """Let torch hear of a loader process's death only once the others are started.
+
+    Its handler of SIGCHLD raises an error wherever the program is; in the midst of a fork Python prints and drops it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    errors: list[Exception] = []
+
+    def note(*death: Any) -> None:
+        try:
+            if callable(before):
+                before(*death)
+        except RuntimeError as error:
+            errors.append(error)
+
+    signal.signal(signal.SIGCHLD, note)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGCHLD) is note:  # else torch has set its own by now, for the first time
+            signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    if errors:
+        raise errors[0]
 
 
 def with_worker_errors(batches: Iterator[Any]) -> Iterator[Any]:

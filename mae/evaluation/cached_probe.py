@@ -127,7 +127,10 @@ def run_cached_probe(
     columns = (names, result.best_rate, result.at_grid_end, best_held_out, result.test)
     rows = [FeatureScore(*row) for row in zip(*columns, strict=True)]
     scores = Scores(len(data.classes))
-    scores.update(result.logits, test_labels)
+    done = 0
+    for logits in result.logits_in_parts():
+        scores.update(logits, test_labels[done : done + len(logits)])
+        done += len(logits)
     report = scores.report(data.classes)
     return CachedResult(rows, rows[result.chosen], report, encoded - start, time.perf_counter() - encoded)
 

@@ -36,6 +36,7 @@ from mae.runtime.processes import gather, lost_peer
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.storage import Place
 from mae.runtime.text import escaped, printable
+from mae.training.lightning_internals import end_with_lost_ranks
 from mae.weights.load import read_weights, trained_data_settings
 
 PART_ROWS = 1024  # images per chunk, about: some MB of features, and a good size for a row group of Parquet
@@ -68,6 +69,7 @@ def embed_command(args: Sequence[str]) -> None:
         **trained_data_settings(weights.description),
     )
     source = EveryImage(data.require_root(), data.in_chans)
+    end_with_lost_ranks()
     try:
         fabric = Fabric(**{"devices": config.devices, "accelerator": config.accelerator} | torchrun_sizes())
     except (MisconfigurationException, RuntimeError, TypeError, ValueError) as error:

@@ -6,6 +6,7 @@ A chunk is complete or absent, and names the settings it was computed with: chun
 import hashlib
 import importlib.util
 import json
+import os
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,10 +23,11 @@ from mae.errors import UserError
 from mae.options import out_file, require_utf8
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import (
-    PARTIAL,
     atomic_write,
     atomic_write_text,
+    clear_partial,
     exclusive_lock,
+    open_own_file,
     os_errors_as_user_errors,
     sync,
 )
@@ -100,8 +102,10 @@ class FeatureChunks:
             UserError: Another process works in it, or it cannot be made.
         """
         with one_line_errors(self.folder):
+            if self.folder.is_symlink():
+                raise UserError(f"{self.folder} is a link, where our own folder is wanted: remove it")
             self.folder.mkdir(exist_ok=True)
-            (self.folder / LOCK).touch()
+            os.close(open_own_file(self.folder / LOCK))
         with exclusive_lock(self.folder / LOCK, "mae embed", ": wait for it, or give another --out"):
             try:
                 yield
@@ -118,8 +122,7 @@ class FeatureChunks:
             UserError: It holds chunks of other settings, and they are not to be thrown away.
         """
         with one_line_errors(self.folder):
-            for path in self.folder.glob(f"*{PARTIAL}"):
-                path.unlink()
+            clear_partial(self.folder)
             earlier: dict[str, Any] = {}
             with suppress(FileNotFoundError, ValueError, RecursionError):
                 content = json.loads(read_regular(self.folder / ABOUT, SETTINGS))
@@ -197,7 +200,7 @@ class FeatureChunks:
 
     def clear(self) -> None:
         """Remove the chunks, and then their settings."""
-        for pattern in (CHUNKS, f"*{PARTIAL}", ABOUT):
+        for pattern in (CHUNKS, ABOUT):
             for path in self.folder.glob(pattern):
                 path.unlink()
 

@@ -23,7 +23,8 @@ from mae.options import ToolParser, out_file
 from mae.runtime.environment import is_first_rank
 from mae.runtime.files import atomic_write
 from mae.runtime.processes import gather
-from mae.runtime.text import escaped, printable
+from mae.runtime.text import csv_row, escaped, printable
+from mae.training.lightning_internals import end_with_lost_ranks
 from mae.weights.classifier import Classifier, load_classifier
 from mae.weights.load import fill_data_settings, trained_data_settings
 
@@ -84,6 +85,7 @@ def evaluate_command(args: Sequence[str]) -> None:
     except (MisconfigurationException, ValueError) as error:
         raise UserError(f"--devices {config.devices}, --accelerator {config.accelerator}: {error}") from None
     module = Evaluation(classifier)
+    end_with_lost_ranks()
     trainer.validate(module, datamodule=data, verbose=False)
     if not is_first_rank():
         return
@@ -96,7 +98,7 @@ def evaluate_command(args: Sequence[str]) -> None:
     if config.out:
         folder = Path(config.out)
         paths = [*report.write(folder, model=printable(config.model)), folder / "confusion.png"]
-        plots.confusion(report.confusion, report.classes, report.worst(20), paths[-1])
+        plots.confusion(report, paths[-1])
         print("\n".join(f"wrote {path}" for path in paths))
 
 
@@ -151,7 +153,7 @@ def predict_command(args: Sequence[str]) -> None:
     row_number = 0
     with atomic_write(out) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "class", "probability", *classifier.classes])
+        writer.writerow(csv_row(["path", "class", "probability", *classifier.classes]))
         for batch in data.whole(source):
             bad += map(str, batch.errors)
             if not len(batch.images):
@@ -160,12 +162,14 @@ def predict_command(args: Sequence[str]) -> None:
             with torch.no_grad():
                 probabilities = classifier.network(images).float().softmax(dim=1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
-                writer.writerows([escaped(source.name(i))] for i in range(row_number, index))  # unreadable ones
+                writer.writerows(
+                    csv_row([escaped(source.name(i))]) for i in range(row_number, index)
+                )  # unreadable ones
                 row_number = index + 1
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]
-                writer.writerow([escaped(source.name(index)), classifier.classes[best], shares[best], *shares])
-        writer.writerows([escaped(source.name(i))] for i in range(row_number, len(paths)))
+                writer.writerow(csv_row([escaped(source.name(index)), classifier.classes[best], shares[best], *shares]))
+        writer.writerows(csv_row([escaped(source.name(i))]) for i in range(row_number, len(paths)))
     note = f"; {leftovers.note()}" if leftovers.note() else ""
     print(f"wrote {out}: {len(paths) - len(bad)} images, {len(classifier.classes)} classes{note}")
     if bad:

@@ -12,6 +12,7 @@ from mae.data.labelled import LabelledData
 from mae.errors import UserError
 from mae.evaluation import baseline, features
 from mae.options import SRC_HELP, ToolParser, out_file
+from mae.runtime.files import write_report
 from mae.weights.load import fill_data_settings, read_weights, trained_data_settings
 
 
@@ -69,7 +70,7 @@ def knn_command(args: Sequence[str]) -> None:
         print(score_line("untrained ", untrained, which), flush=True)
         results |= {f"untrained_{name}": score for name, score in untrained.items()}
     if config.out:
-        Path(config.out).write_text(json.dumps(results) + "\n")
+        write_report(config.out, json.dumps(results) + "\n")
 
 
 def score_line(title: str, scores: dict[str, float], about: str) -> str:

@@ -5,7 +5,7 @@ R learning rates, C classes, B images of a batch or chunk.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +35,18 @@ class ProbeResult(NamedTuple):
     best_rate: list[float]  # (F,) the rate of the best held-out accuracy; the first of equals
     test: list[float]  # (F,) accuracy of the head with the best rate, trained anew on all training images
     chosen: int  # the feature of the best held-out accuracy; the first of equals
-    logits: Tensor  # (m, C) of the chosen feature's head on the test images
+    heads: "Heads"  # (F, D + 1, 1, C), trained on all training images
+    features: Tensor  # (m, F, D) of the test images
+
+    def logits_in_parts(self) -> Iterator[Tensor]:
+        """(k, C) each, of the chosen feature's head on the test images in their order; all at once can be gigabytes."""
+        for part in torch.arange(len(self.features)).split(chunk_size(self.heads)):
+            yield logits(self.heads, standardised(self.heads, self.features[part]))[self.chosen, :, 0].cpu()
+
+    @property
+    def logits(self) -> Tensor:
+        """(m, C)"""
+        return torch.cat(list(self.logits_in_parts()))
 
     @property
     def at_grid_end(self) -> list[bool]:
@@ -107,9 +118,8 @@ def probe(
         best_rate=[rates[index] for index in best.flatten().tolist()],
         test=accuracy(predictions, test_labels).flatten().tolist(),
         chosen=chosen,
-        logits=torch.cat(
-            [logits(heads, standardised(heads, test[part]))[chosen, :, 0].cpu() for part in rows.split(CHUNK)]
-        ),
+        heads=heads,
+        features=test,
     )
 
 
@@ -211,11 +221,16 @@ def logits(heads: Heads, inputs: Tensor) -> Tensor:
     return torch.bmm(inputs, heads.weight.flatten(2)).unflatten(2, heads.weight.shape[2:])
 
 
+def chunk_size(heads: Heads) -> int:
+    """Images whose logits are computed at once."""
+    count, _, rates, classes = heads.weight.shape
+    return min(CHUNK, max(1, LOGITS // (count * rates * classes)))
+
+
 def predict(heads: Heads, features: Tensor, rows: Tensor) -> Tensor:
     """Predicted classes (k, F, R) of the images `rows` (k,) of features (n, F, D), in chunks; int64 on the CPU."""
-    count, _, rates, classes = heads.weight.shape
-    chunk = min(CHUNK, max(1, LOGITS // (count * rates * classes)))
-    predictions = [logits(heads, standardised(heads, features[part])).argmax(dim=3).cpu() for part in rows.split(chunk)]
+    parts = rows.split(chunk_size(heads))
+    predictions = [logits(heads, standardised(heads, features[part])).argmax(dim=3).cpu() for part in parts]
     return torch.cat(predictions, dim=1).transpose(0, 1)
 
 

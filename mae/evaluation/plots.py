@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,12 +10,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from mae.evaluation.metrics import Report
 from mae.models.mae import MaskedAutoencoder, patchify, unpatchify
+from mae.runtime.files import atomic_write
 from mae.runtime.run_files import read_metrics
+from mae.runtime.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Columns = dict[str, Tensor]  # title -> (B, C, H, W) in [0, 1]
 
 MASKED_GREY = 0.5
+
+LONGEST_NAME = 28  # characters of a class's name in a picture
 
 BORDER = 2  # pixels of white around each image
 
@@ -100,7 +109,8 @@ def panel(columns: Columns, path: Path) -> None:
         ImageDraw.Draw(strip).multiline_text((2, 2), text, fill="black", font=font, spacing=1)
         strip.paste(Image.fromarray(pixels), (0, 34))
         strips.append(np.asarray(strip))
-    Image.fromarray(np.hstack(strips)).save(path, format="PNG")
+    with atomic_write(path) as partial:
+        Image.fromarray(np.hstack(strips)).save(partial, format="PNG")
 
 
 def heat(values: Tensor, images: Tensor, top: float) -> Tensor:
@@ -149,34 +159,56 @@ def loss_curve(metrics: Path, path: Path) -> None:
     axes.set_ylabel("loss on hidden patches")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=130)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130)
 
 
-def confusion(counts: Tensor, classes: list[str], worst: list[tuple[str, float, str]], path: Path) -> None:
-    """Plot the confusion matrix, as shares of each true class, beside the classes of lowest accuracy.
+def confusion(report: Report, path: Path) -> None:
+    """Plot which classes are confused, beside the classes of lowest accuracy.
 
-    Args:
-        counts: (classes, classes), rows are the true classes.
-        worst: Name, accuracy in percent, and the class it is most often taken for.
+    That is the confusion matrix, as shares of each true class, or the most frequent mistakes where there is none.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1, 0.8])
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
-    figure.colorbar(image, ax=left, label="share of the true class", shrink=0.8)
-    left.set_xlabel("predicted")
-    left.set_ylabel("true")
-    if len(classes) <= 30:  # more names than this cannot be read
-        left.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
-        left.set_yticks(range(len(classes)), classes, parse_math=False)
-    names = [f"{name} → {other}" if other else name for name, _, other in worst]
-    bars = right.barh(range(len(worst)), [accuracy for _, accuracy, _ in worst], color="#4878a8")
-    right.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
-    right.set_yticks(range(len(worst)), names, fontsize=8, parse_math=False)
-    right.invert_yaxis()
+    if report.has_matrix:
+        counts, classes = report.confusion, list(map(short, report.classes))
+        shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
+        image = left.imshow(shares.numpy(), vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+        figure.colorbar(image, ax=left, label="share of the true class", shrink=0.8)
+        left.set_xlabel("predicted")
+        left.set_ylabel("true")
+        if len(classes) <= 30:  # more names than this cannot be read
+            left.set_xticks(range(len(classes)), classes, rotation=90, parse_math=False)
+            left.set_yticks(range(len(classes)), classes, parse_math=False)
+    else:
+        pairs = report.worst_pairs(20)
+        named_bars(left, [taken_for(name, other) for name, other, _ in pairs], [count for *_, count in pairs], "%d")
+        left.set_xlabel("images (true → predicted)")
+        left.set_title(f"most frequent mistakes of {len(report.classes):,} classes")
+    worst = report.worst(20)
+    named_bars(right, [taken_for(name, other) for name, _, other in worst], [value for _, value, _ in worst], "%.1f")
     right.set_xlim(0, 105)
     right.set_xlabel("top-1 in percent (→ most often taken for)")
     right.set_title("lowest accuracy")
-    figure.savefig(path, dpi=130)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130)
+
+
+def named_bars(axes: "Axes", names: list[str], values: list[float] | list[int], form: str) -> None:
+    """Bars from the top down, each with its value."""
+    bars = axes.barh(range(len(names)), values, color="#4878a8")
+    axes.bar_label(bars, fmt=form, padding=2, fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8, parse_math=False)
+    axes.invert_yaxis()
+
+
+def taken_for(name: str, other: str) -> str:
+    return f"{short(name)} → {short(other)}" if other else short(name)
+
+
+def short(name: str) -> str:
+    """A name of a class for a picture: printable, of at most LONGEST_NAME characters."""
+    name = printable(name)
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…"

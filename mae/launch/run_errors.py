@@ -13,7 +13,7 @@ from mae.errors import LoaderDied, PeerLost, Stopped, TrainingFailed, UserError
 from mae.runtime.environment import is_first_rank
 from mae.runtime.memory import is_out_of_memory
 from mae.runtime.processes import lost_peer
-from mae.training.lightning_internals import child_processes
+from mae.training.lightning_internals import child_processes, end_with_lost_ranks
 
 
 @contextmanager
@@ -31,6 +31,7 @@ def translated_errors(
         LoaderDied, PeerLost: Another process that the run needs is gone.
         KeyboardInterrupt: After a second Ctrl-C, which Lightning turns into exit code 1.
     """
+    end_with_lost_ranks(lambda: f"; {resume_hint()}")
     try:
         yield
     except MisconfigurationException as error:
@@ -39,15 +40,14 @@ def translated_errors(
         if trainer.interrupted:  # by a second Ctrl-C, before the first was obeyed
             raise KeyboardInterrupt from None
         raise
-    except (UserError, TrainingFailed, Stopped):
-        # Every rank ends by itself with this error. Lightning's observer would kill this one in the middle of its
-        # message, as soon as it sees another one gone.
-        child_processes(trainer).clear()
-        raise
     except Exception as error:
+        # Every rank ends by itself with an error. Lightning's observer would end this one in the middle of its message,
+        # as soon as it sees another one gone.
+        child_processes(trainer).clear()
+        if isinstance(error, UserError | TrainingFailed | Stopped):
+            raise
         if is_out_of_memory(error):
             traceback.clear_frames(error.__traceback__)  # they hold the activations
-            child_processes(trainer).clear()
             message = out_of_memory()
             if trainer.global_rank and not is_first_rank():
                 print(f"mae: error: rank {trainer.global_rank}: {message}", file=sys.stderr, flush=True)

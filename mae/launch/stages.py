@@ -23,6 +23,7 @@ from mae.launch.stage_cli import StageCLI
 from mae.linprobe import LinearProbe
 from mae.pretrain import Pretrain
 from mae.runtime.environment import is_first_rank
+from mae.runtime.files import atomic_write_text
 from mae.runtime.text import escaped
 from mae.training.fsdp import full_state
 from mae.weights.load import (
@@ -94,7 +95,7 @@ class ClassifyCLI(StageCLI):
         if isinstance(data.train_source, Subset):
             paths.append(self.run_dir / "subset.txt")
             names = map(data.train_source.name, range(len(data.train_source)))
-            paths[-1].write_text("".join(f"{escaped(name)}\n" for name in names), encoding="utf-8")
+            atomic_write_text(paths[-1], "".join(f"{escaped(name)}\n" for name in names))
         if model.report is not None:
             paths += model.report.write(
                 self.run_dir, step=model.global_step, seconds=round(model.step_metrics.seconds, 3)
@@ -108,7 +109,7 @@ class ClassifyCLI(StageCLI):
     def picture(self, report: Report, folder: Path, key: str) -> Path:
         """The confusion matrix and the worst classes, as a file and in W&B."""
         path = folder / "confusion.png"
-        plots.confusion(report.confusion, report.classes, report.worst(20), path)
+        plots.confusion(report, path)
         for logger in self.trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(key, [str(path)], self.model.global_step, caption=["rows: true classes"])
@@ -209,7 +210,7 @@ class LinearProbeCLI(ClassifyCLI):
         if untrained:
             about["untrained_acc1"] = untrained[0].report.acc1
         paths = result.report.write(folder, seconds=seconds, **about)
-        (folder / "table.txt").write_text(f"{recipe}\n\n{result.table()}\n")
+        atomic_write_text(folder / "table.txt", f"{recipe}\n\n{result.table()}\n")
         self.picture(result.report, folder, "cached/confusion")
         print(f"{result.table()}\nwrote {paths[0]}")
         print(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mae.errors import UserError
-from mae.runtime.files import PARTIAL, atomic_write, sync
+from mae.runtime.files import atomic_write, clear_partial, sync
 from mae.runtime.reading import open_regular
 from mae.runtime.run_files import read_text
 
@@ -184,10 +184,8 @@ def write(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def point_last_at(path: Path) -> None:
-    link = path.with_name(LAST + PARTIAL)
-    link.unlink(missing_ok=True)
-    link.symlink_to(path.name)
-    link.replace(path.with_name(LAST))
+    with atomic_write(path.with_name(LAST)) as link:
+        link.symlink_to(path.name)
 
 
 def supersede(run_dir: str | Path, step: int) -> list[Path]:
@@ -202,7 +200,4 @@ def supersede(run_dir: str | Path, step: int) -> list[Path]:
 
 def clear_unfinished(run_dir: str | Path) -> list[Path]:
     """Remove what a killed run was writing; only the process of the run that writes may call it."""
-    unfinished = sorted(folder_of(run_dir).glob(f"*{PARTIAL}"))
-    for path in unfinished:
-        path.unlink()
-    return unfinished
+    return [path for folder in (folder_of(run_dir), Path(run_dir)) for path in clear_partial(folder, locked=True)]

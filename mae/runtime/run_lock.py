@@ -17,7 +17,7 @@ from datetime import datetime
 from pathlib import Path
 
 from mae.errors import UserError
-from mae.runtime.files import names_open_file, try_lock
+from mae.runtime.files import names_open_file, open_own_file, try_lock
 
 FILE = ".lock"
 
@@ -99,14 +99,14 @@ class RunLock:
         Raises:
             OSError: The folder cannot be made or written, or its file system has no locks.
         """
-        path = self.path.resolve()
+        path = self.run_dir.resolve() / FILE
         lock = _held.get(path)
         if lock is None or lock.process != os.getpid():
             self.made = [path for path in (self.path, self.run_dir, *self.run_dir.parents) if not path.exists()]
             self.run_dir.mkdir(parents=True, exist_ok=True)
             self.found = set(os.listdir(self.run_dir)) - {FILE}
             try:
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+                descriptor = open_own_file(path)
             except FileNotFoundError:
                 return BEING_REMOVED
             with contextlib.ExitStack() as failed:

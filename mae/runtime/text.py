@@ -1,15 +1,20 @@
 """Names in files that we write and in lines that we print: file names may hold any byte but NUL and the slash."""
 
+import re
 import sys
 import threading
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 CLEAR_LINE = "\r\x1b[K"  # before a line that is drawn anew
 
 DRAWING_THREAD = "wandb-recorder"  # W&B draws on the terminal by itself, and in this thread only
+
+FORMULA = re.compile("['=+@＝＋－＠-]")  # at the start of a cell; the wide forms count in some programs
+
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 JOINERS = "\u200c\u200d"  # zero-width: parts of words in Persian and Hindi, and of emoji
 
@@ -31,6 +36,20 @@ def printable_lines(text: str) -> str:
 def escaped(name: str) -> str:
     r"""A name for a file that we write: `printable` with backslashes doubled, so that no two names look the same."""
     return printable(name.replace("\\", "\\\\"))
+
+
+def csv_row(cells: Iterable[object]) -> list[object]:
+    """A row for `csv.writer`: texts as `printable`, and none that a spreadsheet would take for a formula.
+
+    A text that begins with = + - @ gets an apostrophe before it, by the advice of OWASP, and so does one that begins
+    with an apostrophe: without the first one it is the text again. Numbers stay, as text, too.
+    """
+    return [_cell(cell) if isinstance(cell, str) else cell for cell in cells]
+
+
+def _cell(text: str) -> str:
+    text = printable(text)
+    return f"'{text}" if FORMULA.match(text) and not NUMBER.fullmatch(text) else text
 
 
 def _escape(char: str) -> str:

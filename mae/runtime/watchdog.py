@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mae.runtime.files import open_own_file
+
 STDERR = 2  # the descriptor, because sys.stderr may be locked by a thread that hangs
 
 ORPHAN_GRACE = 5.0  # seconds in which a rank may end by itself when its parent has gone
@@ -65,7 +67,8 @@ class Watchdog:
         self.stopping.clear()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.path.open("wb", buffering=0)
+            self.file = os.fdopen(open_own_file(self.path), "wb", buffering=0)
+            self.file.truncate()
         except OSError:
             self.file = open(os.devnull, "wb", buffering=0)
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

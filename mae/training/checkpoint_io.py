@@ -15,6 +15,7 @@ from torch import Tensor
 from mae.errors import UserError
 from mae.runtime import checkpoint_files
 from mae.runtime.checkpoint_files import NEWEST, point_last_at, saved
+from mae.runtime.files import atomic_write_text
 
 WRITER_NICE = 17  # not the lowest, by which a busy machine would hardly ever write
 
@@ -94,7 +95,7 @@ class CheckpointFiles(CheckpointIO):
         self.seconds.append(time.monotonic() - start)
         try:
             point_last_at(path)
-            (path.parent.parent / NEWEST).write_text(path.name)
+            atomic_write_text(path.parent.parent / NEWEST, path.name)
             for old in saved(path.parent.parent)[self.keep :]:
                 old.unlink(missing_ok=True)
         except (OSError, UserError) as error:

@@ -5,10 +5,13 @@ Lightning and says what has changed where one no longer does its job.
 """
 
 import inspect
+import os
+import signal
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
+from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from lightning.pytorch.trainer import call
@@ -16,6 +19,7 @@ from lightning.pytorch.utilities.parsing import save_hyperparameters
 from torch import nn
 
 from mae.models.timm_encoder import A_MODULE
+from mae.runtime.watchdog import write_to_stderr
 
 
 def save_arguments(module: LightningModule) -> None:
@@ -119,6 +123,31 @@ def child_processes(trainer: Trainer) -> "list[subprocess.Popen[bytes]]":
     """
     children: list[subprocess.Popen[bytes]] = getattr(trainer.strategy.launcher, "procs", [])
     return children
+
+
+def end_with_lost_ranks(hint: Callable[[], str] = lambda: "") -> None:
+    """End this process with one line and exit code 1, or a failed rank's 2, where a rank that it has started fails.
+
+    Lightning's observer, a thread, would kill this process: without a word, and with another exit code (-9).
+
+    Args:
+        hint: How to go on, for the end of the line.
+    """
+
+    def end(observer: subprocess_script._ChildProcessObserver) -> None:
+        codes = {rank: process.returncode for rank, process in enumerate(observer._child_processes, start=1)}
+        rank, code = next((rank, code) for rank, code in codes.items() if code)
+        for process in observer._child_processes:
+            process.kill()
+        if code < 0:  # else it has said itself what is wrong
+            line = (
+                f"mae: error: another process of the run is gone (rank {rank}, by {signal.Signals(-code).name}){hint()}"
+            )
+            write_to_stderr(f"{line}\n".encode())
+        os._exit(2 if code == 2 else 1)
+
+    observers: Any = subprocess_script._ChildProcessObserver
+    observers._terminate_all = end
 
 
 def set_parallel_sizes(strategy: ModelParallelStrategy, data: int, tensor: int) -> None:

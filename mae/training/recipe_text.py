@@ -7,6 +7,7 @@ from torch import nn
 
 from mae.data.datamodule import ImageData
 from mae.models.flops import least_seconds
+from mae.runtime.files import atomic_write_text
 from mae.runtime.text import printable_lines
 from mae.training import recipe_audit
 from mae.training.optim import WarmupCosine, scaled_lr
@@ -70,7 +71,7 @@ def report_recipe(
         return
     path = Path(folder) / "recipe.txt"
     try:
-        path.write_text(printable_lines(text + "\n" + "\n\n".join(names) + "\n"), encoding="utf-8")
+        atomic_write_text(path, printable_lines(text + "\n" + "\n\n".join(names) + "\n"))
     except OSError as error:  # it has been printed, at least
         print(f"mae: warning: {path} cannot be written: {error.strerror}", flush=True)
 

@@ -14,6 +14,7 @@ from mae.errors import UserError
 from mae.models.mae import as_pair, sincos_positions
 from mae.options import out_file
 from mae.runtime.checkpoint_files import last_checkpoint
+from mae.runtime.files import write_report
 from mae.runtime.text import printable
 from mae.weights.detect import count_non_finite, detect_opened, first_names, overrides_from
 from mae.weights.detect_architecture import NO_OVERRIDES, SINCOS_TOLERANCE, ArchOverrides
@@ -56,7 +57,7 @@ def inspect_command(args: Sequence[str]) -> None:
     else:
         print("\n".join(map(printable, table_lines(facts))))
     if config.json:
-        Path(config.json).write_text(json.dumps(facts, indent=1, allow_nan=False) + "\n")
+        write_report(config.json, json.dumps(facts, indent=1, allow_nan=False) + "\n")
         print(f"wrote {config.json}")
     if facts["problems"]:
         raise UserError(facts["verdict"])

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -140,8 +139,6 @@ def save_safetensors(tensors: State, description: dict[str, Any], path: Path) ->
     with atomic_write(path) as partial:
         save_file(tensors, partial, {"format": "pt", "mae": json.dumps(description)})
         sort_metadata(partial)
-        os.umask(umask := os.umask(0))  # the mask can only be read by setting it
-        partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner can read
 
 
 def sort_metadata(path: Path) -> None:

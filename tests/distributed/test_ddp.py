@@ -168,6 +168,38 @@ def test_what_two_processes_began_one_goes_on_with(
     require_same_losses(tmp_path, by_two, rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("rank", "number", "code"),
+    [
+        (1, signal.SIGSEGV, 1),
+        pytest.param(1, signal.SIGKILL, 1, marks=pytest.mark.soak),
+        pytest.param(0, signal.SIGSEGV, -signal.SIGSEGV, marks=pytest.mark.soak),
+    ],
+)
+def test_the_death_of_a_rank_is_one_line_and_exit_code_1(tmp_path: Path, rank: int, number: int, code: int) -> None:
+    """That of the first rank is the command's own: no process is left to say anything."""
+    settings = [*PRETRAIN, *divided(tmp_path, 2, 16), *signalled(9, number), f"--trainer.callbacks.rank={rank}"]
+    done = mae("pretrain", *settings, timeout=400, PYTHONPATH=str(TESTS))
+    assert done.returncode == code, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("mae: error")]
+    assert len(lines) == (rank == 1)
+    assert all("another process of the run is gone" in line for line in lines)
+
+
+def test_a_rank_that_is_lost_while_the_first_one_does_something_else_ends_it(tmp_path: Path) -> None:
+    callbacks = [*signalled(3, signal.SIGSEGV), "--trainer.callbacks.rank=1"]
+    callbacks += [
+        "--trainer.callbacks+=run_callbacks.HangAt",
+        "--trainer.callbacks.step=3",
+        "--trainer.callbacks.rank=0",
+    ]
+    settings = [*PRETRAIN, *divided(tmp_path, 2, 16), *callbacks]
+    done = mae("pretrain", *settings, timeout=400, PYTHONPATH=str(TESTS))
+    assert done.returncode == 1, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("mae: error"))
+    assert "another process of the run is gone (rank 1, by SIGSEGV); " in line
+
+
 def began(run_dir: Path) -> list[str]:
     """Settings of a pre-training by one process, which a signal has stopped."""
     settings = [*PRETRAIN, *divided(run_dir, 1, 32)]

@@ -14,13 +14,15 @@ from pyarrow import parquet as pq
 from safetensors.torch import save_file
 
 from mae.cli import main
-from mae.runtime.text import escaped
+from mae.runtime.text import csv_row, escaped
 
 NAMES = [
     *(b"a\xff.png", b"a\\xff.png", b"two\nlines.png", b"quo\"te,comma'.png", b"\x1b[31mred\x1b]0;title\x07.png"),
     *(b"back\rspace\t.png", "\u00e9\u202ebidi.png".encode(), b"$x_$ {y}: [z].png", b"=cmd.png", b"~tilde.png"),
 ]
-CLASSES = [b"cat\xfe\n$a", b'dog\x1b[2J,"', b"cat\\xfe"]
+CLASSES = [
+    *(b"cat\xfe\n$a", b'dog\x1b[2J,"', b"cat\\xfe", b"=1+1", "a\u202etxt<script>".encode(), b"@" + 249 * b"x"),
+]
 
 
 @pytest.fixture
@@ -122,7 +124,10 @@ def test_every_command_on_such_names(
     classes = [escaped(os.fsdecode(name)) for name in sorted(CLASSES)]
     succeeds(capsys, "evaluate", f"--model={tuned}", data, f"--out={out / 'scores'}", "--data.num_workers=0")
     with (out / "scores" / "per_class.csv").open(newline="", encoding="utf-8") as file:
-        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(classes)
+        assert sorted(row["class"] for row in csv.DictReader(file)) == sorted(csv_row(classes))
+    for name in ("per_class.csv", "confusion.csv"):
+        with (out / "scores" / name).open(newline="", encoding="utf-8") as file:
+            assert not [cell for row in csv.reader(file) for cell in row if cell.startswith(("=", "@"))]
     succeeds(capsys, "embed", f"--encoder={pre}", data, f"--out={out / 'e.parquet'}", "--num_workers=0")
     table = pq.read_table(out / "e.parquet")
     paths = [str(path.relative_to(hostile)) for path in hostile.rglob("*.png")]

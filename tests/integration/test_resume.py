@@ -225,14 +225,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(
     cli.trainer.strategy.checkpoint_io.wait()
     path = step_file(tmp_path, 14)
     path.write_bytes(path.read_bytes()[:-1000])
-    (tmp_path / "checkpoints" / "step_0000021.ckpt.partial").write_bytes(b"half")
+    unfinished = tmp_path / "checkpoints" / "step_0000021.ckpt.abcd1234.partial"
+    unfinished.mkdir()
+    (unfinished / "step_0000021.ckpt").write_bytes(b"half")
+    (unfinished / ".in_use").touch()
     cli = prepared(tmp_path)
     out = capsys.readouterr().out
     assert f"mae: warning: {path} is damaged: it is torn: its checksum is missing" in out
     cli.fit()
     out = capsys.readouterr().out
     assert f"goes on from step 10 ({step_file(tmp_path, 10)})" in out
-    assert "step_0000021.ckpt.partial was being written when the run was killed: removed" in out
+    assert "step_0000021.ckpt.abcd1234.partial was being written when the run was killed: removed" in out
     require_same(tmp_path, whole)
 
 

@@ -42,18 +42,19 @@ class FixedNorm(Callback):
 
 
 class SignalAt(Callback):
-    """Rank 0 sends itself a signal when so many optimiser steps are taken.
+    """A rank sends itself a signal when so many optimiser steps are taken.
 
     Args:
         step: So many.
         number: Of the signal.
+        rank: Which; the first one by default.
     """
 
-    def __init__(self, step: int, number: int):
-        self.step, self.number = step, number
+    def __init__(self, step: int, number: int, rank: int = 0):
+        self.step, self.number, self.rank = step, number, rank
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.is_global_zero and trainer.global_step == self.step:
+        if trainer.global_rank == self.rank and trainer.global_step == self.step:
             trainer.strategy.checkpoint_io.wait()  # which checkpoints there are does not depend on the disk's speed
             os.kill(os.getpid(), self.number)
 
@@ -82,15 +83,16 @@ class HoldAt(Callback):
 
 
 class HangAt(Callback):
-    """The last rank goes to sleep when so many optimiser steps are taken.
+    """A rank goes to sleep when so many optimiser steps are taken.
 
     Args:
         step: So many.
+        rank: Which; -1 is the last.
     """
 
-    def __init__(self, step: int):
-        self.step = step
+    def __init__(self, step: int, rank: int = -1):
+        self.step, self.rank = step, rank
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step and trainer.global_rank == trainer.world_size - 1:
+        if trainer.global_step == self.step and trainer.global_rank == self.rank % trainer.world_size:
             time.sleep(600)

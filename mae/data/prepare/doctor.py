@@ -1,11 +1,11 @@
 """`mae doctor`: what is in a data folder and what is wrong with it."""
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,9 @@ from mae.data.prepare.survey import (
 )
 from mae.errors import UserError
 from mae.options import check_ranges, out_file, plural
+from mae.runtime.files import write_report
 from mae.runtime.storage import Place
-from mae.runtime.text import escaped, printable
+from mae.runtime.text import csv_row, escaped, printable
 
 # The most names that are printed: of unreadable images, of other examples, of copies of one image.
 MAX_UNREADABLE, MAX_EXAMPLES, MAX_COPIES = 20, 5, 3
@@ -79,13 +80,13 @@ def doctor_command(args: Sequence[str]) -> None:
             "same_bytes": groups.counts(),
             "findings": [asdict(finding) for finding in findings],
         }
-        Path(config.json).write_text(json.dumps(report, indent=1) + "\n")
+        write_report(config.json, json.dumps(report, indent=1) + "\n")
         lines.append(f"wrote {config.json}")
     if config.list:
-        with open(config.list, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["path", "problem"])
-            writer.writerows(map(escaped, row) for row in problem_rows(splits, groups))
+        table = io.StringIO(newline="")
+        rows = chain([("path", "problem")], problem_rows(splits, groups))
+        csv.writer(table).writerows(csv_row(map(escaped, row)) for row in rows)
+        write_report(config.list, table.getvalue())
         lines.append(f"wrote {config.list}")
     elif findings:
         lines.append("--list FILE writes the path of every one")

@@ -5,7 +5,7 @@ import re
 import shutil
 import tarfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -13,7 +13,7 @@ from types import TracebackType
 
 from mae.data.tar_shards import INDEX, Index, write_index
 from mae.errors import UserError
-from mae.runtime.files import PARTIAL, exclusive_lock, os_errors_as_user_errors, sync
+from mae.runtime.files import atomic_write, clear_partial, exclusive_lock, open_own_file, os_errors_as_user_errors, sync
 
 ASIDE = ".replaced"  # folder for the shards that are being replaced
 
@@ -21,7 +21,7 @@ MARK = "pack.partial"  # exists while a folder is being packed; the shards besid
 
 one_line_errors = partial(os_errors_as_user_errors, hint="nothing is packed")
 
-_SHARD = re.compile(rf"\d{{6,}}\.tar({re.escape(PARTIAL)})?")
+_SHARD = re.compile(r"\d{6,}\.tar")
 
 
 def member(name: str, size: int) -> tarfile.TarInfo:
@@ -56,6 +56,7 @@ class ShardWriter:
         self.folder, self.limit = folder, limit
         self.files: list[str] = []
         self.tar: tarfile.TarFile | None = None
+        self.shard = ExitStack()  # closes and names the current one
 
     def add(self, index: int, suffix: str, data: bytes, label: int | None) -> tuple[int, int]:
         """Write one image; returns the number of its shard and the offset of its bytes in there."""
@@ -67,7 +68,8 @@ class ShardWriter:
             self.files.append(f"{len(self.files):06d}.tar")
         with one_line_errors(self.path):
             if self.tar is None:
-                self.tar = tarfile.open(self.unfinished, "w", format=tarfile.USTAR_FORMAT)
+                partial = self.shard.enter_context(atomic_write(self.path))
+                self.tar = self.shard.enter_context(tarfile.open(partial, "w", format=tarfile.USTAR_FORMAT))
             offset = self.tar.offset + tarfile.BLOCKSIZE
             for extension, content in members:
                 self.tar.addfile(member(f"{key(index)}.{extension}", len(content)), BytesIO(content))
@@ -78,18 +80,12 @@ class ShardWriter:
     def path(self) -> Path:
         return self.folder / self.files[-1]
 
-    @property
-    def unfinished(self) -> Path:
-        return self.folder / (self.files[-1] + PARTIAL)
-
     def close(self) -> None:
         """Complete the current shard, and wait until it is on disk."""
         if self.tar is None:
             return
         with one_line_errors(self.path):
-            self.tar.close()
-            sync(self.unfinished)
-            self.unfinished.replace(self.path)
+            self.shard.close()
         self.tar = None
 
     def __enter__(self) -> "ShardWriter":
@@ -98,9 +94,9 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None:
             self.close()
-        elif self.tar is not None and self.tar.fileobj is not None:
+        else:
             with suppress(OSError):  # the disk may still be full
-                self.tar.fileobj.close()
+                self.shard.__exit__(kind, error, at)
 
 
 def padded(size: int, unit: int = tarfile.BLOCKSIZE) -> int:
@@ -116,13 +112,13 @@ def write_final_index(folder: Path, index: Index) -> None:
 
 
 def written_files(folder: Path) -> list[Path]:
-    """Shards and index, finished or not; none where there is no folder.
+    """Shards and index; none where there is no folder.
 
     Raises:
         OSError: The folder cannot be listed.
     """
     names = os.listdir(folder) if folder.exists() else []
-    return sorted(folder / name for name in names if name in (INDEX, INDEX + PARTIAL) or _SHARD.fullmatch(name))
+    return sorted(folder / name for name in names if name == INDEX or _SHARD.fullmatch(name))
 
 
 def check_free(folder: Path, overwrite: bool) -> None:
@@ -142,10 +138,13 @@ def exclusive_folder(folder: Path, overwrite: bool) -> Iterator[None]:
     with one_line_errors(folder):
         interrupted = (folder / MARK).exists()
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / MARK).touch()
+        os.close(open_own_file(folder / MARK))
     with exclusive_lock(folder / MARK, "mae pack"):
         with one_line_errors(folder):
-            if interrupted and (removed := remove(folder)):
+            left = clear_partial(folder)
+            if (folder / ASIDE).is_symlink():
+                raise UserError(f"{folder / ASIDE} is a link, where shards are put aside: remove it")
+            if interrupted and (removed := remove(folder) + len(left)):
                 print(f"removed {removed} files that an interrupted run left in {folder}", flush=True)
             bring_back(folder)
             if not interrupted:

@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mae.data.decode import BadImage
-from mae.data.prepare.tar_writer import image_suffix, key, member, padded, written_files
+from mae.data.prepare.tar_writer import MARK, image_suffix, key, member, padded, written_files
 from mae.data.tar_shards import INDEX, Index, read_index
 from mae.errors import UserError
 from mae.runtime.reading import open_regular
@@ -28,8 +28,8 @@ def verify_shards(dst: Path) -> None:
     """
     if not dst.is_dir():
         raise UserError(f"--verify {dst} does not exist or is not a folder")
-    folders = {"": dst} if written_files(dst) else {f"{path.name}/": path for path in sorted(dst.glob("*"))}
-    folders = {title: folder for title, folder in folders.items() if written_files(folder)}
+    folders = {"": dst} if begun(dst) else {f"{path.name}/": path for path in sorted(dst.glob("*"))}
+    folders = {title: folder for title, folder in folders.items() if begun(folder)}
     if not folders:
         raise UserError(f"--verify {dst} holds no shards")
     damaged = total = shards = broken = 0
@@ -51,6 +51,11 @@ def verify_shards(dst: Path) -> None:
     if problems:
         raise UserError(f"{' and '.join(problems)} in {dst}: pack or copy the shards anew")
     print(f"{total} records in {shards} shards: intact", flush=True)
+
+
+def begun(folder: Path) -> bool:
+    """Whether shards have been written here, or an interrupted run was about to."""
+    return bool(written_files(folder)) or (folder / MARK).exists()
 
 
 def find_damage(folder: Path, index: Index, progress: Callable[[], Any] = lambda: None) -> Iterator[tuple[int, str]]:

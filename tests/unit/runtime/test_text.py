@@ -1,5 +1,6 @@
 """What names of files and lines look like in what we write and print."""
 
+import csv
 import io
 import os
 import re
@@ -7,7 +8,7 @@ import sys
 
 import pytest
 
-from mae.runtime.text import CLEAR_LINE, escaped, printable, printable_output
+from mae.runtime.text import CLEAR_LINE, csv_row, escaped, printable, printable_output
 
 NAMES = {  # as bytes on the disk, and as we write them
     b"plain.png": "plain.png",
@@ -62,3 +63,25 @@ def test_nothing_that_is_printed_reaches_a_terminal_raw(
         print("wrote Käse")
     latin.seek(0)
     assert latin.read() == "wrote K\\xe4se\n"
+
+
+def test_no_text_in_a_table_is_a_formula_and_no_number_is_changed() -> None:
+    texts = {
+        "=1+1": "'=1+1",
+        "+cmd|' /C calc'!A0": "'+cmd|' /C calc'!A0",
+        "@SUM(A1)": "'@SUM(A1)",
+        "-2+3": "'-2+3",
+        "＝1": "'＝1",
+        "'=1": "''=1",  # not the same as the first
+        "\t=1": "\\t=1",
+        "\r=1": "\\r=1",
+        "-inf": "'-inf",
+        "cat": "cat",
+        "-1": "-1",
+        "+.5e-3": "+.5e-3",
+    }
+    assert csv_row([*texts, -0.5, 3]) == [*texts.values(), -0.5, 3]
+    table = io.StringIO(newline="")
+    csv.writer(table).writerow(csv_row(texts))
+    (row,) = csv.reader(io.StringIO(table.getvalue()))
+    assert [cell.removeprefix("'") if cell[0] == "'" else cell for cell in row] == list(map(printable, texts))

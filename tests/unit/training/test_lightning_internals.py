@@ -1,11 +1,15 @@
 """Each use of Lightning's internals does its job with the installed Lightning; if not, a sentence says what changed."""
 
+import multiprocessing
+import os
 import signal
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
@@ -154,6 +158,23 @@ def test_the_processes_of_other_ranks_are_known(tmp_path: Path) -> None:
     assert "procs" in _SubprocessScriptLauncher.launch.__code__.co_names, "Lightning watches another list than `procs`"
     alone = Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu", devices=1)
     assert internals.child_processes(alone) == []
+
+
+@pytest.mark.parametrize("how", ["exit 2", "exit 3", "kill -SEGV $$"])
+def test_a_lost_rank_ends_the_first_one_by_our_rule(how: str, capfd: pytest.CaptureFixture[str]) -> None:
+    def first_rank() -> None:
+        internals.end_with_lost_ranks(lambda: "; start it again")
+        rank = subprocess.Popen(["sh", "-c", how])
+        rank.wait()
+        _ChildProcessObserver(os.getpid(), [rank])._run()
+
+    process = multiprocessing.get_context("fork").Process(target=first_rank)
+    process.start()
+    process.join(60)
+    said = "Lightning's observer no longer calls _terminate_all where a rank has failed"
+    assert process.exitcode == (2 if how == "exit 2" else 1), said
+    line = "mae: error: another process of the run is gone (rank 1, by SIGSEGV); start it again\n"
+    assert capfd.readouterr().err == (line if "SEGV" in how else "")
 
 
 def test_the_device_mesh_has_the_sizes_that_are_set() -> None:

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -294,4 +293,4 @@ def test_the_rank_without_memory_says_so_and_the_others_end(tmp_path: Path, rank
     assert own.startswith("mae: error: rank 1: " if rank else "mae: error: out")
     assert all("another process of the run is gone" in line for line in others)
     # Of the first rank; where another is gone, Lightning may end it before it hears of that by itself.
-    assert done.returncode in ((1, -signal.SIGKILL) if rank else (2,)), done.stderr
+    assert done.returncode in ((1, 2) if rank else (2,)), done.stderr
