@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 
 from mae.errors import UserError, did_you_mean
+from mae.runtime.files import is_written_in_place
 from mae.runtime.run_files import load_yaml, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -190,7 +191,7 @@ def out_file(path: str, option: str = "--out") -> Path:
         raise UserError(f"{option} {out}: there is no folder {out.parent}")
     if out.is_dir():
         raise UserError(f"{option} {out} is a folder; wanted is a file")
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
+    if not os.access(out if is_written_in_place(out) else out.parent, os.W_OK):  # other files are replaced
         raise UserError(f"{option} {out} cannot be written: no permission")
     return out
 

@@ -21,7 +21,8 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import safetensors.numpy
 
-from mae.data.decode import MAX_BYTES, BadImage
+from mae.data.bounds import MAX_MEMORY
+from mae.data.decode import BadImage
 from mae.data.image_files import IMAGE_SUFFIXES, Leftovers, find_images, is_hidden
 from mae.data.sources import FileSource, FolderSource, class_labels, note_folders
 from mae.errors import UserError
@@ -164,7 +165,7 @@ def makes_sense(index: Index) -> bool:
         and ascending(index.file)
         and index.offset.min() >= 0
         and index.size.min() >= 0
-        and index.size.max() <= MAX_BYTES
+        and index.size.max() <= MAX_MEMORY
         and index.offset.max() <= 2**62
         and index.name_end[0] >= 0
         and ascending(index.name_end)
@@ -220,10 +221,10 @@ class RecordSource(FileSource):
         # From a remote place all at once; on this machine one by one, so that they are not in memory together.
         for chunk in [indices] if self.place.remote else [[index] for index in indices]:
             ranges = [self._range(index) for index in chunk]
-            contents = self.place.read_ranges([(name, start, min(size, MAX_BYTES)) for name, start, size in ranges])
+            contents = self.place.read_ranges([(name, start, min(size, MAX_MEMORY)) for name, start, size in ranges])
             for index, (_, _, size), data in zip(chunk, ranges, contents, strict=True):
-                if size > MAX_BYTES:
-                    data = ValueError(f"it has {size:,} bytes, over the limit of {MAX_BYTES:,}")
+                if size > MAX_MEMORY:
+                    data = ValueError(f"it has {size:,} bytes, over the limit of {MAX_MEMORY:,}")
                 yield BadImage(self.where(index), str(data)) if isinstance(data, Exception) else data
 
     def _range(self, index: int) -> Range:

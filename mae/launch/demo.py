@@ -13,6 +13,7 @@ from mae.commands import DEMO_DIR, demo_parser
 from mae.evaluation import features, plots
 from mae.launch.stages import PretrainCLI
 from mae.models.mae import MaskedAutoencoder
+from mae.runtime.files import atomic_write_text
 
 STEPS_PER_EPOCH = 4000 // 64
 
@@ -70,7 +71,7 @@ def demo_command(args: Sequence[str]) -> None:
     plots.loss_curve(run_dir / "metrics.csv", curve)
     last_panel = max((run_dir / "reconstructions").glob("*.png"))
     table = "\n".join(lines)
-    (run_dir / "table.txt").write_text(table + "\n")
+    atomic_write_text(run_dir / "table.txt", table + "\n")
     print(f"\n{table}\n\ntop-1 in percent on 1,000 held-out digits; pre-training took {minutes:.1f} minutes")
     print(
         f"reconstructions  {last_panel}\nloss curve       {curve}\nencoder          {run_dir / 'encoder.safetensors'}"

@@ -28,6 +28,7 @@ from mae.models.vit import frozen_features
 from mae.options import ToolParser, out_file, run_name
 from mae.pretrain import Pretrain
 from mae.runtime import memory
+from mae.runtime.files import write_report
 from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.runtime.memory import GIB
 from mae.runtime.run_files import read_yaml
@@ -98,7 +99,7 @@ def plan_command(args: Sequence[str]) -> None:
     run = run_to_plan(stage, values, options)
     figures = check_prediction(run, options.check_batch) if options.check else plan(run, values.model, options)
     if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1) + "\n")
+        write_report(options.json, json.dumps(figures, indent=1) + "\n")
 
 
 def split_arguments(args: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -27,6 +27,7 @@ from mae.evaluation.metrics import top5_tells
 from mae.launch import stages as stages_module
 from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
+from mae.runtime.files import atomic_write, atomic_write_text
 from mae.runtime.machine import available_cores, cpu_name
 from mae.runtime.run_files import read_metrics, read_yaml
 from mae.runtime.text import printable, printable_lines
@@ -278,7 +279,7 @@ def run_stage(job: StageRun) -> bool:
     start = time.perf_counter()
     job.folder.mkdir(parents=True, exist_ok=True)
     head = f"# mae {printable(shlex.join(args))}\n# {machine()}\n"  # for the page
-    job.settings_file.write_text(head + yaml.safe_dump(job.settings, sort_keys=False), encoding="utf-8")
+    atomic_write_text(job.settings_file, head + yaml.safe_dump(job.settings, sort_keys=False))
     with log.open("ab") as file:
         before = file.tell()  # the output of earlier attempts stays
         try:
@@ -377,7 +378,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
         blocks += [f"## {heading}", f"![{heading}]({panels[-1].relative_to(out).as_posix()})"]
     commands = "\n".join(["## Commands\n", "```bash", *(head[0] for head in heads), "```"])
     text = html.escape("\n\n".join(blocks), quote=False) + f"\n\n{commands}\n"
-    (out / "report.md").write_text(printable_lines(text), encoding="utf-8")
+    atomic_write_text(out / "report.md", printable_lines(text))
 
 
 def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> None:
@@ -393,7 +394,8 @@ def draw(lines: Sequence[tuple[str, Points, int]], label: str, path: Path) -> No
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, dpi=130)
 
 
 def figure_rows(plan: Plan, seeds: Sequence[int], finished: dict[tuple[str, int], dict[str, float]]) -> list[list[str]]:

@@ -37,8 +37,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     Whatever is at `path` is replaced: a link itself, not the file that it points to. The permissions are those of any
     new file. Names in /dev and /proc, such as /dev/stdout, are written to directly.
     """
-    parent = os.path.realpath(path.parent)
-    if parent == "/dev" or parent.startswith("/proc/"):
+    if is_written_in_place(path):
         yield path
         return
     name = os.fsdecode(os.fsencode(path.name)[:200])  # the folder's name is longer, and 255 bytes are allowed
@@ -56,6 +55,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)
+
+
+def is_written_in_place(path: Path) -> bool:
+    """Whether it is a name in /dev or /proc, such as /dev/stdout, and no file that could be replaced."""
+    parent = os.path.realpath(path.parent)
+    return parent == "/dev" or parent.startswith("/proc/")
 
 
 def atomic_write_text(path: Path, text: str) -> None:

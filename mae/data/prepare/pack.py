@@ -43,7 +43,7 @@ def pack_command(args: Sequence[str]) -> None:
         if config.src is not None:
             raise UserError(f"--verify {config.verify} packs nothing: leave out {config.src}")
         try:
-            verify_shards(local_path(config.verify, "--verify"))
+            verify_shards(local_path(config.verify, "--verify"), config.in_chans, config.num_workers)
         except OSError as error:
             raise UserError(f"--verify {error.filename or config.verify}: {error.strerror or error}") from None
     elif config.src is None or config.dst is None:

@@ -1,4 +1,4 @@
-"""`mae pack --verify`: compare shards with their index byte by byte, and name the damaged records."""
+"""`mae pack --verify`: compare shards with their index byte by byte, decode every image, and name what is damaged."""
 
 import os
 import tarfile
@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from mae.data.datasets import WorkerProgress, default_workers
 from mae.data.decode import BadImage
+from mae.data.loaders import Loader
+from mae.data.prepare.survey import CHUNK
 from mae.data.prepare.tar_writer import MARK, image_suffix, key, member, padded, written_files
-from mae.data.tar_shards import INDEX, Index, read_index
+from mae.data.tar_shards import INDEX, Index, RecordSource, read_index
 from mae.errors import UserError
 from mae.runtime.reading import open_regular
 from mae.runtime.storage import Place
@@ -20,11 +24,32 @@ from mae.runtime.storage import Place
 BLOCK = tarfile.BLOCKSIZE
 
 
-def verify_shards(dst: Path) -> None:
+class DecodedRecords(Dataset[Any]):
+    """Why images of shards cannot be decoded whole, by index. Items are ranges of indices."""
+
+    def __init__(self, source: RecordSource, workers: int) -> None:
+        self.source, self.progress = source, WorkerProgress(source, workers)
+
+    def __getitem__(self, indices: range) -> dict[int, str]:
+        errors = {}
+        for index in indices:
+            self.progress.set(index)
+            try:
+                self.source.open(index).pixels()
+            except BadImage as error:
+                errors[index] = error.reason
+        return errors
+
+
+def verify_shards(dst: Path, in_chans: int = 3, num_workers: int | None = None) -> None:
     """Read all shards of a folder, or of the folders in it, and name each damaged record.
 
+    Args:
+        in_chans: Channels of images whose index does not tell.
+        num_workers: Loader processes that decode; None: one a spare core.
+
     Raises:
-        UserError: A record is damaged, or there are no shards.
+        UserError: A record is damaged, more images cannot be decoded than when they were packed, or there is no shard.
     """
     if not dst.is_dir():
         raise UserError(f"--verify {dst} does not exist or is not a folder")
@@ -32,7 +57,8 @@ def verify_shards(dst: Path) -> None:
     folders = {title: folder for title, folder in folders.items() if begun(folder)}
     if not folders:
         raise UserError(f"--verify {dst} holds no shards")
-    damaged = total = shards = broken = 0
+    damaged = undecoded = known = total = shards = broken = 0
+    workers = default_workers() if num_workers is None else num_workers
     for title, folder in folders.items():
         try:
             index = read_index(Place(folder))
@@ -41,16 +67,32 @@ def verify_shards(dst: Path) -> None:
             broken += 1
             continue
         total, shards = total + len(index), shards + len(index.files)
+
+        def name(i: int, wrong: str, title: str = title, index: Index = index) -> None:
+            tqdm.write(str(BadImage(f"{title}{index.files[index.file[i]]}: {index.name(i)}", wrong)))
+
+        found = set()
         with tqdm(total=len(index), desc=title or None, unit="image", disable=None, dynamic_ncols=True) as bar:
             for i, damage in find_damage(folder, index, bar.update):
-                where = f"{title}{index.files[index.file[i]]}: {index.name(i)}"
-                tqdm.write(str(BadImage(where, damage)))
-                damaged += 1
+                name(i, damage)
+                found.add(i)
+        damaged, known = damaged + len(found), known + index.about.get("bad_images", 0)
+        source = RecordSource(Place(folder), index, len(index.about.get("mean") or [0] * in_chans))
+        chunks = [range(start, min(start + CHUNK, len(index))) for start in range(0, len(index), CHUNK)]
+        loader = Loader(DecodedRecords(source, workers), sampler=chunks, batch_size=None, num_workers=workers)
+        with tqdm(total=len(index), desc=f"{title}decoded", unit="image", disable=None, dynamic_ncols=True) as bar:
+            for errors in loader:
+                for i in sorted(errors.keys() - found):
+                    name(i, f"cannot be decoded: {errors[i]}")
+                    undecoded += 1
+                bar.update(CHUNK)
     problems = [f"{damaged} of {total} records are damaged"] if damaged else []
+    problems += [f"{undecoded} of {total} images cannot be decoded"] if undecoded > known else []
     problems += [f"{broken} of {len(folders)} folders have no index that can be used"] if broken else []
     if problems:
         raise UserError(f"{' and '.join(problems)} in {dst}: pack or copy the shards anew")
-    print(f"{total} records in {shards} shards: intact", flush=True)
+    unreadable = f", {undecoded} of them unreadable since they were packed" if undecoded else ""
+    print(f"{total} records in {shards} shards: intact{unreadable}", flush=True)
 
 
 def begun(folder: Path) -> bool:

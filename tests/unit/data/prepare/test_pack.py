@@ -27,7 +27,7 @@ from mae.data.prepare import pack, tar_writer
 from mae.data.prepare.stats import stats_command
 from mae.data.prepare.verify import find_damage
 from mae.data.sources import FolderSource
-from mae.data.tar_shards import INDEX, Index, RecordSource, open_images, read_index
+from mae.data.tar_shards import INDEX, Index, RecordSource, open_images, read_index, write_index
 from mae.errors import UserError
 from mae.runtime.storage import Place
 
@@ -63,7 +63,7 @@ def damaged(dst: Path, capsys: pytest.CaptureFixture[str]) -> tuple[list[str], s
     """The lines of --verify, and its last word."""
     capsys.readouterr()
     with pytest.raises(UserError) as error:
-        pack.pack_command(["--verify", str(dst)])
+        pack.pack_command(["--verify", str(dst), "--num_workers=0"])
     return capsys.readouterr().out.splitlines(), str(error.value)
 
 
@@ -187,7 +187,7 @@ def test_short_side_encodes_only_what_is_larger(
     with tarfile.open(dst / "train" / "000000.tar") as tar:
         assert tar.getnames()[0] == "00000000.jpg"  # was a large PNG
         assert tar.getnames()[10] == "00000005.png"  # is a small one
-    pack.pack_command(["--verify", str(dst)])
+    pack.pack_command(["--verify", str(dst), "--num_workers=0"])
 
 
 def test_quality_of_what_is_encoded_anew(images: Path, tmp_path: Path) -> None:
@@ -247,7 +247,7 @@ def test_unreadable_images_stop_it_unless_they_are_counted(
     said = capsys.readouterr().out
     assert (said.count("cat/01.JPEG"), said.count("dog/13.JPEG")) == (1, 1)
     assert read_index(Place(dst / "train")).about["bad_images"] == 2
-    pack.pack_command(["--verify", str(dst)])
+    pack.pack_command(["--verify", str(dst), "--num_workers=0"])
     assert open_images(Place(dst / "train"), 3).read(1) == half.read_bytes()
 
     batches = []
@@ -279,7 +279,7 @@ def test_what_is_there_is_replaced_only_when_asked(images: Path, tmp_path: Path)
     (dst / "train" / "notes.txt").write_text("mine")
     packed(images, dst, "--overwrite=true")
     assert sorted(contents(dst / "train")) == ["000000.tar", INDEX, "notes.txt"]
-    pack.pack_command(["--verify", str(dst)])
+    pack.pack_command(["--verify", str(dst), "--num_workers=0"])
 
 
 def test_source_and_destination_lie_apart(images: Path, tmp_path: Path) -> None:
@@ -347,7 +347,7 @@ def test_a_killed_pack_is_not_taken_for_complete_and_begins_anew(
     assert (dst / "train" / tar_writer.MARK).exists()
     if count == 28:
         with pytest.raises(UserError, match="2 of 2 folders have no index that can be used"):
-            pack.pack_command(["--verify", str(dst)])
+            pack.pack_command(["--verify", str(dst), "--num_workers=0"])
     packed(*args)
     assert ("files that an interrupted run left" in capsys.readouterr().out) == (count > 0)
     assert contents(dst) == contents(packed(images, tmp_path / "whole", "--shard_mb=0.03"))
@@ -397,7 +397,7 @@ def test_two_at_once_do_not_write_into_one_folder(
     die_at(3, another, monkeypatch)
     packed(images, dst, "--max_bad_images=0")
     monkeypatch.undo()
-    pack.pack_command(["--verify", str(dst)])
+    pack.pack_command(["--verify", str(dst), "--num_workers=0"])
 
 
 # --verify
@@ -412,6 +412,24 @@ def at(shards: Path, i: int) -> tuple[Path, int, int]:
     """Shard, first byte and size of a training image."""
     index = read_index(Place(shards / "train"))
     return shards / "train" / index.files[index.file[i]], int(index.offset[i]), int(index.size[i])
+
+
+def test_an_image_that_cannot_be_decoded_is_named(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its bytes are those of the index: half a JPEG, with the end mark of a whole one."""
+    path = sorted((images / "train").rglob("*.JPEG"))[0]
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + b"\xff\xd9")
+    dst = packed(images, tmp_path / "shards", "--max_bad_images=1")
+    capsys.readouterr()
+    pack.pack_command(["--verify", str(dst)])  # known to the index
+    assert capsys.readouterr().out.splitlines()[-1].endswith("intact, 1 of them unreadable since they were packed")
+    index = read_index(Place(dst / "train"))
+    write_index(index._replace(about=index.about | {"bad_images": 0}), dst / "train" / INDEX)
+    lines, said = damaged(dst, capsys)
+    assert said.startswith("1 of 32 images cannot be decoded in ")
+    assert any("cannot be decoded: file is truncated" in line for line in lines)
 
 
 def test_intact_shards(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
