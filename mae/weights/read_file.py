@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -294,8 +295,22 @@ class OutlineReader(pickle.Unpickler):
 
     def __init__(self, stream: BytesIO) -> None:
         super().__init__(stream)
+        self.stream = stream
         self.classes: dict[str, None] = {}
         self.storages: dict[str, int] = {}
+
+    def next(self) -> Any:
+        """The next value of the stream."""
+        start, wrong = self.stream.tell(), None
+        with contextlib.suppress(Exception):  # of a damaged pickle, what comes before counts
+            for i, (operation, number, _) in enumerate(pickletools.genops(self.stream)):
+                if operation.name in ("PUT", "LONG_BINPUT") and int(number or 0) > i:
+                    wrong = f"step {i} of its pickle stores value {number}"
+                    break
+        if wrong:  # the unpickler would take memory for all numbers below this one
+            raise ValueError(wrong)
+        self.stream.seek(start)
+        return self.load()
 
     def find_class(self, module: str, name: str) -> Any:
         self.classes[f"{module}.{name}"] = None
@@ -329,11 +344,11 @@ def read_outline(path: Path) -> Outline:
         return Outline(is_zip, [], str(error) or type(error).__name__)
     outline = OutlineReader(BytesIO(pickles))
     try:
-        first = outline.load()
+        first = outline.next()
         if not is_zip and first != torch.serialization.MAGIC_NUMBER:
             wrong = "it is a pickle, but not of torch"
         for _ in range(3 if not is_zip and not wrong else 0):  # the version, sizes of numbers, and the content
-            outline.load()
+            outline.next()
     except Exception as error:  # whatever a damaged pickle raises; up to there it counts
         if not is_zip:  # whose tensors are mapped: torch may judge
             wrong = str(error) or type(error).__name__

@@ -222,13 +222,16 @@ def sealed_off(paths: list[Path]) -> list[tuple[str, int]]:
 @pytest.mark.slow
 def test_half_a_download_takes_no_memory(tmp_path: Path) -> None:
     content: dict[str, Any] = {"model": {"blocks.0.norm1.weight": torch.zeros(1 << 25)}}  # 128 MiB
-    paths = [tmp_path / name for name in ("new.pth", "old.pth", "x.safetensors", "plain.pth", "claims.pth")]
+    paths = [
+        tmp_path / name for name in ("new.pth", "old.pth", "x.safetensors", "plain.pth", "claims.pth", "number.pth")
+    ]
     torch_file(content, paths[0])
     torch_file(content, paths[1], _use_new_zipfile_serialization=False)
     save_file(content["model"], paths[2])
     paths[3].write_bytes(b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + bytes(1 << 27))  # a string of 1 TB
     small = torch_file({"a": torch.zeros(77)}, paths[4], _use_new_zipfile_serialization=False).read_bytes()
     paths[4].write_bytes(small.replace(b"K\x4d", b"J\xff\xff\xff\x7f", 1))  # of 77 numbers 2 billion
+    paths[5].write_bytes(b"\x80\x02}r\xff\xff\xff\x07.")  # value 134 million
     for path in paths[:3]:
         os.truncate(path, 100 << 20)
     network = autoencoder()
@@ -241,3 +244,4 @@ def test_half_a_download_takes_no_memory(tmp_path: Path) -> None:
         assert text.startswith(f"{path} is damaged or cut off: ")
         assert grown < 64
     assert "its tensors take 8,589,934,588 bytes" in said[4][0]
+    assert "step 2 of its pickle stores value 134217727" in said[5][0]
