@@ -338,7 +338,7 @@ def load_torchvision(
     for train in (True, False):
         try:
             data = factory(str(root), train=train, download=download)
-        except (RuntimeError, OSError) as error:  # files missing or damaged; no network
+        except Exception as error:  # files missing or damaged, of any type; no network
             raise UserError(f"{dataset} in {root}: {first_line(error)} (--data.download true fetches it)") from None
         pixels = torch.as_tensor(data.data)
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)

@@ -14,6 +14,7 @@ from mae.evaluation import features, plots
 from mae.launch.stages import PretrainCLI
 from mae.models.mae import MaskedAutoencoder
 from mae.runtime.files import atomic_write_text
+from mae.runtime.run_files import read_text
 
 STEPS_PER_EPOCH = 4000 // 64
 
@@ -33,7 +34,7 @@ def demo_command(args: Sequence[str]) -> None:
     config = demo_parser().parse_args(list(args))
     run_dir = Path(config.run_dir)
     settings = run_dir / "config.yaml"
-    if config.run_dir == DEMO_DIR and settings.exists() and "dataset: digits" in settings.read_text():
+    if config.run_dir == DEMO_DIR and settings.exists() and "dataset: digits" in read_text(settings):
         shutil.rmtree(run_dir)  # an earlier demo; a folder that the user named, or a run on other data, stays
 
     print("1/3 pre-training on handwritten digits", flush=True)

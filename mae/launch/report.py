@@ -29,7 +29,7 @@ from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.files import atomic_write, atomic_write_text
 from mae.runtime.machine import available_cores, cpu_name
-from mae.runtime.run_files import read_metrics, read_yaml
+from mae.runtime.run_files import read_metrics, read_text, read_yaml
 from mae.runtime.text import printable, printable_lines
 
 Settings = dict[str, Any]
@@ -195,8 +195,10 @@ class StageRun(NamedTuple):
         figures: dict[str, float] = {}
         for suffix, path in files.items():
             try:
-                result = json.loads(path.read_text())
-            except (OSError, ValueError):  # absent, or cut off while it was written
+                result = json.loads(read_text(path))
+            except (UserError, ValueError, RecursionError):  # absent, or damaged: the stage runs again
+                return {}
+            if not isinstance(result, dict):
                 return {}
             names = {"top-1": "acc1", "top-5": "acc5"}
             if self.stage == "knn":
@@ -213,7 +215,7 @@ class StageRun(NamedTuple):
     def curve(self, key: str) -> Points:
         """(images seen, value) of a metric of the run."""
         _, rows = read_metrics(self.run_dir / "metrics.csv")
-        return [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key)]
+        return [(float(row["images_seen"]), float(row[key])) for row in rows if row.get(key) and row.get("images_seen")]
 
     def difference(self) -> str | None:
         """A sentence about the first setting in which the config differs from the run's; None if they agree."""
@@ -330,8 +332,8 @@ def machine() -> str:
 def classes_of(results: Path) -> float:
     """The number of classes of which results.json tells, from the table beside it; infinity where there is none."""
     try:
-        return len(results.with_name("per_class.csv").read_text(encoding="utf-8").splitlines()) - 1
-    except OSError:
+        return len(read_text(results.with_name("per_class.csv")).splitlines()) - 1
+    except UserError:
         return math.inf
 
 
@@ -342,7 +344,7 @@ def write_page(plan: Plan, seeds: Sequence[int], jobs: Sequence[StageRun], out: 
     """Write report.md about the stages that are finished, and its curves."""
     finished = {(job.stage, job.seed): figures for job in jobs if (figures := job.figures())}
     done = [job for job in jobs if (job.stage, job.seed) in finished]
-    heads = [[line[2:] for line in job.settings_file.read_text(encoding="utf-8").splitlines()[:2]] for job in done]
+    heads = [[line[2:] for line in read_text(job.settings_file).splitlines()[:2]] for job in done]
     counts = sorted({int(figures[key]) for figures in finished.values() for key in figures if key.startswith("images")})
     notes = [f"Top-1 and top-5: percent of {' or '.join(map(str, counts))} held-out images."] if counts else []
     header, *rows = [[cell.replace("|", "\\|") for cell in row] for row in figure_rows(plan, seeds, finished)]
