@@ -21,11 +21,11 @@ verify = $(if $(and $(1),$(shell $(1) -c 'import sys; sys.exit(sys.version_info 
 	'import sys; print("python%d.%d-venv" % sys.version_info[:2])')`: $(1) cannot make environments (no ensurepip)))
 
 # $(call install,PYTHON,ENVIRONMENT,REQUIREMENTS): the stamp $@ is written last. An environment without one was
-# interrupted and is made anew; one whose stamp is older than its requirements is updated in place.
+# interrupted and is made anew; one whose stamp is older than its requirements is updated in place, by its own Python.
 define install
 	$(call verify,$(1))
 	@echo "Installing $(3) into $(2) with $(1) (several GB with CUDA on Linux: minutes)"
-	@if test -e $@; then rm $@; else clear=--clear; fi; $(1) -m venv $$clear $(2)
+	@if test -e $@ && $(2)/bin/python -c 'import ssl'; then rm $@; else rm -f $@; $(1) -m venv --clear $(2); fi
 	$(2)/bin/python -m pip install --disable-pip-version-check -r $(3)
 	$(2)/bin/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
