@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mae.data.datasets import Batch
-from mae.data.sampling import sample_noise
+from mae.data.sampling import MaskSampling, mask_scores
 from mae.errors import UserError
 from mae.models.compilation import Choice
-from mae.models.mae import SIZES, MaskedAutoencoder, Pair, random_masking
+from mae.models.mae import SIZES, MaskedAutoencoder, Pair, hidden_patches, random_masking
 from mae.options import check_ranges
 from mae.runtime.processes import all_reduce, gather
 from mae.training.module import Stage
@@ -29,6 +29,8 @@ class Pretrain(Stage):
         size: Encoder: nano or micro (for small images), or tiny to huge (ViT-Ti, S, B, L, H).
         patch_size: Pixels, a side or [height, width]; divides the image size.
         mask_ratio: Fraction of patches to hide, in (0, 1).
+        mask_sampling: `random`; `block`: rectangles are hidden, by BEiT's rule; `grid`: one of every 2 x 2 patches is
+            visible, at a mask_ratio of 0.75 (Table 1f).
         norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels of the normalised image.
         decoder_embed_dim: Decoder width.
         decoder_depth: Decoder blocks.
@@ -61,13 +63,14 @@ class Pretrain(Stage):
 
     model: MaskedAutoencoder
     network: type[MaskedAutoencoder] = MaskedAutoencoder  # a subclass may have its own target, loss or decoder
-    recipe_keys = ("mask_ratio", "betas")
+    recipe_keys = ("mask_ratio", "mask_sampling", "betas")
 
     def __init__(
         self,
         size: str = "base",
         patch_size: int | Pair = 16,
         mask_ratio: float = 0.75,
+        mask_sampling: MaskSampling = "random",
         norm_pix_loss: bool = True,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
@@ -125,7 +128,13 @@ class Pretrain(Stage):
             random_masking(torch.zeros(1, self.model.num_patches), mask_ratio)
         except ValueError as error:
             raise UserError(f"--model.{error}; some must be visible and some hidden") from None
-        self.mask_ratio, self.betas = mask_ratio, betas
+        rows, columns = self.model.grid
+        if mask_sampling == "grid" and (rows % 2 or columns % 2 or mask_ratio != 0.75):
+            raise UserError(
+                f"--model.mask_sampling grid keeps one of every 2 x 2 patches: wanted are even numbers of rows and "
+                f"columns and mask_ratio 0.75, not {rows} x {columns} and {mask_ratio}"
+            )
+        self.mask_ratio, self.mask_sampling, self.betas = mask_ratio, mask_sampling, betas
 
     def check_encoder(self, encoder: Any, arguments: dict[str, Any] | None, size: str, widths: dict[str, Any]) -> None:
         """Refuse settings that an encoder of timm's would leave without effect, and arguments without an encoder."""
@@ -149,7 +158,8 @@ class Pretrain(Stage):
             epochs: Of each image.
             indices: Of each image in its data set. A mask should depend on these three alone, so that it is replayed.
         """
-        return sample_noise(seed, epochs, indices, self.model.num_patches)
+        hidden = hidden_patches(self.model.num_patches, self.mask_ratio)
+        return mask_scores(self.mask_sampling, seed, epochs, indices, self.model.grid, hidden)
 
     def with_noise(self, batch: Batch, epochs: list[int], indices: list[int]) -> Batch:
         # On the CPU whatever the device: a CUDA run hides the same patches as a CPU run.
@@ -222,10 +232,13 @@ class Pretrain(Stage):
     def recipe_notes(self) -> dict[str, str]:
         encoder = sum(p.numel() for p in self.model.encoder.parameters())
         name = f"timm's {self.model.config['timm_encoder']}, " if self.model.is_timms else ""
-        return {"encoder": f"{name}{encoder / 1e6:.2f} M parameters; {self.mask_ratio:.0%} of the patches hidden"}
+        hidden = f"{self.mask_ratio:.0%} of the patches hidden"
+        hidden += "" if self.mask_sampling == "random" else f" ({self.mask_sampling}-wise)"
+        return {"encoder": f"{name}{encoder / 1e6:.2f} M parameters; {hidden}"}
 
     def architecture(self) -> dict[str, Any]:
         return self.model.config
 
     def describe(self) -> dict[str, Any]:
-        return {"model": self.model.config, "mask_ratio": self.mask_ratio}
+        sampling = {} if self.mask_sampling == "random" else {"mask_sampling": self.mask_sampling}
+        return {"model": self.model.config, "mask_ratio": self.mask_ratio, **sampling}

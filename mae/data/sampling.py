@@ -8,9 +8,10 @@ All generators are on the CPU, so that CPU and CUDA runs draw the same numbers.
 """
 
 import hashlib
+import math
 import random
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 # Independent uses of the randomness of one sample; for "mix" and "drop" a sample is a micro-batch.
-Stream = Literal["order", "augment", "mask", "distort", "erase", "subset", "holdout", "mix", "drop"]
+Stream = Literal["order", "augment", "mask", "blocks", "distort", "erase", "subset", "holdout", "mix", "drop"]
 
 HELD_OUT_EPOCH = -1  # the "epoch" of fixed masks, which validation loss and reconstructions use all run
 
@@ -72,6 +73,69 @@ def sample_noise(seed: int, epochs: list[int], indices: list[int], num_patches: 
     for row, epoch, index in zip(noise, epochs, indices, strict=True):
         torch.rand(num_patches, generator=generator(seed, epoch, index, "mask"), out=row)
     return noise
+
+
+MaskSampling = Literal["random", "block", "grid"]  # Table 1f, Fig. 6
+
+BLOCK_PATCHES = 16 / 196  # the smallest block, of all patches: BEiT's 16 of 14 x 14
+
+BLOCK_ASPECT = 0.3  # the narrowest block: height over width, or the inverse
+
+BLOCK_TRIES = 100  # blocks of an image; a few suffice, and what is missing then is filled up patch by patch
+
+
+def mask_scores(
+    sampling: MaskSampling, seed: int, epochs: list[int], indices: list[int], grid: tuple[int, int], hidden: int
+) -> Tensor:
+    """(B, N) float32 on the CPU: the masking scores of each image, of which the `hidden` highest are hidden.
+
+    Args:
+        sampling: `random`: every subset is equally likely; the scores of `sample_noise`. `block`: rectangles are hidden
+            until they are enough, by BEiT's rule (arXiv:2106.08254, Algorithm 1); the last one is trimmed. `grid`: the
+            upper left of every 2 x 2 patches stays visible.
+        seed, epochs, indices: As for `sample_noise`.
+        grid: Rows and columns of patches.
+        hidden: Patches to hide in each image.
+    """
+    noise = sample_noise(seed, epochs, indices, grid[0] * grid[1])
+    if sampling == "block":
+        for row, epoch, index in zip(noise, epochs, indices, strict=True):
+            draws = torch.rand(BLOCK_TRIES, 4, generator=generator(seed, epoch, index, "blocks"), dtype=torch.float64)
+            row += hidden_blocks(grid, hidden, draws.tolist()).flatten()
+    elif sampling == "grid":
+        kept = torch.zeros(grid)
+        kept[::2, ::2] = 1
+        noise += 1 - kept.flatten()
+    return noise
+
+
+def hidden_blocks(grid: tuple[int, int], hidden: int, draws: Iterable[Sequence[float]]) -> Tensor:
+    """Blocks of an image.
+
+    Args:
+        grid, hidden: As for `mask_scores`.
+        draws: For each block four numbers in [0, 1): area, aspect ratio, top and left.
+
+    Returns:
+        (rows, columns) float: 2 in the blocks; 1 in the last one, if not all of it is to be hidden; 0 elsewhere.
+    """
+    rows, columns = grid
+    least = BLOCK_PATCHES * rows * columns
+    blocks, missing = np.zeros(grid, np.float32), hidden  # numpy: its calls cost less than those of torch
+    for area, aspect, top, left in draws:
+        area = least + area * max(0.0, missing - least)
+        aspect = BLOCK_ASPECT ** (2 * aspect - 1)  # its logarithm is uniform
+        height = min(rows, max(1, round(math.sqrt(area * aspect))))
+        width = min(columns, max(1, round(math.sqrt(area / aspect))))
+        top, left = int(top * (rows - height + 1)), int(left * (columns - width + 1))
+        block = blocks[top : top + height, left : left + width]
+        new = int(np.count_nonzero(block == 0))
+        if new >= missing:
+            block[block == 0] = 1 if new > missing else 2
+            break
+        block.fill(2)
+        missing -= new
+    return torch.from_numpy(blocks)
 
 
 class EpochSampler(Sampler[list[Key]]):

@@ -8,11 +8,11 @@ import torch
 from mae.commands import reconstruct_parser
 from mae.data.datasets import WholeSamples, normalize
 from mae.data.decode import BadImage, decode_image
-from mae.data.sampling import HELD_OUT_EPOCH, sample_noise
+from mae.data.sampling import HELD_OUT_EPOCH, mask_scores
 from mae.data.sources import ImageFiles
 from mae.errors import UserError
 from mae.evaluation import plots
-from mae.models.mae import MaskedAutoencoder, Pair
+from mae.models.mae import MaskedAutoencoder, Pair, hidden_patches
 from mae.options import out_file
 from mae.weights.load import read_weights
 
@@ -31,8 +31,9 @@ def reconstruct_command(args: Sequence[str]) -> None:
         noise, ratio = load_mask(Path(config.mask), model)
         noise = noise.expand(count, -1)
     else:
-        noise = sample_noise(config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.num_patches)
         ratio = weights.description["mask_ratio"] if config.mask_ratio is None else config.mask_ratio
+        sampling, hidden = weights.description.get("mask_sampling", "random"), hidden_patches(model.num_patches, ratio)
+        noise = mask_scores(sampling, config.seed, [HELD_OUT_EPOCH] * count, list(range(count)), model.grid, hidden)
     mean, std = weights.description["mean"], weights.description["std"]
     images = normalize(cropped, torch.tensor(mean), torch.tensor(std))
     try:

@@ -101,6 +101,11 @@ def normalize_patches(patches: Tensor) -> Tensor:
     return (patches - mean) / (var + 1e-6).sqrt()
 
 
+def hidden_patches(num_patches: int, mask_ratio: float) -> int:
+    """How many patches are hidden, which is rounded up, as in the reference code: of 196 at 0.75 147."""
+    return num_patches - int(num_patches * (1 - mask_ratio))
+
+
 def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     """Hide the patches with the highest noise, the same number in every image (Sec. 3, "Masking").
 
@@ -113,7 +118,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
         ValueError: The ratio would leave no patch visible or none hidden.
     """
     num_patches = noise.shape[1]
-    num_keep = int(num_patches * (1 - mask_ratio))  # truncates, as in the reference code: 196 -> 49
+    num_keep = num_patches - hidden_patches(num_patches, mask_ratio)
     if not 0 < num_keep < num_patches:
         raise ValueError(f"mask_ratio {mask_ratio} leaves {num_keep} of {num_patches} patches visible")
     # Stable, because in about one image of 900 two float32 scores tie, and devices would break ties differently.

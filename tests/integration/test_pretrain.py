@@ -13,6 +13,7 @@ from torch import Tensor
 
 import mae.data.datamodule
 import mae.pretrain
+from mae.data import sampling
 from mae.data.decode import BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, EpochSampler, sample_noise
 from mae.data.sources import ArraySource, load_digits
@@ -53,7 +54,7 @@ def test_fifty_steps_of_the_official_run(tmp_path: Path, monkeypatch: pytest.Mon
             return sample_noise(seed, epochs, indices, num_patches)
         return tensors["noise"][10 * epochs[0] + indices[0] // 16]
 
-    monkeypatch.setattr(mae.pretrain, "sample_noise", stored_noise)
+    monkeypatch.setattr(sampling, "sample_noise", stored_noise)
     cli = PretrainCLI(
         [
             *("--data.dataset=cifar10", f"--data.root={tmp_path}", "--data.crop_scale=null", "--data.hflip=0"),
@@ -296,7 +297,7 @@ def test_an_unreadable_image_has_no_weight(tmp_path: Path, lost: set[int]) -> No
     batch = next(iter(loader))
     assert sorted(batch.indices[batch.weight == 0].tolist()) == sorted(lost)
     prepared = cli.datamodule.prepare(batch)
-    noise = mae.pretrain.sample_noise(0, batch.epochs.tolist(), batch.indices.tolist(), cli.model.model.num_patches)
+    noise = sample_noise(0, batch.epochs.tolist(), batch.indices.tolist(), cli.model.model.num_patches)
     good = batch.weight > 0
     wanted = cli.model.model(prepared.images[good], noise[good]).loss.item()
     assert float(rows(tmp_path / "again")[0]["train/loss"]) == pytest.approx(wanted, rel=1e-5)

@@ -5,7 +5,8 @@ import torch
 
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
-from mae.data.sampling import EpochSampler, generator, sample_noise
+from mae.data.sampling import EpochSampler, MaskSampling, Stream, generator, hidden_blocks, mask_scores, sample_noise
+from mae.models.mae import hidden_patches, random_masking
 
 
 def batches(
@@ -70,9 +71,59 @@ def test_each_epoch_and_seed_has_its_own_order_crops_and_masks() -> None:
     assert not torch.equal(sample_noise(0, [0], [7], 16), sample_noise(0, [7], [0], 16))
 
 
+def hidden(sampling: MaskSampling, grid: tuple[int, int], ratio: float, images: int = 64) -> torch.Tensor:
+    """(images, rows, columns) bool"""
+    count = hidden_patches(grid[0] * grid[1], ratio)
+    noise = mask_scores(sampling, 3, [2] * images, list(range(images)), grid, count)
+    return random_masking(noise, ratio).mask.view(-1, *grid)
+
+
+@pytest.mark.parametrize("sampling", ["random", "block", "grid"])
+@pytest.mark.parametrize("grid", [(14, 14), (8, 8), (4, 6)])
+def test_every_image_hides_the_same_number(sampling: MaskSampling, grid: tuple[int, int]) -> None:
+    for ratio in (0.75,) if sampling == "grid" else (0.25, 0.5, 0.75, 0.9):
+        masks = hidden(sampling, grid, ratio)
+        assert masks.flatten(1).sum(1).unique().tolist() == [hidden_patches(grid[0] * grid[1], ratio)]
+
+
+def test_a_grid_keeps_one_of_every_four() -> None:
+    rows = ["".join(".#"[value] for value in row) for row in hidden("grid", (4, 6), 0.75, images=1)[0].tolist()]
+    assert rows == [".#.#.#", "######", ".#.#.#", "######"]
+
+
+def test_blocks_hang_together() -> None:
+    """Far more neighbours of hidden patches are hidden than at random, where it is the mask ratio."""
+
+    def neighbours(masks: torch.Tensor) -> float:
+        pairs = masks[:, :, 1:] & masks[:, :, :-1]
+        return float(pairs.sum() / masks[:, :, 1:].sum())
+
+    for ratio in (0.5, 0.75):
+        assert abs(neighbours(hidden("random", (14, 14), ratio)) - ratio) < 0.02
+        assert neighbours(hidden("block", (14, 14), ratio)) > ratio + 0.1
+
+
+def test_blocks_by_hand() -> None:
+    """The first, of 10 patches, becomes 3 x 3; the second has the least area, 2.9 of 36, and one patch is missing."""
+    blocks = hidden_blocks((6, 6), 10, [(1, 0.5, 0, 0), (0, 0.5, 0.99, 0.99), (0, 0, 0, 0)]).int().tolist()
+    assert ["".join(map(str, row)) for row in blocks] == ["222000", "222000", "222000", "000000", "000011", "000011"]
+    (wide,) = hidden_blocks((6, 6), 6, [(1, 0.999, 0, 0.5)]).int().tolist()[:1]  # 0.3 times as high as wide
+    assert wide == [0, 2, 2, 2, 2, 0]
+
+
+def test_masks_follow_from_seed_epoch_and_index() -> None:
+    def block(seed: int, epoch: int, index: int) -> torch.Tensor:
+        return mask_scores("block", seed, [epoch], [index], (14, 14), 147)
+
+    together = mask_scores("block", 0, [1, 1, 2], [5, 6, 5], (14, 14), 147)
+    assert torch.equal(together[1:2], block(0, 1, 6))
+    for other in (block(1, 1, 6), block(0, 2, 6), block(0, 1, 5)):
+        assert not torch.equal(together[1:2].floor(), other.floor())
+
+
 def test_streams_are_independent() -> None:
-    drawn = {torch.rand(1, generator=generator(0, 0, 0, stream)).item() for stream in ("order", "augment", "mask")}
-    assert len(drawn) == 3
+    streams: list[Stream] = ["order", "augment", "mask", "blocks"]
+    assert len({torch.rand(1, generator=generator(0, 0, 0, stream)).item() for stream in streams}) == 4
 
 
 @pytest.mark.parametrize(("batch", "accumulate", "world"), [(8, 1, 1), (4, 1, 2), (2, 2, 2), (2, 4, 1)])
