@@ -31,6 +31,10 @@ class Pretrain(Stage):
         mask_ratio: Fraction of patches to hide, in (0, 1).
         mask_sampling: `random`; `block`: rectangles are hidden, by BEiT's rule; `grid`: one of every 2 x 2 patches is
             visible, at a mask_ratio of 0.75 (Table 1f).
+        visible_loss_weight: Weight of a visible patch in the loss, from 0 to 1; a hidden one has 1. At 1 the loss is on
+            all patches, which costs the paper 0.5 points (Sec. 3, footnote 1). Above 0 the decoder predicts all.
+        encoder_mask_tokens: Let the encoder process mask tokens in the place of hidden patches: more than twice the
+            work, and worse (Table 1c).
         norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels of the normalised image.
         decoder_embed_dim: Decoder width.
         decoder_depth: Decoder blocks.
@@ -71,6 +75,8 @@ class Pretrain(Stage):
         patch_size: int | Pair = 16,
         mask_ratio: float = 0.75,
         mask_sampling: MaskSampling = "random",
+        visible_loss_weight: float = 0.0,
+        encoder_mask_tokens: bool = False,
         norm_pix_loss: bool = True,
         decoder_embed_dim: int = 512,
         decoder_depth: int = 8,
@@ -117,8 +123,12 @@ class Pretrain(Stage):
                 activation_checkpointing=activation_checkpointing,
                 timm_encoder=timm_encoder,
                 timm_args=timm_args,
+                visible_loss_weight=visible_loss_weight,
+                encoder_mask_tokens=encoder_mask_tokens,
             )
         except ValueError as error:
+            if str(error).startswith(("visible_loss_weight", "encoder_mask_tokens")):
+                raise UserError(f"--model.{error}") from None
             if timm_encoder is not None:
                 name = timm_encoder if isinstance(timm_encoder, str) else type(timm_encoder).__name__
                 raise UserError(f"--model.timm_encoder {name}: {error}") from None

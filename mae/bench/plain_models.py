@@ -1,13 +1,12 @@
 """The network with what it saves put back: what tests and `mae bench step` compare it with, and no run uses.
 
-Same parameters, same loss, same gradients to rounding; only `MaskTokenEncoder` is another network, of the paper's
-Table 1c and Table 2.
+Same parameters, same loss, same gradients to rounding.
 """
 
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mae.models.mae import Loss, MaskedAutoencoder, normalize_patches, patchify, take
 
@@ -71,39 +70,3 @@ class Plain(MaskedAutoencoder):
         per_patch = (pred - target).square().mean(dim=2)
         per_image = (per_patch * mask).sum(dim=1) / mask.sum(dim=1) if whole else per_patch.mean(dim=1)
         return Loss(per_image.mean(), mask, per_image)
-
-
-class MaskTokenEncoder(MaskedAutoencoder):
-    """The ablation of Table 1c: the encoder sees all patches, a mask token in place of each hidden one.
-
-    As costly as the paper says: only the hidden patches are predicted, as everywhere in this package.
-    """
-
-    def init_weights(self) -> None:
-        super().init_weights()
-        self.mask_token.requires_grad_(False)  # it is not used
-        self.encoder_mask_token = nn.Parameter(0.02 * torch.randn_like(self.cls_token))
-
-    def forward(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Loss:
-        masking = self.make_mask(images, noise, mask_ratio)
-        patches, encoder, positions = patchify(images, self.patch_size), self.encoder, self.pos_embed
-        visible = self.embed(take(patches, masking.ids_keep), masking.ids_keep)
-        x = torch.cat(
-            [
-                (self.cls_token + positions[:, :1]).expand(len(visible), -1, -1),
-                visible,
-                self.encoder_mask_token + positions[0, 1:][masking.ids_hide],
-            ],
-            dim=1,
-        )
-        x = self.decoder_embed(encoder.norm(encoder.blocks(x)))
-        order = torch.cat([masking.ids_keep, masking.ids_hide], dim=1)
-        places = torch.cat(
-            [self.decoder_pos_embed[:, :1].expand(len(x), -1, -1), self.decoder_pos_embed[0, 1:][order]], 1
-        )
-        x = x + places
-        *blocks, last = self.decoder_blocks
-        for block in blocks:
-            x = block(x)
-        pred = self.decoder_pred(self.decoder_norm(last(x, first=1 + masking.ids_keep.shape[1])))
-        return self.hidden_loss(pred, patches, masking)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from mae.bench.figures import torch_threads
-from mae.bench.plain_models import MaskTokenEncoder, Plain
+from mae.bench.plain_models import Plain
 from mae.errors import UserError
 from mae.models import compilation
 from mae.models.blocks import kernel
@@ -115,16 +115,16 @@ def build_network(name: str, setting: Setting) -> nn.Module:
     """
     if name.startswith("hf-"):
         return hugging_face(setting, name.removeprefix("hf-"))
-    classes = {"plain": Plain, "mask-tokens": MaskTokenEncoder}
     size = SIZES[setting.size]
     try:
-        return classes.get(name, MaskedAutoencoder)(
+        return (Plain if name == "plain" else MaskedAutoencoder)(
             image_size=setting.image_size,
             patch_size=setting.patch_size,
             **size._replace(depth=setting.depth or size.depth)._asdict(),
             decoder_embed_dim=setting.decoder_embed_dim,
             decoder_depth=1 if name == "ours-depth-1" else setting.decoder_depth,
             decoder_num_heads=setting.decoder_num_heads,
+            encoder_mask_tokens=name == "mask-tokens",  # Table 1c, Table 2
         )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -172,7 +172,11 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.reshape(b * n, d).index_select(0, rows.flatten()).view(b, -1, d)
 
 
-NOT_COUNTS = ("mlp_ratio", "norm_pix_loss", "timm_encoder", "timm_args")  # of the arguments below
+# Of the arguments below.
+NOT_COUNTS = (
+    *("mlp_ratio", "norm_pix_loss", "timm_encoder", "timm_args"),
+    *("visible_loss_weight", "encoder_mask_tokens"),
+)
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -187,6 +191,8 @@ def check_config(config: dict[str, Any]) -> None:
     (h, w), (ph, pw) = config["image_size"], config["patch_size"]
     if h % ph or w % pw:
         raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
+    if not 0 <= config.get("visible_loss_weight", 0) <= 1:
+        raise ValueError(f"visible_loss_weight {config['visible_loss_weight']} must be at least 0 and at most 1")
     for prefix in ("", "decoder_"):
         width, heads = config[f"{prefix}embed_dim"], config[f"{prefix}num_heads"]
         if width % heads:
@@ -214,6 +220,10 @@ class MaskedAutoencoder(nn.Module):
         norm_pix_loss: Reconstruct pixels normalised within each patch; otherwise the pixels of the input.
         activation_checkpointing: In training, recompute the blocks' activations in the backward pass instead of
             keeping them.
+        visible_loss_weight: Weight of a visible patch in the loss, where a hidden one has 1. Above 0 the decoder
+            predicts all patches; 1 is the loss on all patches that costs the paper 0.5 points (Sec. 3, footnote 1).
+        encoder_mask_tokens: Let the encoder process mask tokens in the place of hidden patches, as in BERT: 3.3 times
+            the work and worse (Table 1c).
         timm_encoder: Instead of the paper's: the name of a timm model, or a timm model without a head. embed_dim, depth
             and num_heads are then its own.
         timm_args: Arguments for the model of that name.
@@ -239,6 +249,8 @@ class MaskedAutoencoder(nn.Module):
         activation_checkpointing: bool = False,
         timm_encoder: str | nn.Module | None = None,
         timm_args: dict[str, Any] | None = None,
+        visible_loss_weight: float = 0.0,
+        encoder_mask_tokens: bool = False,
     ):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
@@ -265,7 +277,13 @@ class MaskedAutoencoder(nn.Module):
         if timm_encoder is not None:
             name = timm_encoder if isinstance(timm_encoder, str) else f"{A_MODULE}{type(timm_encoder).__name__}"
             self.config |= {"timm_encoder": name, "timm_args": timm_args}
+        # Only where they are set, so that the config of the paper's network stays what it was.
+        more = {"visible_loss_weight": visible_loss_weight, "encoder_mask_tokens": encoder_mask_tokens}
+        self.config |= {name: value for name, value in more.items() if value}
         check_config(self.config)
+        if encoder_mask_tokens and self.is_timms:
+            raise ValueError("encoder_mask_tokens are for the paper's encoder, not for one of timm's")
+        self.visible_loss_weight, self.encoder_mask_tokens = visible_loss_weight, encoder_mask_tokens
         self.in_chans = in_chans
         self.grid = h // ph, w // pw
         self.num_patches = self.grid[0] * self.grid[1]
@@ -287,7 +305,7 @@ class MaskedAutoencoder(nn.Module):
                 block_fn=block,
             )
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, embed_dim if encoder_mask_tokens else decoder_embed_dim))
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, decoder_embed_dim))
         self.decoder_blocks = nn.ModuleList(
             block(decoder_embed_dim, decoder_num_heads, mlp_ratio, qkv_bias=True) for _ in range(decoder_depth)
@@ -336,8 +354,11 @@ class MaskedAutoencoder(nn.Module):
         masking = self.make_mask(images, noise, mask_ratio)
         patches = patchify(images, self.patch_size)  # (B, N, P)
         latent = self.latent(images, patches, masking)  # (B, 1 + K, D)
-        pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
-        return self.hidden_loss(pred, patches, masking)
+        if not self.visible_loss_weight:
+            pred = self.decoder_pred(self.decode(latent, masking, hidden_only=True))  # (B, N - K, P)
+            return self.hidden_loss(pred, patches, masking)
+        pred = self.decoder_pred(self.decode(latent, masking))  # (B, N, P), in the order [visible, hidden]
+        return self.weighted_loss(pred, patches, masking)
 
     def predict(self, images: Tensor, noise: Tensor | None = None, mask_ratio: float = 0.75) -> Prediction:
         """The reconstruction of every patch, visible ones included; arguments as in `forward`."""
@@ -348,10 +369,13 @@ class MaskedAutoencoder(nn.Module):
         return Prediction(take(pred, masking.ids_restore), masking.mask)
 
     def latent(self, images: Tensor, patches: Tensor, masking: Masking) -> Tensor:
-        """(B, C, H, W), (B, N, P) -> (B, 1 + K, D): the encoder's output for the visible patches, class token first."""
+        """(B, C, H, W), (B, N, P) -> (B, 1 + K, D): the encoder's output for the visible patches, class token first.
+
+        With mask tokens in the encoder (B, 1 + N, D), the hidden patches at the end.
+        """
         if self.is_timms:
             return encode_visible(self.encoder, images, masking.ids_keep)
-        return self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep)
+        return self.encode_visible(take(patches, masking.ids_keep), masking.ids_keep, masking.ids_hide)
 
     def encode(self, images: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 1 + N, D): the encoder's output for unmasked images, class token first."""
@@ -359,11 +383,14 @@ class MaskedAutoencoder(nn.Module):
         tokens: Tensor = self.encoder.forward_features(images)
         return tokens
 
-    def encode_visible(self, visible: Tensor, ids_keep: Tensor) -> Tensor:
-        """(B, K, P), (B, K) -> (B, 1 + K, D): the encoder's output for the visible patches, class token first."""
+    def encode_visible(self, visible: Tensor, ids_keep: Tensor, ids_hide: Tensor | None = None) -> Tensor:
+        """(B, K, P), (B, K), and with mask tokens in the encoder (B, N - K) -> as `latent`."""
         x = self.embed(visible, ids_keep)  # (B, K, D)
+        if self.encoder_mask_tokens:
+            assert ids_hide is not None
+            x = torch.cat([x, self.mask_token + self.pos_embed[0, 1:][ids_hide]], dim=1)  # (B, N, D)
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)  # (B, 1, D)
-        x = torch.cat([cls_token, x], dim=1)  # (B, 1 + K, D)
+        x = torch.cat([cls_token, x], dim=1)  # (B, 1 + K, D), or (B, 1 + N, D)
         latent: Tensor = self.encoder.norm(self.encoder.blocks(x))
         return latent
 
@@ -385,10 +412,13 @@ class MaskedAutoencoder(nn.Module):
         """
         positions = self.decoder_pos_embed  # (1, 1 + N, E)
         x = self.decoder_embed(latent)  # (B, 1 + K, E)
-        hidden = self.mask_token + positions[0, 1:][masking.ids_hide]  # (B, N - K, E)
         prefix = self.encoder.num_prefix_tokens
         seen = torch.cat([positions[:, :1].expand(len(x), prefix, -1), positions[0, 1:][masking.ids_keep]], dim=1)
-        x = torch.cat([x + seen, hidden], dim=1)  # (B, 1 + N, E)
+        hidden = positions[0, 1:][masking.ids_hide]  # (B, N - K, E)
+        if self.encoder_mask_tokens:  # then the encoder gives a token for each hidden patch
+            x = x + torch.cat([seen, hidden], dim=1)
+        else:
+            x = torch.cat([x + seen, self.mask_token + hidden], dim=1)  # (B, 1 + N, E)
         first = x.shape[1] - masking.ids_hide.shape[1] if hidden_only else 0
         *blocks, last = self.decoder_blocks
         for block in blocks:
@@ -400,6 +430,18 @@ class MaskedAutoencoder(nn.Module):
     def hidden_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
         """Target and loss: squared error between `pred` (B, N - K, P) and the hidden ones of `patches` (B, N, P)."""
         per_image = self.loss(pred, self.target(take(patches, masking.ids_hide)))  # (B,)
+        return Loss(per_image.mean(), masking.mask, per_image)
+
+    def weighted_loss(self, pred: Tensor, patches: Tensor, masking: Masking) -> Loss:
+        """As `hidden_loss`, of predictions of all patches, (B, N, P) in the order [visible, hidden].
+
+        An image's loss is (sum over hidden + weight * sum over visible) / (N - K + weight * K).
+        """
+        visible, hidden = masking.ids_keep.shape[1], masking.ids_hide.shape[1]
+        parts = zip(pred.split([visible, hidden], dim=1), (masking.ids_keep, masking.ids_hide), strict=True)
+        of_visible, of_hidden = (self.loss(part, self.target(take(patches, ids))) for part, ids in parts)  # (B,) each
+        weight = self.visible_loss_weight * visible
+        per_image = (hidden * of_hidden + weight * of_visible) / (hidden + weight)
         return Loss(per_image.mean(), masking.mask, per_image)
 
     def target(self, patches: Tensor) -> Tensor:

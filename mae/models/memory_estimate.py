@@ -209,19 +209,21 @@ def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numer
         cast=dim * patch * FLOAT + how.cast(encoder.patch_embed),
         gradients=trained_bytes(encoder.patch_embed) + dim * FLOAT,
     )
+    encoded = patches if network.encoder_mask_tokens else seen
     for block in encoder.blocks:
-        yield block_layer(block, 1 + seen, 0, how, True)
-    yield norm_layer(encoder.norm, 1 + seen)
-    embedding = linear_layer(network.decoder_embed, 1 + seen, how)
+        yield block_layer(block, 1 + encoded, 0, how, True)
+    yield norm_layer(encoder.norm, 1 + encoded)
+    embedding = linear_layer(network.decoder_embed, 1 + encoded, how)
     yield embedding._replace(gradients=embedding.gradients + FLOAT * network.mask_token.numel())
     *blocks, last = network.decoder_blocks
     for block in blocks:
         yield block_layer(block, 1 + patches, 0, how, True)
-    yield block_layer(last, 1 + patches, 1 + seen, how, True)
-    yield norm_layer(network.decoder_norm, hidden)
-    yield linear_layer(network.decoder_pred, hidden, how)
+    predicted = patches if network.visible_loss_weight else hidden
+    yield block_layer(last, 1 + patches, 1 + patches - predicted, how, True)
+    yield norm_layer(network.decoder_norm, predicted)
+    yield linear_layer(network.decoder_pred, predicted, how)
     # The difference from the target; its square's derivative is a product of two tensors of that size.
-    yield Layer(hidden * patch * FLOAT, 2 * hidden * patch * FLOAT)
+    yield Layer(predicted * patch * FLOAT, 2 * predicted * patch * FLOAT)
 
 
 def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Layer]:
@@ -308,9 +310,11 @@ def loss_bytes(network: Any, mask_ratio: float | None, how: Numerics) -> int:
         return 0
     seen = int(network.num_patches * (1 - mask_ratio))
     hidden = network.num_patches - seen
+    predicted = network.num_patches if network.visible_loss_weight else hidden
+    encoded = network.num_patches if network.encoder_mask_tokens else seen
     # All patches, the target and the squares in float32, the prediction in half precision.
-    numbers = network.num_patches * FLOAT + 2 * hidden * FLOAT + hidden * how.half
-    latent = (1 + seen) * network.encoder.embed_dim * FLOAT * how.mixed
+    numbers = network.num_patches * FLOAT + 2 * predicted * FLOAT + predicted * how.half
+    latent = (1 + encoded) * network.encoder.embed_dim * FLOAT * how.mixed
     return int(network.decoder_pred.out_features * numbers + latent)
 
 

@@ -185,6 +185,7 @@ def write_mae(weights: Weights, path: Path, config: Namespace) -> Conversion:
 
 def write_official(weights: Weights, path: Path, config: Namespace) -> Conversion:
     """One dictionary under `model`, as in the official files; what those do not record lies beside it under `mae`."""
+    require_usual_decoder(weights, "official")
     about = weights.classifier
     if about and about["pool"] == "mean" and about["head"] != "linear":
         raise UserError(
@@ -216,6 +217,7 @@ def write_timm(weights: Weights, path: Path, config: Namespace) -> Conversion:
 
 
 def write_hf(weights: Weights, path: Path, config: Namespace) -> Conversion:
+    require_usual_decoder(weights, "hf")
     for key in ("image_size", "patch_size"):
         height, width = weights.config[key]
         if height != width:
@@ -298,6 +300,18 @@ FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Weights, Path, Namespace], C
     "onnx": ((".onnx",), write_graph),
     "export": ((".pt2",), write_graph),
 }
+
+
+def require_usual_decoder(weights: Weights, format: str) -> None:
+    """
+    Raises:
+        UserError: Other software would compute something else with it.
+    """
+    if weights.has_decoder and weights.config.get("encoder_mask_tokens"):
+        raise UserError(
+            f"--format {format}: {weights.source} has mask tokens in its encoder, which that format cannot say; its "
+            "encoder.safetensors can be converted"
+        )
 
 
 def encoder_only(weights: Weights) -> Weights:

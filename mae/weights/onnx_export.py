@@ -143,10 +143,12 @@ class Reconstruction(Graph):
         # Nothing here may use len() of a tensor, which torch.export takes for a constant.
         model = self.model
         keep, hide, mask = masking = random_masking(noise, self.mask_ratio)
-        latent = model.encode_visible(take(patchify(images, model.patch_size), keep), keep)  # (B, 1 + K, D)
+        latent = model.encode_visible(take(patchify(images, model.patch_size), keep), keep, hide)  # (B, 1 + K, D)
         x = model.decoder_embed(latent)
-        hidden = model.mask_token.expand(x.shape[0], hide.shape[1], -1)
-        patches = take(torch.cat([x[:, 1:], hidden], dim=1), masking.ids_restore)
+        tokens = x[:, 1:]
+        if not model.encoder_mask_tokens:
+            tokens = torch.cat([tokens, model.mask_token.expand(x.shape[0], hide.shape[1], -1)], dim=1)
+        patches = take(tokens, masking.ids_restore)
         x = torch.cat([x[:, :1], patches], dim=1) + model.decoder_pos_embed  # (B, 1 + N, E)
         for block in model.decoder_blocks:
             x = block(x)

@@ -294,3 +294,43 @@ def test_a_block_is_computed_twice_and_drops_the_same_branches_again() -> None:
     assert after[0] == after[1]  # nor are later draws moved
     for (name, p), q in zip(networks[0].named_parameters(), networks[1].parameters(), strict=True):
         assert p.grad is None or torch.equal(p.grad, q.grad), name
+
+
+def test_visible_patches_weigh_in_the_loss() -> None:
+    model = small()
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
+    errors = (model.predict(images, noise).pred - model.target(patchify(images, (4, 4)))).square().mean(dim=2)  # (B, N)
+    mask = model.predict(images, noise).mask
+    hidden, visible = (errors * mask).sum(dim=1), (errors * ~mask).sum(dim=1)
+    assert torch.equal(small(visible_loss_weight=0.0)(images, noise).per_image, model(images, noise).per_image)
+    for weight in (0.25, 1.0):
+        weighted = small(visible_loss_weight=weight)
+        assert weighted.config == model.config | {"visible_loss_weight": weight}
+        expected = (hidden + weight * visible) / (48 + weight * 16)
+        torch.testing.assert_close(weighted(images, noise).per_image, expected, rtol=1e-5, atol=0)
+    for wrong in (-0.1, 1.1):
+        with pytest.raises(ValueError, match=r"visible_loss_weight .* must be at least 0 and at most 1"):
+            small(visible_loss_weight=wrong)
+
+
+def test_mask_tokens_in_the_encoder() -> None:
+    """As written out in raster order: mask tokens replace hidden patches before the encoder, and nothing after it."""
+    model = small(encoder_mask_tokens=True)
+    images, noise = torch.randn(3, 3, 32, 32), torch.rand(3, 64)
+    prediction = model.predict(images, noise)
+    embedded = model.encoder.patch_embed(images)  # (B, N, D)
+    x = torch.where(prediction.mask[..., None], model.mask_token, embedded) + model.pos_embed[:, 1:]
+    x = torch.cat([(model.cls_token + model.pos_embed[:, :1]).expand(3, -1, -1), x], dim=1)
+    x = model.decoder_embed(model.encoder.norm(model.encoder.blocks(x))) + model.decoder_pos_embed
+    for block in model.decoder_blocks:
+        x = block(x)
+    pred = model.decoder_pred(model.decoder_norm(x[:, 1:]))
+    torch.testing.assert_close(prediction.pred, pred, rtol=1e-4, atol=1e-5)
+    out = model(images, noise)
+    errors = (pred - model.target(patchify(images, (4, 4)))).square().mean(dim=2)
+    torch.testing.assert_close(out.per_image, (errors * out.mask).sum(dim=1) / 48, rtol=1e-4, atol=0)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    again = MaskedAutoencoder(**model.config)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(images, noise).loss, out.loss)

@@ -13,7 +13,7 @@ from conftest import fresh_mae, mae
 from torch import Tensor, nn
 
 from mae import MaskedAutoencoder
-from mae.bench.plain_models import SAVINGS, MaskTokenEncoder, Plain
+from mae.bench.plain_models import SAVINGS, Plain
 from mae.data.sources import ArraySource
 from mae.errors import UserError
 from mae.launch.stages import PretrainCLI
@@ -119,13 +119,14 @@ def test_work_is_what_is_trained_and_what_is_computed_once() -> None:
 
 @pytest.mark.slow
 def test_mask_tokens_in_the_encoder_cost_what_the_paper_leaves_out() -> None:
-    network = MaskTokenEncoder(**SMALL)
+    network = MaskedAutoencoder(**SMALL, encoder_mask_tokens=True)
     images, noise = batch()
     derived(network, images, noise)
     assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
     loss = lambda net, images: net(images).loss  # noqa: E731
     with meta_parameters():
-        tokens, plain = (training_flops(made, loss, 3, 224, 224) for made in (MaskTokenEncoder(), Plain()))
+        networks = MaskedAutoencoder(encoder_mask_tokens=True), Plain()
+        tokens, plain = (training_flops(made, loss, 3, 224, 224) for made in networks)
     ratio = tokens / plain
     assert ratio == pytest.approx(2.34, abs=0.01)
     encoder = network.encoder.blocks[0]
