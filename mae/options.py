@@ -113,7 +113,6 @@ def with_config_paths(words: Sequence[str], command: str) -> list[str]:
     Raises:
         UserError: There is no such config, or it cannot be read.
     """
-
     result: list[str] = []
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)

@@ -10,7 +10,6 @@ from mae.errors import Stopped, TrainingFailed, UserError
 from mae.options import check_ranges
 from mae.runtime import checkpoint_files, signals, slurm
 from mae.runtime.checkpoint_files import step_file
-from mae.runtime.files import PARTIAL
 from mae.runtime.rank_flags import Agreement
 from mae.runtime.signals import Wish
 from mae.training.checkpoint_io import CheckpointFiles
@@ -99,7 +98,6 @@ class Checkpoints(Checkpoint):
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         # A checkpoint waits for metrics.csv: then it is that file that cannot be written.
         blamed = Path(getattr(error, "filename", None) or path)
-        blamed = path if PARTIAL in (blamed.suffix, blamed.parent.suffix) else blamed
         return f": {blamed}: {reason}; {kept}; make room or repair {blamed.parent}"
 
     def stop(self, trainer: Trainer, wish: Wish) -> None:

@@ -32,6 +32,7 @@ from mae.runtime.files import (
     sync,
 )
 from mae.runtime.reading import SETTINGS, open_regular, read_regular
+from mae.runtime.run_files import settings_in
 
 ABOUT, LOCK = "about.json", "lock"  # beside the chunks: their settings; the lock of the process that writes them
 
@@ -124,9 +125,8 @@ class FeatureChunks:
         with one_line_errors(self.folder):
             clear_partial(self.folder)
             earlier: dict[str, Any] = {}
-            with suppress(FileNotFoundError, ValueError, RecursionError):
-                content = json.loads(read_regular(self.folder / ABOUT, SETTINGS))
-                earlier = content if isinstance(content, dict) else {}
+            with suppress(FileNotFoundError, ValueError):
+                earlier = settings_in(read_regular(self.folder / ABOUT, SETTINGS))
             if earlier != self.about and any(self.folder.glob(CHUNKS)):
                 if not force:
                     keys = [key for key in self.about | earlier if earlier.get(key) != self.about.get(key)]

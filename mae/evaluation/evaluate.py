@@ -162,9 +162,8 @@ def predict_command(args: Sequence[str]) -> None:
             with torch.no_grad():
                 probabilities = classifier.network(images).float().softmax(dim=1).cpu()
             for index, row in zip(batch.indices.tolist(), probabilities, strict=True):
-                writer.writerows(
-                    csv_row([escaped(source.name(i))]) for i in range(row_number, index)
-                )  # unreadable ones
+                for i in range(row_number, index):  # unreadable ones
+                    writer.writerow(csv_row([escaped(source.name(i))]))
                 row_number = index + 1
                 best = int(row.argmax())
                 shares = [f"{value:.6f}" for value in row.tolist()]

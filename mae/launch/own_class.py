@@ -14,7 +14,8 @@ from pathlib import Path
 
 from mae.errors import UserError
 from mae.options import find_config
-from mae.runtime.run_files import read_yaml
+from mae.runtime.reading import YAML
+from mae.runtime.run_files import read_text, read_yaml
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -57,7 +58,8 @@ def chosen(args: Sequence[str], key: str) -> str | None:
 
 def from_config(name: str, key: str) -> str | None:
     try:
-        value = read_yaml(Path(find_config(name))).get(key)
+        path = Path(find_config(name))
+        value = read_yaml(path).get(key) if key in read_text(path, YAML) else None
     except (UserError, OSError):
         return None  # the parser says what is wrong with it
     return value if isinstance(value, str) else None

@@ -29,7 +29,7 @@ from mae.options import find_config, flatten_settings, run_name
 from mae.runtime.checkpoint_files import last_checkpoint
 from mae.runtime.files import atomic_write, atomic_write_text
 from mae.runtime.machine import available_cores, cpu_name
-from mae.runtime.run_files import read_metrics, read_text, read_yaml
+from mae.runtime.run_files import read_metrics, read_text, read_yaml, settings_in
 from mae.runtime.text import printable, printable_lines
 
 Settings = dict[str, Any]
@@ -195,10 +195,8 @@ class StageRun(NamedTuple):
         figures: dict[str, float] = {}
         for suffix, path in files.items():
             try:
-                result = json.loads(read_text(path))
-            except (UserError, ValueError, RecursionError):  # absent, or damaged: the stage runs again
-                return {}
-            if not isinstance(result, dict):
+                result = settings_in(read_text(path))
+            except (UserError, ValueError):  # absent, or damaged: the stage runs again
                 return {}
             names = {"top-1": "acc1", "top-5": "acc5"}
             if self.stage == "knn":

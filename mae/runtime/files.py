@@ -36,15 +36,22 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Whatever is at `path` is replaced: a link itself, not the file that it points to. The permissions are those of any
     new file. Names in /dev and /proc, such as /dev/stdout, are written to directly.
+
+    Raises:
+        OSError: It cannot be written; `filename` is `path`, whichever step failed.
     """
     if is_written_in_place(path):
         yield path
         return
     name = os.fsdecode(os.fsencode(path.name)[:200])  # the folder's name is longer, and 255 bytes are allowed
     clear_partial(path.parent, re.escape(name))
-    folder, lock = _private_folder(path.parent, name)
     try:
-        partial = folder / path.name
+        folder, lock = _private_folder(path.parent, name)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    partial = folder / path.name
+    try:
         yield partial
         if not partial.is_symlink():
             wanted = stat.S_IMODE(os.fstat(lock).st_mode)
@@ -52,6 +59,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
                 partial.chmod(wanted)
             sync(partial)
         partial.replace(path)
+    except OSError as error:
+        if str(error.filename) in (str(partial), str(folder)):
+            error.filename, error.filename2 = str(path), None
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         os.close(lock)

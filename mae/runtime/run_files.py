@@ -1,6 +1,8 @@
-"""Reading the text files of a run folder: people open, edit and copy them, and disks fill up in the midst of a line."""
+"""Reading settings and logs: people open, edit and copy such files, and disks fill up in the midst of a line."""
 
 import csv
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +102,37 @@ def measure(node: yaml.Node, sizes: dict[int, int], depth: int) -> int:
         raise ValueError(f"{place}: it has more than {VALUES:,} values, repeated ones included")
     sizes[id(node)] = size
     return size
+
+
+def settings_in(text: str | bytes) -> dict[str, Any]:
+    """The settings in a text of JSON.
+
+    Raises:
+        ValueError: It is too long, is not JSON, holds something else, a name twice, or a number that is not finite.
+    """
+    if len(text) > SETTINGS:
+        raise ValueError(f"it has {len(text):,} bytes, over the limit of {SETTINGS:,}")
+    try:
+        content = json.loads(text, object_pairs_hook=unique, parse_float=finite)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of settings")
+    return content
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    settings = dict(pairs)
+    if len(settings) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it holds {next(name for name in names if names.count(name) > 1)!r} twice")
+    return settings
+
+
+def finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text[:30]} is not a finite number")
+    return value
 
 
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:

@@ -26,7 +26,6 @@ UNUSED_TENSORS = (f"{ENCODER}head_drop", "vit.pooler.", "pooler.", "vit.embeddin
 
 MOST_NAMED = 3  # tensors in an error
 
-
 ENCODER_SIZES = ("image_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
 
 

@@ -11,7 +11,7 @@ import torch
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="processes are found in /proc")
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # a Slurm job that is signalled and crashes is among the slow ones
 @needs_proc
 def test_a_stopped_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     kills = [soak.Kill("USR1", "rank 0", "random", 20, 0.5)]

@@ -13,7 +13,6 @@ import torch
 from jsonargparse import Namespace
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from mae.commands import pack_parser
@@ -22,7 +21,7 @@ from mae.data.crops import resized_crop
 from mae.data.datasets import Samples, WorkerProgress, default_workers
 from mae.data.decode import BadImage, open_image
 from mae.data.layout import Splits, open_splits, split_places
-from mae.data.loaders import unchanged
+from mae.data.loaders import Loader, unchanged
 from mae.data.prepare.imagenet_archives import TRAIN, VAL, holds_archives, open_archives
 from mae.data.prepare.tar_writer import ShardWriter, check_free, exclusive_folder, image_suffix, write_final_index
 from mae.data.prepare.verify import verify_shards
@@ -256,7 +255,7 @@ def write_shards(records: Records, folder: Path, split: str, workers: int, shard
     """
     source, n = records.files, len(records.files)
     records.progress = WorkerProgress(source, workers)
-    loader = DataLoader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=unchanged)
+    loader = Loader(records, batch_size=None, sampler=range(n), num_workers=workers, collate_fn=unchanged)
     columns = [array(kind) for kind in "IqqI"]  # shard, offset, size, crc32
     sums, bad = np.zeros((source.in_chans, 2)), 0
     with ShardWriter(folder, shard_mb * 2**20) as shards:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from mae.data import image_files
@@ -19,7 +19,7 @@ from mae.data.channel_stats import extremes, mean_and_std, moments
 from mae.data.datasets import WorkerProgress
 from mae.data.decode import BadImage, Picture, is_turned, open_image, read_pillow_header
 from mae.data.image_files import IMAGE_SUFFIXES, walk_files
-from mae.data.loaders import unchanged
+from mae.data.loaders import Loader, unchanged
 from mae.data.sources import FileSource, FolderSource
 from mae.errors import UserError
 from mae.runtime.storage import Place
@@ -141,8 +141,8 @@ def read_format(data: bytes) -> tuple[str, str, dict[str, bool]]:
         turned = bool(image.format != "PNG" or _MAY_TURN.search(data)) and is_turned(image)
     marks = {
         "alpha": image.has_transparency_data,
-        "16 bits": image.mode.startswith("I")
-        or ";16" in str(getattr(image, "tile", "")),  # how Pillow will unpack the samples
+        # The second: how Pillow will unpack the samples.
+        "16 bits": image.mode.startswith("I") or ";16" in str(getattr(image, "tile", "")),
         "turned by EXIF": turned,
         "progressive JPEG": "progressive" in image.info,
         "several frames": image.format in ("GIF", "PNG", "WEBP") and getattr(image, "is_animated", False),
@@ -201,7 +201,7 @@ def survey_split(key: str, place: Place, source: FileSource, in_chans: int, work
     extent = np.full((in_chans, 2), NO_EXTENT)
     chunks = [range(start, min(start + CHUNK, len(source))) for start in range(0, len(source), CHUNK)]
     images = SurveyedImages(source, in_chans, workers)
-    loader = DataLoader(images, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=unchanged)
+    loader = Loader(images, sampler=chunks, batch_size=None, num_workers=workers, collate_fn=unchanged)
     with tqdm(total=len(source), desc=key, unit=" images", disable=None) as bar:
         for chunk, figures in zip(chunks, loader, strict=True):
             records[chunk.start : chunk.stop], chunk_sums, chunk_extent, chunk_size, chunk_errors = figures

@@ -81,6 +81,24 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: Ba
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
+    absent, full = tmp_path / "none" / "a.json", tmp_path / "b.json"
+    with pytest.raises(FileNotFoundError) as error, atomic_write(absent):
+        pass
+    assert error.value.filename == str(absent)
+
+    def fail(other: Path | None) -> None:
+        with atomic_write(full) as partial:
+            (other or partial).open("r+")
+
+    with pytest.raises(FileNotFoundError) as error:
+        fail(None)
+    assert error.value.filename == str(full)
+    with pytest.raises(FileNotFoundError) as error:  # not what the writer did not find
+        fail(tmp_path / "source")
+    assert error.value.filename == str(tmp_path / "source")
+
+
 def test_nothing_of_others_is_overwritten_followed_or_removed(tmp_path: Path) -> None:
     """In a folder such as /tmp, where others have put what a program might fall for."""
     own, shared = tmp_path / "own", tmp_path / "shared"
