@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
 from mae.data.sampling import MaskSampling, mask_scores
 from mae.errors import UserError
@@ -18,6 +19,8 @@ from mae.training.module import Stage
 from mae.training.optim import adamw
 from mae.training.plain_batch import NOT_REPLAYED
 from mae.training.recipe_audit import ExpectedGroups
+
+PCA_IMAGES = 1024  # on whose patches the principal components are found: 200,000 at 224 pixels
 
 HELD_OUT_SEED = 0  # of the masks in validation: the same in every run, so that runs can be compared
 
@@ -33,6 +36,8 @@ class Pretrain(Stage):
             visible, at a mask_ratio of 0.75 (Table 1f).
         visible_loss_weight: Weight of a visible patch in the loss, from 0 to 1; a hidden one has 1. At 1 the loss is on
             all patches, which costs the paper 0.5 points (Sec. 3, footnote 1). Above 0 the decoder predicts all.
+        pca_target: Reconstruct so many principal components of a patch instead of its pixels (Table 1d: 96, without
+            norm_pix_loss); 0: pixels. They are found on training images before the first step, and stored.
         encoder_mask_tokens: Let the encoder process mask tokens in the place of hidden patches: more than twice the
             work, and worse (Table 1c).
         norm_pix_loss: Reconstruct pixels normalised within each patch, else pixels of the normalised image.
@@ -76,6 +81,7 @@ class Pretrain(Stage):
         mask_ratio: float = 0.75,
         mask_sampling: MaskSampling = "random",
         visible_loss_weight: float = 0.0,
+        pca_target: int = 0,
         encoder_mask_tokens: bool = False,
         norm_pix_loss: bool = True,
         decoder_embed_dim: int = 512,
@@ -125,9 +131,10 @@ class Pretrain(Stage):
                 timm_args=timm_args,
                 visible_loss_weight=visible_loss_weight,
                 encoder_mask_tokens=encoder_mask_tokens,
+                pca_target=pca_target,
             )
         except ValueError as error:
-            if str(error).startswith(("visible_loss_weight", "encoder_mask_tokens")):
+            if str(error).startswith(("visible_loss_weight", "encoder_mask_tokens", "pca_target")):
                 raise UserError(f"--model.{error}") from None
             if timm_encoder is not None:
                 name = timm_encoder if isinstance(timm_encoder, str) else type(timm_encoder).__name__
@@ -195,6 +202,28 @@ class Pretrain(Stage):
         batch = self.with_noise(batch, epochs, indices)
         assert batch.noise is not None
         return batch._replace(noise=batch.noise.to(batch.images.device))
+
+    def on_train_start(self) -> None:
+        if self.model.pca_target and not self.model.target_basis.any():  # else a checkpoint or weights brought them
+            self.fit_target()
+        super().on_train_start()
+
+    def fit_target(self) -> None:
+        """Find the principal components that are the target.
+
+        Raises:
+            UserError: The images come from a loader of one's own, which cannot be asked for some of them.
+        """
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, ImageData):
+            raise UserError(
+                "pca_target: call model.fit_target(batches of training images, normalised) of the network, "
+                "Pretrain.model, before the trainer starts"
+            )
+        if self.trainer.is_global_zero:
+            self.model.fit_target(data.first_crops(PCA_IMAGES))
+        for buffer in (self.model.target_mean, self.model.target_basis):
+            buffer.copy_(self.trainer.strategy.broadcast(buffer.cpu()))
 
     def loss_for_flops(self, network: Callable[..., Any], images: Tensor) -> Tensor:
         noise = images.new_empty(len(images), self.model.num_patches)

@@ -30,7 +30,7 @@ from mae.bench.figures import (
     write_json,
 )
 from mae.data import crops
-from mae.data.crops import Box
+from mae.data.crops import Box, Crop
 from mae.data.datamodule import ImageData, raise_errors
 from mae.data.datasets import Batch, TrainSamples, stack
 from mae.data.decode import BadImage, Picture, open_image
@@ -77,7 +77,7 @@ def bench_data(module: ImageData, config: Namespace) -> dict[str, Any]:
     source = module.train_source
     if not isinstance(source, FileSource):
         raise UserError(f"--data.dataset {module.dataset} lies in memory: nothing is decoded; try `mae bench run`")
-    if module.crop is None or module.in_chans != 3:
+    if not isinstance(module.crop, Crop) or module.in_chans != 3:
         raise UserError("the official pipeline crops RGB images at random: leave --data.crop_scale and in_chans alone")
     chosen = spread(source, config.images)
     rounds = min(config.rounds, len(chosen))
@@ -135,7 +135,7 @@ class Official:
     """
 
     def __init__(self, module: ImageData, source: FileSource, chosen: Sequence[int], folder: Path) -> None:
-        assert module.crop is not None
+        assert isinstance(module.crop, Crop)
         self.size, self.paths = module.image_size, dict[int, str]()
         for index in chosen:
             if isinstance(source, FolderSource):

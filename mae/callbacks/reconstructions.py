@@ -35,7 +35,8 @@ class Panels(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pretrain)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        if pl_module.model.decoder_pred.out_features != math.prod(pl_module.model.patch_size) * data.in_chans:
+        model = pl_module.model
+        if not model.pca_target and model.target_values != math.prod(model.patch_size) * data.in_chans:
             self.batches = []
             if trainer.is_global_zero:
                 print("no pictures of reconstructions: the target of this network is not a patch's pixels", flush=True)

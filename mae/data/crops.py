@@ -36,6 +36,22 @@ class Crop(NamedTuple):
         return f"random resized crop {low:g} to {high:g} of the area" + (", drawn once" if self.single_draw else "")
 
 
+class FixedCrop(NamedTuple):
+    """A random crop of a fixed size: the largest box of an image that has the shape of `size`, times `side`."""
+
+    side: float
+    size: tuple[int, int]  # (height, width) of the result
+
+    def box(self, draw: torch.Generator, height: int, width: int) -> Box:
+        _, _, *largest = center_box(height, width, self.size)
+        box_height, box_width = (max(1, round(self.side * side)) for side in largest)
+        top, left = torch.rand(2, generator=draw, dtype=torch.float64).tolist()
+        return int(top * (height - box_height + 1)), int(left * (width - box_width + 1)), box_height, box_width
+
+    def __str__(self) -> str:
+        return f"random crop of {self.side:g} of the side"
+
+
 def resized_crop(image: Tensor, box: Box, size: tuple[int, int]) -> Tensor:
     """Cut `box` out of a (C, H, W) image and resize it to `size` (height, width), bicubic with antialiasing.
 

@@ -5,7 +5,7 @@ whole batch is flipped, integers are scaled to [0, 1], and all is normalised by 
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mae.data.crops import AS_THEY_ARE, RESIZED_THEN_CROPPED, Crop, usual_crop_pct
+from mae.data.crops import AS_THEY_ARE, RESIZED_THEN_CROPPED, Crop, FixedCrop, usual_crop_pct
 from mae.data.datasets import (
     Batch,
     DecodedSamples,
@@ -39,6 +39,9 @@ from mae.options import check_ranges, expand_home
 from mae.runtime.storage import Place
 
 DatasetName = Literal["folder", "digits", "cifar10", "fashion_mnist"]
+
+
+CROPS_AT_ONCE = 64  # images of `first_crops` in memory
 
 
 class Defaults(NamedTuple):
@@ -82,6 +85,10 @@ class ImageData(LightningDataModule):
         batch_size_per_device: Images per device in one forward pass. The global batch is this x devices x accumulation.
         num_workers: Loader processes per device (default: one for each core that is left for it, at most 8).
         crop_scale: Smallest and largest area of the random resized crop, as fractions of the image; null: centre crop.
+        crop_side: Side of a random crop of fixed size, as a fraction of that of the largest crop, in place of
+            crop_scale (Table 1e, "crop, fixed size": 0.875).
+        color_jitter: Change brightness, contrast and saturation of training images by up to this fraction, each in
+            random order (torchvision's ColorJitter; Table 1e); 0 leaves them.
         crop_pct: Side of the centre crop in evaluation, as a fraction of the side of the resized image (default:
             224/256, as is usual, for images of 128 to 224 pixels; 1 for smaller and larger ones).
         hflip: Probability of flipping an image left to right.
@@ -113,6 +120,8 @@ class ImageData(LightningDataModule):
         batch_size_per_device: int = 64,
         num_workers: int | None = None,
         crop_scale: tuple[float, float] | None = (0.2, 1.0),
+        crop_side: float | None = None,
+        color_jitter: float = 0.0,
         crop_pct: float | None = None,
         hflip: float = 0.5,
         holdout: float = 0.0,
@@ -138,7 +147,8 @@ class ImageData(LightningDataModule):
         if crop_pct is None:
             crop_pct = usual_crop_pct(self.image_size)
         check_ranges("data", "(0, 1]", crop_pct=crop_pct)
-        check_ranges("data", "[0, 1]", hflip=hflip)
+        check_ranges("data", "(0, 1]", crop_side=crop_side)
+        check_ranges("data", "[0, 1]", hflip=hflip, color_jitter=color_jitter)
         check_ranges("data", "[0, 1)", holdout=holdout)
         check_ranges("data", "[0, inf)", num_workers=num_workers, max_bad_images=max_bad_images)
         check_ranges("data", "[1, inf)", image_size=self.image_size, in_chans=self.in_chans)
@@ -151,7 +161,12 @@ class ImageData(LightningDataModule):
         self.std = self.channel_values("std", std, defaults.std if same_chans else None)
         check_ranges("data", "(0, inf)", std=self.std)
         self.batch_size, self.num_workers, self.crop_pct = batch_size_per_device, num_workers, crop_pct
-        self.crop = None if crop_scale is None else Crop(crop_scale)
+        self.crop: Crop | FixedCrop | None = None if crop_scale is None else Crop(crop_scale)
+        if crop_side is not None:
+            self.crop = FixedCrop(crop_side, self.image_size)
+        if color_jitter and self.in_chans not in (1, 3):
+            raise UserError(f"--data.color_jitter {color_jitter} is for 1 or 3 channels, not {self.in_chans}")
+        self.color_jitter = color_jitter
         self.hflip, self.holdout, self.max_bad_images, self.seed = hflip, holdout, max_bad_images, seed
         if jpeg_scaling and (device_resident or dataset != "folder"):
             raise UserError("--data.jpeg_scaling true has no effect on images that are kept decoded in memory")
@@ -159,6 +174,10 @@ class ImageData(LightningDataModule):
         # Of a subclass, which a resumed run must not change; the command line sets them.
         self.own_settings: dict[str, Any] = {}
         self.distort: Distort | None = None
+        if color_jitter:
+            from torchvision.transforms.v2 import ColorJitter  # loads slowly
+
+            self.distort, self.eight_bits = ColorJitter(*[color_jitter] * 3), True
         self.train_source: Source | None = None
         self.val_source: Source | None = None
         self.layout = ""  # of files: which folder was taken for which split, what each holds, and what was left out
@@ -296,7 +315,8 @@ class ImageData(LightningDataModule):
                 "set --data.mean and --data.std; `mae stats` with the same --data settings computes them"
             )
         if self.eight_bits and train not in (None, "uint8"):
-            raise UserError(f"--data.auto_augment is for images of 8 bits, these hold {train}: set it to null")
+            key, off = ("color_jitter", "0") if self.color_jitter else ("auto_augment", "null")
+            raise UserError(f"--data.{key} is for images of 8 bits, these hold {train}: set it to {off}")
 
     def train_sampler(self) -> EpochSampler:
         """The sampler of this rank, for the world size and the accumulation of the trainer."""
@@ -319,7 +339,8 @@ class ImageData(LightningDataModule):
         if self.device_resident:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             if samples.distort is not None:
-                what = "leave it out" if self.own_augment else "set --data.auto_augment null"
+                off = "color_jitter 0" if self.color_jitter else "auto_augment null"
+                what = "leave it out" if self.own_augment else f"set --data.{off}"
                 raise UserError(f"--data.device_resident cannot augment images one by one: {what}")
             decoded = self.loader(Loader, DecodedSamples(samples.source), range(len(samples.source)))
             return ReplayLoader(resident_samples(samples, decoded, device), sampler=sampler, batch_size=None)
@@ -340,12 +361,15 @@ class ImageData(LightningDataModule):
         if self.jpeg_scaling:
             crop += f" of JPEG decoded at reduced size ({self.scaling_difference():.2f} of 255 levels off)"
         own = [f"{type(self).__name__}.augment"] if self.own_augment else []
-        return [f"{crop}, bicubic", *([f"flip with probability {self.hflip:g}"] if self.hflip else []), *own]
+        jitter = [f"colour jitter {self.color_jitter:g}"] if self.color_jitter else []
+        return [f"{crop}, bicubic", *jitter, *([f"flip with probability {self.hflip:g}"] if self.hflip else []), *own]
 
     def settings(self) -> dict[str, Any]:
         """The settings that a resumed run must not change, by their keys on the command line."""
         return {
-            "data.crop_scale": None if self.crop is None else self.crop.scale,
+            "data.crop_scale": self.crop.scale if isinstance(self.crop, Crop) else None,
+            "data.crop_side": self.crop.side if isinstance(self.crop, FixedCrop) else None,
+            "data.color_jitter": self.color_jitter,
             "data.hflip": self.hflip,
             "data.holdout": self.holdout,
             "data.device_resident": self.device_resident,
@@ -371,6 +395,19 @@ class ImageData(LightningDataModule):
         keys = [(0, index) for index in range(0, len(source), max(1, len(source) // count))][:count]
         scaled, exact = (self.samples(source, jpeg_scaling)[keys].images.float() for jpeg_scaling in (True, False))
         return float((scaled - exact).abs().mean())
+
+    def first_crops(self, count: int) -> Iterator[Tensor]:
+        """Batches (B, C, H, W) float, normalised: the first epoch's crops of images spread over the training images.
+
+        Args:
+            count: How many images, at most; unreadable ones are left out.
+        """
+        assert self.train_source is not None
+        samples, n = self.samples(self.train_source), len(self.train_source)
+        keys = [(0, index) for index in range(0, n, -(-n // count))]
+        for start in range(0, len(keys), CROPS_AT_ONCE):
+            batch = samples[keys[start : start + CROPS_AT_ONCE]]
+            yield self.prepare(batch).images[batch.weight > 0]
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         if self.val_source is None:
@@ -480,7 +517,16 @@ def free_memory(device: torch.device) -> int:
 
 
 # Settings of the data that have no effect without training.
-TRAINING_ONLY = {"crop_scale", "device_resident", "hflip", "jpeg_scaling", "max_bad_images", "seed"}
+TRAINING_ONLY = {
+    "color_jitter",
+    "crop_scale",
+    "crop_side",
+    "device_resident",
+    "hflip",
+    "jpeg_scaling",
+    "max_bad_images",
+    "seed",
+}
 
 
 def raise_errors(batch: Batch) -> None:

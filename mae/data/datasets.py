@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate, get_worker_info
 
 from mae.data.channel_stats import FULL_SCALE
-from mae.data.crops import Box, Crop, batched_resized_crop, center_box, evaluation_pixels, is_channels_last
+from mae.data.crops import Box, Crop, FixedCrop, batched_resized_crop, center_box, evaluation_pixels, is_channels_last
 from mae.data.decode import SCALES, BadImage, Picture
 from mae.data.sampling import HELD_OUT_EPOCH, Key, generator, seeded
 from mae.data.sources import Source
@@ -181,7 +181,7 @@ class TrainSamples(Samples):
         size: Pair,
         in_chans: int,
         seed: int,
-        crop: Crop | None,
+        crop: Crop | FixedCrop | None,
         flip: float,
         distort: Distort | None = None,
         reduced: bool = False,

@@ -11,6 +11,7 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
+from mae.data.crops import Crop
 from mae.data.datamodule import ImageData
 from mae.data.datasets import Batch
 from mae.data.sampling import seeded
@@ -50,7 +51,7 @@ class LabelledData(ImageData):
         check_ranges("data", "[1, inf)", labels_per_class=labels_per_class)
         self.label_fraction, self.labels_per_class, self.subset_file = label_fraction, labels_per_class, subset_file
         self.subset_seed = subset_seed
-        if self.crop is not None:
+        if isinstance(self.crop, Crop):
             self.crop = self.crop._replace(single_draw=self.single_draw)
 
     @property
@@ -192,6 +193,8 @@ class FinetuneData(LabelledData):
         check_ranges("data", "[0, 1]", erase_prob=erase_prob)
         self.auto_augment, self.erase_prob = auto_augment, erase_prob
         if auto_augment is not None:
+            if self.color_jitter:
+                raise UserError("--data.color_jitter and --data.auto_augment exclude each other: set one to 0 or null")
             if self.in_chans != 3 or self.mean is None:
                 raise UserError(
                     f"--data.auto_augment {auto_augment} is for RGB images, these have {self.in_chans} channels: "

@@ -47,7 +47,7 @@ def reconstruction_columns(
         noise: (B, N), see MaskedAutoencoder.forward.
     """
     pred, mask = model.predict(images.to(model.mask_token.dtype), noise, mask_ratio)
-    pred = pred.float()
+    pred = model.target_pixels(pred.float())
     patches = patchify(images, model.patch_size)  # (B, N, P)
 
     scale, shift = display_range(images, mean, std)

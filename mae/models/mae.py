@@ -10,6 +10,7 @@ Shapes:
 `mask` is True where a patch is hidden, here and everywhere in this package.
 """
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -193,6 +194,8 @@ def check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"image_size {h}x{w} is not divisible by patch_size {ph}x{pw}")
     if not 0 <= config.get("visible_loss_weight", 0) <= 1:
         raise ValueError(f"visible_loss_weight {config['visible_loss_weight']} must be at least 0 and at most 1")
+    if config.get("pca_target", 1) > (values := ph * pw * config["in_chans"]):
+        raise ValueError(f"pca_target {config['pca_target']} is more than the {values} values of a patch")
     for prefix in ("", "decoder_"):
         width, heads = config[f"{prefix}embed_dim"], config[f"{prefix}num_heads"]
         if width % heads:
@@ -222,6 +225,8 @@ class MaskedAutoencoder(nn.Module):
             keeping them.
         visible_loss_weight: Weight of a visible patch in the loss, where a hidden one has 1. Above 0 the decoder
             predicts all patches; 1 is the loss on all patches that costs the paper 0.5 points (Sec. 3, footnote 1).
+        pca_target: Reconstruct so many of a patch's principal components instead of its pixels (Table 1d: 96, and worse
+            than pixels); 0: pixels. `fit_target` finds them before training.
         encoder_mask_tokens: Let the encoder process mask tokens in the place of hidden patches, as in BERT: 3.3 times
             the work and worse (Table 1c).
         timm_encoder: Instead of the paper's: the name of a timm model, or a timm model without a head. embed_dim, depth
@@ -232,6 +237,9 @@ class MaskedAutoencoder(nn.Module):
         ValueError: A size is below 1, the patch does not divide the image, or the heads do not divide a width; or the
             encoder cannot be used.
     """
+
+    target_mean: Tensor  # (P,), with pca_target
+    target_basis: Tensor  # (P, pca_target)
 
     def __init__(
         self,
@@ -251,6 +259,7 @@ class MaskedAutoencoder(nn.Module):
         timm_args: dict[str, Any] | None = None,
         visible_loss_weight: float = 0.0,
         encoder_mask_tokens: bool = False,
+        pca_target: int = 0,
     ):
         super().__init__()
         self.image_size = h, w = as_pair(image_size)
@@ -279,11 +288,13 @@ class MaskedAutoencoder(nn.Module):
             self.config |= {"timm_encoder": name, "timm_args": timm_args}
         # Only where they are set, so that the config of the paper's network stays what it was.
         more = {"visible_loss_weight": visible_loss_weight, "encoder_mask_tokens": encoder_mask_tokens}
+        more |= {"pca_target": pca_target}
         self.config |= {name: value for name, value in more.items() if value}
         check_config(self.config)
         if encoder_mask_tokens and self.is_timms:
             raise ValueError("encoder_mask_tokens are for the paper's encoder, not for one of timm's")
         self.visible_loss_weight, self.encoder_mask_tokens = visible_loss_weight, encoder_mask_tokens
+        self.pca_target = pca_target
         self.in_chans = in_chans
         self.grid = h // ph, w // pw
         self.num_patches = self.grid[0] * self.grid[1]
@@ -312,6 +323,10 @@ class MaskedAutoencoder(nn.Module):
         )
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_values)
+        if pca_target:
+            values = ph * pw * in_chans
+            self.register_buffer("target_mean", torch.zeros(values))
+            self.register_buffer("target_basis", torch.zeros(values, pca_target))  # columns: the components
         self.init_weights()
 
     @torch.no_grad()
@@ -447,9 +462,37 @@ class MaskedAutoencoder(nn.Module):
     def target(self, patches: Tensor) -> Tensor:
         """(B, n, P) -> (B, n, P): what the decoder predicts of patches; override it, and `target_values`, for another.
 
-        `predict` returns patches in this space, and pictures of reconstructions undo `norm_pix_loss` alone.
+        `predict` returns patches in this space, and pictures of reconstructions undo what is done here.
         """
-        return normalize_patches(patches) if self.norm_pix_loss else patches
+        patches = normalize_patches(patches) if self.norm_pix_loss else patches
+        if not self.pca_target:
+            return patches
+        with torch.autocast("cuda" if patches.is_cuda else "cpu", enabled=False):  # 8 bits are too few for a target
+            return (patches.float() - self.target_mean.float()) @ self.target_basis.float()
+
+    def target_pixels(self, pred: Tensor) -> Tensor:
+        """(B, n, V) -> (B, n, P): predicted patches as pixels, which `norm_pix_loss` has normalised patch by patch."""
+        return pred @ self.target_basis.T + self.target_mean if self.pca_target else pred
+
+    @torch.no_grad()
+    def fit_target(self, images: Iterable[Tensor]) -> None:
+        """Find the principal components of patches, for `pca_target`.
+
+        Args:
+            images: Batches of training images, (B, C, H, W) float, normalised. All patches of all images count.
+        """
+        count, total, squares = 0, torch.zeros(()), torch.zeros(())
+        for batch in images:
+            patches = patchify(batch.double(), self.patch_size)
+            patches = (normalize_patches(patches) if self.norm_pix_loss else patches).flatten(0, 1)
+            count, total, squares = count + len(patches), total + patches.sum(0), squares + patches.T @ patches
+        mean = total / count
+        _, vectors = torch.linalg.eigh(squares / count - torch.outer(mean, mean))  # by ascending variance
+        basis = vectors.flip(1)[:, : self.pca_target]
+        # A component's sign is arbitrary: here its largest entry is positive.
+        sign = basis.gather(0, basis.abs().argmax(0, keepdim=True)).sign()
+        self.target_mean.copy_(mean)
+        self.target_basis.copy_(basis * sign)
 
     def loss(self, pred: Tensor, target: Tensor) -> Tensor:
         """(B, n, P), (B, n, P) -> (B,): the loss of each image over its hidden patches; override it for another."""
@@ -457,9 +500,9 @@ class MaskedAutoencoder(nn.Module):
 
     @property
     def target_values(self) -> int:
-        """Values that the decoder predicts of a patch: those of its pixels."""
+        """Values that the decoder predicts of a patch: those of its pixels, or its principal components."""
         ph, pw = self.patch_size
-        return ph * pw * self.in_chans
+        return self.pca_target or ph * pw * self.in_chans
 
     def make_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
         """Check the shapes, then choose the hidden patches by `random_masking`; without noise, draw it."""

@@ -307,10 +307,11 @@ def require_usual_decoder(weights: Weights, format: str) -> None:
     Raises:
         UserError: Other software would compute something else with it.
     """
-    if weights.has_decoder and weights.config.get("encoder_mask_tokens"):
+    unusual = {"encoder_mask_tokens": "mask tokens in its encoder", "pca_target": "principal components as its target"}
+    if has := [what for key, what in unusual.items() if weights.has_decoder and weights.config.get(key)]:
         raise UserError(
-            f"--format {format}: {weights.source} has mask tokens in its encoder, which that format cannot say; its "
-            "encoder.safetensors can be converted"
+            f"--format {format}: {weights.source} has {has[0]}, which that format cannot say; its encoder.safetensors "
+            "can be converted"
         )
 
 

@@ -6,11 +6,12 @@ gives is recorded in a configuration beside the file, follows from published mod
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from jsonargparse import Namespace
 from torch import Tensor
 
+from mae.data.sampling import MaskSampling
 from mae.errors import UserError
 from mae.models.mae import NOT_COUNTS, MaskedAutoencoder
 from mae.models.meta_device import meta_parameters
@@ -269,6 +270,8 @@ def check_description(description: dict[str, Any], tensors: int) -> None:
             raise ValueError(f"std is {shown(values)}, by which nothing can be divided")
     if not is_number(ratio := description.get("mask_ratio", 0.75)) or not 0 < ratio < 1:
         raise ValueError(f"mask_ratio is {shown(ratio)}")
+    if (sampling := description.get("mask_sampling", "random")) not in get_args(MaskSampling):
+        raise ValueError(f"mask_sampling is {shown(sampling)}")
     if not isinstance(target := model.get("norm_pix_loss", True), bool):
         raise ValueError(f"norm_pix_loss is {shown(target)}")
     about = description.get("classifier")

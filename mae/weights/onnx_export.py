@@ -152,7 +152,7 @@ class Reconstruction(Graph):
         x = torch.cat([x[:, :1], patches], dim=1) + model.decoder_pos_embed  # (B, 1 + N, E)
         for block in model.decoder_blocks:
             x = block(x)
-        return model.decoder_pred(model.decoder_norm(x[:, 1:])), mask
+        return model.target_pixels(model.decoder_pred(model.decoder_norm(x[:, 1:]))), mask
 
 
 class Logits(Graph):

@@ -46,7 +46,10 @@ class Weights(NamedTuple):
     @property
     def target(self) -> str | None:
         """What the decoder predicts, in words; None where there is no decoder."""
-        return target_in_words(self.config.get("norm_pix_loss", True)) if self.has_decoder else None
+        if not self.has_decoder:
+            return None
+        pixels, components = target_in_words(self.config.get("norm_pix_loss", True)), self.config.get("pca_target")
+        return f"{components} principal components of {pixels}" if components else pixels
 
     @property
     def config(self) -> dict[str, Any]:

@@ -110,6 +110,13 @@ def test_default_recipe_decays_what_the_official_one_decays(tmp_path: Path) -> N
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
+# Each switch of Table 1 in another position.
+ABLATIONS = [
+    *("--model.mask_sampling=block", "--model.visible_loss_weight=0.5", "--model.encoder_mask_tokens=true"),
+    *("--model.pca_target=8", "--data.color_jitter=0.4", "--data.crop_side=0.8"),
+]
+
+
 class Killed(BaseException):
     pass
 
@@ -132,6 +139,7 @@ def killed_at(step: int, run_dir: Path, *settings: str) -> None:
     ("limit", "kills", "own"),
     [
         ("--trainer.max_epochs=3", [15, 17], ["--checkpoint.every_n_steps=7"]),  # within an epoch, twice
+        ("--trainer.max_steps=12", [8], ["--checkpoint.every_n_steps=4", *ABLATIONS]),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
@@ -361,3 +369,25 @@ def test_true_precisions_train_a_network_of_that_type(tmp_path: Path, precision:
     cli = run(tmp_path / "run", "--trainer.max_steps=3", f"--trainer.precision={precision}")
     assert cli.model.model.decoder_pred.weight.dtype == dtype
     assert len(rows(tmp_path / "run")) == 3
+
+
+def test_every_switch_of_the_paper_changes_the_loss(tmp_path: Path) -> None:
+    with few_digits():
+        settings = ["--seed_everything=0", "--model.mask_sampling=grid", "--model.norm_pix_loss=false", *ABLATIONS]
+        for place, own in enumerate(settings):
+            run(tmp_path / str(place), "--data.batch_size_per_device=20", "--trainer.max_steps=1", own)
+    losses = [rows(tmp_path / str(place))[0]["train/loss"] for place in range(len(settings))]
+    assert len({*losses}) == len(settings)
+
+
+def test_principal_components_are_found_once(tmp_path: Path) -> None:
+    """On training images before the first step, the same in every run; a warm start keeps those that it brings."""
+    settings = ["--data.batch_size_per_device=20", "--trainer.max_steps=1", "--model.pca_target=8"]
+    with few_digits():
+        first, second = (run(tmp_path / name, *settings).model.model for name in ("first", "second"))
+        other = ["--seed_everything=1", f"--model.init={tmp_path / 'first'}"]
+        warm = run(tmp_path / "warm", *settings, *other).model.model
+    assert torch.equal(first.target_basis, second.target_basis)
+    assert torch.equal(first.target_basis, warm.target_basis)
+    torch.testing.assert_close(first.target_basis.T @ first.target_basis, torch.eye(8))
+    assert (tmp_path / "first" / "reconstructions" / "step_0000001.png").is_file()

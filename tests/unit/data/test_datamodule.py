@@ -14,11 +14,12 @@ import torch
 from conftest import save_images
 from PIL import Image
 
+from mae.data.crops import FixedCrop
 from mae.data.datamodule import ImageData
 from mae.data.datasets import LONGEST_TMPDIR
-from mae.data.labelled import LabelledData
+from mae.data.labelled import FinetuneData, LabelledData
 from mae.data.prepare.stats import channel_statistics
-from mae.data.sampling import EpochSampler
+from mae.data.sampling import EpochSampler, generator
 from mae.data.sources import load_digits
 from mae.errors import UserError
 
@@ -304,3 +305,40 @@ def test_an_epoch_is_whole_steps_only(image_folder: Path) -> None:
     data.batch_size = 17
     with pytest.raises(UserError, match="16 images are fewer than one optimiser step's 17"):
         data.train_dataloader()
+
+
+def test_a_crop_of_fixed_size(image_folder: Path) -> None:
+    """The same size in every image, which is 3/4 of the largest crop's side, at places all over the image."""
+    data = folder(image_folder, crop_side=0.75)
+    assert isinstance(data.crop, FixedCrop)
+    boxes = {data.crop.box(generator(0, 0, index, "augment"), 40, 24) for index in range(3000)}
+    assert {box[2:] for box in boxes} == {(18, 18)}
+    assert {box[:2] for box in boxes} == {(top, left) for top in range(23) for left in range(7)}
+    assert "random crop of 0.75 of the side" in data.augmentations()[0]
+    data.setup("fit")
+    same = folder(image_folder, crop_side=1.0, crop_scale=None, hflip=0.0)
+    centred = folder(image_folder, crop_scale=None, hflip=0.0)
+    keys = [(0, index) for index in range(8)]
+    made = [each.samples(each.train_source)[keys].images for each in (data, same, centred)]
+    assert not torch.equal(made[0], made[2])
+    assert made[1].shape == made[2].shape
+
+
+def test_colour_jitter_follows_from_seed_epoch_and_index(image_folder: Path) -> None:
+    plain, data = folder(image_folder), folder(image_folder, color_jitter=0.4)
+    jittered = data.samples(data.train_source)
+    both, alone = jittered[[(1, 3), (2, 3)]].images, jittered[[(2, 3)]].images
+    assert torch.equal(both[1:], alone)
+    assert not torch.equal(both[:1], both[1:])
+    assert not torch.equal(both, plain.samples(plain.train_source)[[(1, 3), (2, 3)]].images)
+    with pytest.raises(UserError, match=r"--data\.color_jitter 0\.4 is for 1 or 3 channels, not 4"):
+        folder(image_folder, color_jitter=0.4, in_chans=4, mean=[0.5] * 4, std=[0.5] * 4)
+    with pytest.raises(UserError, match=r"color_jitter and --data\.auto_augment exclude each other"):
+        FinetuneData(root=str(image_folder), image_size=8, color_jitter=0.4)
+
+
+def test_first_crops_are_those_of_the_first_epoch(image_folder: Path) -> None:
+    data = folder(image_folder)
+    (crops,) = data.first_crops(8)
+    batch = data.prepare(data.samples(data.train_source)[[(0, index) for index in range(0, 16, 2)]])
+    assert torch.equal(crops, batch.images)

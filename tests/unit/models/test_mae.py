@@ -334,3 +334,28 @@ def test_mask_tokens_in_the_encoder() -> None:
     again = MaskedAutoencoder(**model.config)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again(images, noise).loss, out.loss)
+
+
+@pytest.mark.parametrize("norm_pix_loss", [False, True])
+def test_principal_components_of_patches(norm_pix_loss: bool) -> None:
+    images = torch.randn(40, 3, 32, 32).cumsum(2).cumsum(3)
+    images = images / images.std()
+    pixels = small(norm_pix_loss=norm_pix_loss).target(patchify(images, (4, 4)))
+    flat = pixels.flatten(0, 1).double()
+    for components in (48, 12):
+        model = small(norm_pix_loss=norm_pix_loss, pca_target=components)
+        assert model.config["pca_target"] == components
+        model.fit_target(images.split(16))
+        found = model.target(patchify(images, (4, 4)))
+        assert found.shape == (40, 64, components)
+        left = (model.target_pixels(found) - pixels).square().sum() / (pixels - flat.mean(0)).square().sum()
+        values = torch.linalg.svdvals(flat - flat.mean(0)).square()  # in descending order
+        assert left.item() == pytest.approx((values[components:].sum() / values.sum()).item(), abs=1e-5)
+        assert found.flatten(0, 1).var(0).diff().max() <= 1e-4  # the first component varies most
+        assert model.predict(images).pred.shape == found.shape
+        again = small(norm_pix_loss=norm_pix_loss, pca_target=components)
+        again.load_state_dict(model.state_dict())
+        noise = torch.rand(40, 64)
+        assert torch.equal(again(images, noise).loss, model(images, noise).loss)
+    with pytest.raises(ValueError, match="pca_target 49 is more than the 48 values of a patch"):
+        small(pca_target=49)
