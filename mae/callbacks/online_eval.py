@@ -1,4 +1,4 @@
-"""k-NN and a linear probe while pre-training."""
+"""k-NN, a linear probe and the spread of the features while pre-training."""
 
 import itertools
 import time
@@ -20,17 +20,21 @@ from mae.training.fsdp import whole
 
 
 class Online(Callback):
-    """Evaluates the features during pre-training: k-NN and a linear probe, in `metrics.csv` and W&B.
+    """Evaluates the features during pre-training: k-NN, a linear probe and their spread, in `metrics.csv` and W&B.
 
     Features are the mean of the patch tokens; the encoder sees whole images, unmasked, in eval mode. No gradient and no
-    random number of the training is touched. Off where a split has no labels, or where there is only one class.
+    random number of the training is touched.
+
+    `online/effective_rank` (RankMe) and `online/class_token_variance` (its mean over the dimensions) are of training
+    images and need no labels; k-NN and the probe need them in both splits, and more than one class.
 
     `online/knn` and `online/knn_whitened` are the figures of these names of `mae knn`. In a run that was started when
     `online/knn` was of whitened features it stays that, the only one, so that its curve keeps one meaning.
 
     Args:
         every_n_epochs: Evaluate at the end of each so many epochs.
-        train_images: How many of the training images vote in k-NN and fit the probe; they are spread over all of them.
+        train_images: How many of the training images are encoded, which vote in k-NN and fit the probe; they are spread
+            over all of them.
         held_out_images: How many of the held-out images are classified; they are spread over all of them.
     """
 
@@ -53,38 +57,46 @@ class Online(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Pretrain)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
-        sources = (data.train_source, data.val_source)
-        labelled = all(source is not None and source.labels is not None for source in sources)
-        if not labelled or trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch):
+        if trainer.global_step % (self.every_n_epochs * pl_module.steps_per_epoch):
             return
         assert data.train_source is not None
-        assert data.val_source is not None
+        sources = (data.train_source, data.val_source)
         classes = len(data.train_source.classes)
-        if classes < 2:
-            return
+        labelled = all(source is not None and source.labels is not None for source in sources) and classes > 1
         start = time.perf_counter()
-        train = self.encoded(trainer, pl_module, data, data.train_source, self.train_images)
-        test = self.encoded(trainer, pl_module, data, data.val_source, self.held_out_images)
+        train, class_tokens, labels = self.encoded(trainer, pl_module, data, data.train_source, self.train_images)
+        figures = {}
         if trainer.is_global_zero:
-            both = features.Features(*train, *test, classes)
-            probe = linear_heads.fit_and_score(
-                train[0], train[1], test[0], test[1], classes, self.RATE, self.EPOCHS, device=pl_module.device
-            )
-            knn = features.knn_scores(both) if self.knn_is_plain else {"knn": features.knn_scores(both)["knn_whitened"]}
-            pl_module.step_metrics.write(
-                {f"online/{name}": score for name, score in knn.items()} | {"online/probe": probe}
-            )
+            figures = {"effective_rank": features.effective_rank(train)}
+            if class_tokens.shape[1]:
+                figures["class_token_variance"] = class_tokens.var(dim=0).mean().item()
+        if labelled:
+            assert data.val_source is not None
+            test, _, test_labels = self.encoded(trainer, pl_module, data, data.val_source, self.held_out_images)
+            if trainer.is_global_zero:
+                knn = features.knn_scores(features.Features(train, labels, test, test_labels, classes))
+                figures |= knn if self.knn_is_plain else {"knn": knn["knn_whitened"]}
+                figures["probe"] = linear_heads.fit_and_score(
+                    train, labels, test, test_labels, classes, self.RATE, self.EPOCHS, device=pl_module.device
+                )
+        if trainer.is_global_zero:
+            pl_module.step_metrics.write({f"online/{name}": figure for name, figure in figures.items()})
         pl_module.step_metrics.exclude(time.perf_counter() - start)
 
     def encoded(
         self, trainer: Trainer, module: Pretrain, data: ImageData, source: Source, count: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Features and labels of `count` images, in the same order whatever the number of processes."""
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Of `count` images, in the same order whatever the number of processes.
+
+        Returns:
+            Features (n, D), class tokens (n, D), or (n, 0) of an encoder without one, and labels (n,), -1 without any.
+        """
         part = Subset(source, spread(source, count))
         was_training = module.model.training
         module.model.eval()
         mine, errors = [], list[str]()
         prefix = module.model.encoder.num_prefix_tokens
+        pool = features.POOLS["both" if prefix else "mean"]
         with whole(module.model), trainer.precision_plugin.forward_context(), torch.no_grad():
             for batch in data.whole(part, trainer.global_rank, trainer.world_size):
                 watchdog.beat(f"step {trainer.global_step}, in the online evaluation")
@@ -92,7 +104,7 @@ class Online(Callback):
                 if not len(batch.images):
                     continue
                 found, labels = features.extract_features(
-                    lambda images: features.mean_of_patches(module.model.encode(images.to(module.dtype)), prefix),
+                    lambda images: pool(module.model.encode(images.to(module.dtype)), prefix),
                     data,
                     [batch._replace(errors=[])],
                     module.device,
@@ -107,4 +119,5 @@ class Online(Callback):
             raise UserError("online evaluation found no readable training image: look at them with `mae doctor`")
         indices, found, labels = (torch.cat(part) for part in zip(*parts, strict=True))
         order = indices.argsort()
-        return found[order], labels[order]
+        width = module.model.encoder.embed_dim
+        return found[order, :width], found[order, width:], labels[order]

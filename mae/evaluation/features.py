@@ -150,6 +150,17 @@ def rescale(features: Features, scaling: Scaling) -> Features:
     return features._replace(train=train @ matrix, test=(features.test - mean) @ matrix)
 
 
+def effective_rank(features: Tensor) -> float:
+    """(n, D) -> 1 to min(n, D): over how many directions features spread; exp of the entropy of their singular values.
+
+    RankMe, arXiv:2210.02885, eq. 1: without labels it tells good encoders from collapsed ones.
+    """
+    squares = torch.linalg.eigvalsh(features.double().T @ features.double())
+    values = squares.clamp(min=0).sqrt()
+    shares = values / values.sum() + 1e-7
+    return float((-shares * shares.log()).sum().exp())
+
+
 def knn_accuracy(features: Features, k: int = 20, temperature: float = 0.07, chunk: int = 1024) -> float:
     """Accuracy in percent of weighted k-NN: the k nearest images by cosine vote with exp(cosine / temperature)."""
     train = F.normalize(features.train)

@@ -15,7 +15,7 @@ from mae.cli import main
 from mae.data.datamodule import ImageData
 from mae.data.sources import load_digits
 from mae.errors import UserError
-from mae.evaluation.features import POOLS, multi_layer_features
+from mae.evaluation.features import POOLS, effective_rank, multi_layer_features
 from mae.launch.stages import PretrainCLI
 from mae.weights.classifier import load_classifier
 from mae.weights.load import load_encoder, read_weights
@@ -70,6 +70,30 @@ def test_online_evaluation_leaves_every_bit_of_the_training_as_it_is(tmp_path: P
     ]
     assert [step for step, *_ in found] == ["16", "32"]
     assert all(20 < score < 100 for _, *scores in found for score in scores)
+    ranks = [float(row["online/effective_rank"]) for row in rows_with if row["online/effective_rank"]]
+    assert len(ranks) == 2
+    assert all(1 < rank <= 32 for rank in ranks)
+
+
+def test_the_spread_of_features_needs_no_labels(tmp_path: Path) -> None:
+    save_images(tmp_path / "images", 16)
+    settings = [*TINY, f"--data.root={tmp_path / 'images'}", "--data.image_size=28", "--data.num_workers=0"]
+    settings += ["--data.batch_size_per_device=8", "--trainer.max_epochs=2", "--online.every_n_epochs=1"]
+    PretrainCLI([*settings, f"--run_dir={tmp_path / 'run'}"]).fit()
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["online/effective_rank"]]
+    assert [row["step"] for row in rows] == ["2", "4"]
+    assert all(1 < float(row["online/effective_rank"]) <= 16 for row in rows)
+    assert all(float(row["online/class_token_variance"]) > 0 for row in rows)
+    assert "online/probe" not in rows[0]
+
+
+def test_effective_rank() -> None:
+    directions = torch.linalg.qr(torch.randn(200, 8))[0]
+    assert effective_rank(directions) == pytest.approx(8, rel=1e-4)  # eight directions of the same size
+    assert effective_rank(torch.randn(200, 1) @ torch.randn(1, 8)) == pytest.approx(1, abs=1e-3)
+    shares = torch.tensor([0.5, 0.25, 0.125, 0.125])
+    assert effective_rank(directions[:, :4] * shares) == pytest.approx(2**1.75, rel=1e-4)
 
 
 # ---- the cached probe ----
