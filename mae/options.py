@@ -19,7 +19,8 @@ from mae.runtime.run_files import load_yaml, read_yaml
 
 CONFIGS = Path(__file__).parent / "configs"
 
-CONFIG_FOLDERS = ("pretrain", "linprobe", "finetune", "report")  # one for each command that has packaged configs
+# Of packaged configs: one for each command that has some, and what is laid over a config of pre-training.
+CONFIG_FOLDERS = ("pretrain", "linprobe", "finetune", "report", "ablations")
 
 CONFIG_OPTIONS = ("--config", "-c")
 
@@ -163,13 +164,17 @@ def find_config(config: str, command: str = "") -> str:
     raise UserError(f"--config {config} cannot be read: no such file or packaged config, see `mae configs`{hint}")
 
 
-def run_name(config: str | Path) -> str:
-    """What a run of this config is called: the file's name, behind its folder's where that is the name of a command.
+def run_name(config: str | Path, *over: str | Path) -> str:
+    """What a run of this config is called: the file's name, behind its folder's where that is one of packaged configs.
 
     pretrain/vitb16_in1k.yaml gives pretrain_vitb16_in1k, my.yaml gives my.
+
+    Args:
+        over: Configs that are laid over it; the ablations among them are part of the name.
     """
     path = Path(config)
-    return f"{path.parent.name}_{path.stem}" if path.parent.name in CONFIG_FOLDERS else path.stem
+    name = f"{path.parent.name}_{path.stem}" if path.parent.name in CONFIG_FOLDERS else path.stem
+    return "_".join([name, *(path.stem for path in map(Path, over) if path.parent.name == "ablations")])
 
 
 # ---- settings and files --------------------------------------------------------------------------------------------

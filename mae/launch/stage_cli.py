@@ -135,7 +135,7 @@ class StageCLI(LightningCLI):
                 precision.check_precision(wrong[1], "")
             raise
         if config.run_dir is None:
-            name = run_name(str(config.config[0])) if config.config else self.command
+            name = run_name(*map(str, config.config)) if config.config else self.command
             config = parser.parse_args([*args, f"--run_dir=runs/{name}"])
         if config.seed_everything < 0:
             raise UserError(f"--seed_everything {config.seed_everything}: wanted is 0 or more")

@@ -29,7 +29,8 @@ from mae.pretrain import Pretrain
 from mae.training.optim import scaled_lr
 
 NAMES = config_names()
-TRAINING = [name for name in NAMES if not name.startswith("report/")]
+ABLATIONS = [name for name in NAMES if name.startswith("ablations/")]
+TRAINING = [name for name in NAMES if not name.startswith("report/") and name not in ABLATIONS]
 IMAGENET = [name for name in TRAINING if "_in1k" in name]
 STAGES = {cli.command: cli for cli in (PretrainCLI, LinearProbeCLI, FinetuneCLI)}
 
@@ -101,7 +102,7 @@ def size_of(name: str) -> str:
 
 
 def stage_of(name: str) -> str:
-    return name.partition("/")[0]
+    return "pretrain" if name in ABLATIONS else name.partition("/")[0]
 
 
 def millions(module: nn.Module) -> float:
@@ -113,6 +114,7 @@ def test_the_header_says_what_it_is_how_to_run_it_on_what_how_long_and_what_come
     assert header(name)[0].endswith(".")
     assert len(header(name)[0]) <= 110, "a line of `mae configs`"
     assert command_of(name)[0] == stage_of(name)
+    assert name.startswith("ablations/") == ("--config ablations/baseline" in shlex.join(command_of(name)))
     for label in ("Hardware", "Time", "Score"):
         assert [line for line in header(name) if line.startswith(f"# {label}: ")], f"{name} lacks '# {label}: '"
 
@@ -130,6 +132,36 @@ def test_the_headers_command_is_taken(name: str) -> None:
         start = settings["model"]["encoder"]  # the folder of a run of another packaged config
         assert Path(start).parent == Path("runs")
         assert Path(start).name in {run_name(f"{other}.yaml") for other in NAMES if stage_of(other) == "pretrain"}
+
+
+def test_each_ablation_changes_what_its_name_says_of_the_baseline() -> None:
+    """Each setting is one of pre-training and has another value than in the baseline; no two ablations are the same."""
+    baseline = settings_of("ablations/baseline")
+    assert (baseline["model"]["size"], baseline["model"]["norm_pix_loss"]) == ("large", False)
+    assert baseline["trainer"]["max_epochs"] == 800
+    changes = {name: content(name) for name in ABLATIONS if name != "ablations/baseline"}
+    for name, change in changes.items():
+        (*_, last) = ((section, key, value) for section, keys in change.items() for key, value in keys.items())
+        for section, values in change.items():
+            assert values.keys() <= baseline[section].keys(), name
+        assert baseline[last[0]][last[1]] != last[2], name
+    assert len({yaml.safe_dump(change) for change in changes.values()}) == len(changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [
+        ("decoder_depth_1", (84.8, 65.5)),
+        ("decoder_width_1024", (84.3, 73.1)),
+        ("encoder_mask_tokens", (84.2, 59.6)),
+        ("target_pca", (84.6, 72.3)),
+        ("augment_none", (84.0, 65.7)),
+        ("mask_block_75", (82.8, 63.9)),
+    ],
+)
+def test_ablations_quote_table_1(name: str, table: tuple[float, float]) -> None:
+    (line,) = (line for line in header(f"ablations/{name}") if line.startswith("# Score: "))
+    assert f"fine-tuned {table[0]:.1f} %, linear probe {table[1]:.1f} % (paper, Table 1" in line
 
 
 def test_all_published_imagenet_runs_have_a_config() -> None:
@@ -210,6 +242,8 @@ def test_runs_of_packaged_configs_have_different_names() -> None:
     assert len({run_name(CONFIGS / f"{name}.yaml") for name in NAMES}) == len(NAMES)
     assert run_name("configs/pretrain/vitb16_in1k.yaml") == "pretrain_vitb16_in1k"
     assert run_name("elsewhere/my.yaml") == "my"
+    over = ["my.yaml", "configs/ablations/baseline.yaml", "configs/ablations/target_pca.yaml"]
+    assert run_name("configs/pretrain/vitl16_in1k.yaml", *over) == "pretrain_vitl16_in1k_baseline_target_pca"
 
 
 def test_mae_configs_lists_every_config_with_its_purpose(capsys: pytest.CaptureFixture[str]) -> None:

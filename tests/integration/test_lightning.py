@@ -215,7 +215,7 @@ PARTS = {name: code for code in EXAMPLES for name in re.findall(r"class (\w+)", 
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("BlockMasks", ["--model=my_parts.BlockMasks", "--model.block=2"]),
+        ("SquareMasks", ["--model=my_parts.SquareMasks", "--model.block=2"]),
         pytest.param("SmoothL1", ["--model", "my_parts.SmoothL1", "--model.beta=0.5"], marks=pytest.mark.slow),
         pytest.param("PredictMeans", ["--model=my_parts.PredictMeans"], marks=pytest.mark.slow),
         pytest.param("Dimmed", ["--data", "my_parts.Dimmed"], marks=pytest.mark.slow),
