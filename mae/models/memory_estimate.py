@@ -199,7 +199,7 @@ def layers_of(network: Any, mask_ratio: float | None, how: Numerics) -> Iterator
 
 
 def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numerics) -> Iterator[Layer]:
-    encoder, patches, patch = network.encoder, network.num_patches, network.decoder_pred.out_features
+    encoder, patches, patch = network.encoder, network.num_patches, math.prod(network.patch_size) * network.in_chans
     seen = int(patches * (1 - mask_ratio))
     hidden, dim = patches - seen, encoder.embed_dim
     # The convolution's weight is permuted for the linear layer, which is a copy.
@@ -219,11 +219,12 @@ def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numer
     for block in blocks:
         yield block_layer(block, 1 + patches, 0, how, True)
     predicted = patches if network.visible_loss_weight else hidden
-    yield block_layer(last, 1 + patches, 1 + patches - predicted, how, True)
+    yield block_layer(last, 1 + patches, 0 if network.visible_loss_weight else 1 + seen, how, True)
     yield norm_layer(network.decoder_norm, predicted)
     yield linear_layer(network.decoder_pred, predicted, how)
     # The difference from the target; its square's derivative is a product of two tensors of that size.
-    yield Layer(predicted * patch * FLOAT, 2 * predicted * patch * FLOAT)
+    target = network.decoder_pred.out_features
+    yield Layer(predicted * target * FLOAT, 2 * predicted * target * FLOAT)
 
 
 def classifier_layers(network: VisionTransformer, how: Numerics) -> Iterator[Layer]:
@@ -313,9 +314,10 @@ def loss_bytes(network: Any, mask_ratio: float | None, how: Numerics) -> int:
     predicted = network.num_patches if network.visible_loss_weight else hidden
     encoded = network.num_patches if network.encoder_mask_tokens else seen
     # All patches, the target and the squares in float32, the prediction in half precision.
-    numbers = network.num_patches * FLOAT + 2 * predicted * FLOAT + predicted * how.half
+    images = network.num_patches * math.prod(network.patch_size) * network.in_chans * FLOAT
+    target = (2 * predicted * FLOAT + predicted * how.half) * network.decoder_pred.out_features
     latent = (1 + encoded) * network.encoder.embed_dim * FLOAT * how.mixed
-    return int(network.decoder_pred.out_features * numbers + latent)
+    return int(images + target + latent)
 
 
 def trained_bytes(*modules: nn.Module) -> int:

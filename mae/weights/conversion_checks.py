@@ -41,6 +41,7 @@ def own_outputs(weights: Weights) -> dict[str, Tensor]:
     outputs = {"features": weights.encoder().forward_features(images)}
     if weights.has_decoder:
         model, ratio = weights.build(), weights.description["mask_ratio"]
+        model.visible_loss_weight = 0.0  # of training, which other software knows nothing of
         outputs |= {"loss": model(images, noise, ratio).loss, "prediction": model.predict(images, noise, ratio).pred}
     return outputs
 

@@ -58,12 +58,18 @@ def predicted_kept(network: nn.Module, ratio: float | None, batch: int, precisio
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("ratio", [0.25, 0.75, 0.9])
 @pytest.mark.parametrize("image_size", [24, 48])  # 36 and 144 patches: attention by two products, and fused
-@pytest.mark.parametrize("kernel", [None, "plain", "fused"])
+@pytest.mark.parametrize(
+    ("kernel", "switch"),
+    [
+        *((kernel, {}) for kernel in (None, "plain", "fused")),
+        *((None, switch) for switch in ({"visible_loss_weight": 1}, {"encoder_mask_tokens": True}, {"pca_target": 6})),
+    ],
+)
 def test_pre_training_keeps_what_is_predicted(
-    precision: str, ratio: float, image_size: int, kernel: Any, monkeypatch: pytest.MonkeyPatch
+    precision: str, ratio: float, image_size: int, kernel: Any, switch: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Block, "kernel", kernel)
-    network, batch = autoencoder(image_size=image_size).train(), 6
+    network, batch = autoencoder(image_size=image_size, **switch).train(), 6
     images = torch.randn(batch, 3, image_size, image_size)
 
     def run() -> Any:

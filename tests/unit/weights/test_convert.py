@@ -260,6 +260,26 @@ def test_what_a_format_cannot_hold(tmp_path: Path) -> None:
             convert.convert_command([str(wide), str(tmp_path / args[0]), *args[1:]])
 
 
+def test_switches_that_other_software_lacks(tmp_path: Path) -> None:
+    for key, value, said in (("encoder_mask_tokens", True, "mask tokens"), ("pca_target", 6, "principal components")):
+        (tmp_path / key).mkdir()
+        source = saved(tmp_path / key, autoencoder(**{key: value}))
+        for format, name in (("official", "x.pth"), ("hf", "x")):
+            with pytest.raises(
+                UserError, match=f"--format {format}: .*model.safetensors has {said}.*encoder.safetensors"
+            ):
+                converted(source, tmp_path / name, format)
+        require_same(converted(source, tmp_path / key / "back", "mae"), usable_weights(source))
+        assert (
+            converted(source.with_name("encoder.safetensors"), tmp_path / key / "o.pth", "official").holds == "encoder"
+        )
+    (tmp_path / "visible").mkdir()
+    weighted = saved(tmp_path / "visible", autoencoder(visible_loss_weight=0.5))  # of training alone
+    assert converted(weighted, tmp_path / "o.pth", "official").holds == "autoencoder"
+    pytest.importorskip("transformers")
+    converted(weighted, tmp_path / "hf", "hf")
+
+
 def test_a_folder_holds_what_was_written_last(tmp_path: Path, source: Path) -> None:
     dst = tmp_path / "v1.5"
     converted(source, dst, "hf")
