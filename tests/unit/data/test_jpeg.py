@@ -1,5 +1,6 @@
 """JPEG by libjpeg-turbo: the pixels that Pillow gives, of a part and of damaged files, too; or else a BadImage."""
 
+import gc
 import io
 import os
 import random
@@ -452,6 +453,7 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
 @pytest.mark.parametrize("start", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1000, 4000, 1000))])
 def test_damaged_files_give_pillows_pixels_or_none(start: int, capfd: pytest.CaptureFixture[str]) -> None:
     decoders = Counter[str]()
+    gc.collect()  # what earlier tests left open is closed by it, not while this one counts
     descriptors = len(os.listdir("/proc/self/fd"))
     for seed in range(start, start + 1000):
         rng = random.Random(seed)
@@ -486,7 +488,7 @@ def test_damaged_files_give_pillows_pixels_or_none(start: int, capfd: pytest.Cap
     assert (
         min(decoders["none"], decoders["libjpeg-turbo"], decoders["Pillow"], decoders["cut"]) > 50
     )  # or it says little
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,5 +1,6 @@
 """TIFF: every kind of file is read to tifffile's values or refused by name; nothing is taken for something else."""
 
+import gc
 import itertools
 import json
 import os
@@ -323,6 +324,7 @@ def test_damaged_files_give_samples_or_a_bad_image(count: int, capfd: pytest.Cap
     """Nothing else is raised, printed, left open, or larger than the file can hold."""
     files, outcomes = seeds(), Counter[str]()
     fitting = dict(zip(files, (5, 4, 3, 4, 1, 3, 1, 2, 3, 3), strict=True))  # bands
+    gc.collect()  # as in test_jpeg.py
     descriptors = len(os.listdir("/proc/self/fd"))
     for seed in range(count):
         rng = random.Random(seed)
@@ -337,7 +339,7 @@ def test_damaged_files_give_samples_or_a_bad_image(count: int, capfd: pytest.Cap
         assert not pixels.is_floating_point() or pixels.isfinite().all(), seed
         outcomes["read"] += 1
     assert min(outcomes.values()) > count / 20  # or it says little
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors
     printed = capfd.readouterr()  # libtiff, in Pillow, prints its warnings
     assert printed.out == ""
     assert "tifffile" not in printed.err
