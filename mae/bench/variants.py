@@ -17,7 +17,7 @@ from mae.errors import UserError
 from mae.models import compilation
 from mae.models.blocks import kernel
 from mae.models.flops import training_flops
-from mae.models.mae import SIZES, MaskedAutoencoder
+from mae.models.mae import SIZES, MaskedAutoencoder, hidden_patches
 from mae.runtime import memory
 from mae.runtime.fresh_process import ProcessEnded, call_in_fresh_process
 from mae.training import optim
@@ -52,7 +52,7 @@ class Setting(NamedTuple):
 
     @property
     def visible(self) -> int:
-        return int(self.patches * (1 - self.mask_ratio))
+        return self.patches - hidden_patches(self.patches, self.mask_ratio)
 
 
 class Variant:

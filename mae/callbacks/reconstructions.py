@@ -1,6 +1,5 @@
 """Pictures of reconstructions while a run trains."""
 
-import math
 from pathlib import Path
 
 import torch
@@ -36,7 +35,7 @@ class Panels(Callback):
         assert isinstance(pl_module, Pretrain)
         data: ImageData = trainer.datamodule  # type: ignore[attr-defined]
         model = pl_module.model
-        if not model.pca_target and model.target_values != math.prod(model.patch_size) * data.in_chans:
+        if not model.pca_target and model.target_values != model.patch_values:
             self.batches = []
             if trainer.is_global_zero:
                 print("no pictures of reconstructions: the target of this network is not a patch's pixels", flush=True)

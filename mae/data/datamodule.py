@@ -33,7 +33,7 @@ from mae.data.decode import SCALES, BadImage
 from mae.data.layout import open_splits
 from mae.data.loaders import Loader, ReplayLoader, in_shared_memory, init_worker
 from mae.data.sampling import EpochSampler, EvalSampler
-from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel
+from mae.data.sources import Source, Subset, by_class, load_digits, load_torchvision, relabel, spread
 from mae.errors import UserError
 from mae.options import check_ranges, expand_home
 from mae.runtime.storage import Place
@@ -403,8 +403,8 @@ class ImageData(LightningDataModule):
             count: How many images, at most; unreadable ones are left out.
         """
         assert self.train_source is not None
-        samples, n = self.samples(self.train_source), len(self.train_source)
-        keys = [(0, index) for index in range(0, n, -(-n // count))]
+        samples = self.samples(self.train_source)
+        keys = [(0, index) for index in spread(self.train_source, count)]
         for start in range(0, len(keys), CROPS_AT_ONCE):
             batch = samples[keys[start : start + CROPS_AT_ONCE]]
             yield self.prepare(batch).images[batch.weight > 0]

@@ -174,10 +174,7 @@ def take(tokens: Tensor, ids: Tensor) -> Tensor:
 
 
 # Of the arguments below.
-NOT_COUNTS = (
-    *("mlp_ratio", "norm_pix_loss", "timm_encoder", "timm_args"),
-    *("visible_loss_weight", "encoder_mask_tokens"),
-)
+NOT_COUNTS = ("mlp_ratio", "norm_pix_loss", "timm_encoder", "timm_args", "visible_loss_weight", "encoder_mask_tokens")
 
 
 def check_config(config: dict[str, Any]) -> None:
@@ -287,9 +284,12 @@ class MaskedAutoencoder(nn.Module):
             name = timm_encoder if isinstance(timm_encoder, str) else f"{A_MODULE}{type(timm_encoder).__name__}"
             self.config |= {"timm_encoder": name, "timm_args": timm_args}
         # Only where they are set, so that the config of the paper's network stays what it was.
-        more = {"visible_loss_weight": visible_loss_weight, "encoder_mask_tokens": encoder_mask_tokens}
-        more |= {"pca_target": pca_target}
-        self.config |= {name: value for name, value in more.items() if value}
+        switches = {
+            "visible_loss_weight": visible_loss_weight,
+            "encoder_mask_tokens": encoder_mask_tokens,
+            "pca_target": pca_target,
+        }
+        self.config |= {name: value for name, value in switches.items() if value}
         check_config(self.config)
         if encoder_mask_tokens and self.is_timms:
             raise ValueError("encoder_mask_tokens are for the paper's encoder, not for one of timm's")
@@ -324,9 +324,8 @@ class MaskedAutoencoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, self.target_values)
         if pca_target:
-            values = ph * pw * in_chans
-            self.register_buffer("target_mean", torch.zeros(values))
-            self.register_buffer("target_basis", torch.zeros(values, pca_target))  # columns: the components
+            self.register_buffer("target_mean", torch.zeros(self.patch_values))
+            self.register_buffer("target_basis", torch.zeros(self.patch_values, pca_target))  # columns: the components
         self.init_weights()
 
     @torch.no_grad()
@@ -501,8 +500,13 @@ class MaskedAutoencoder(nn.Module):
     @property
     def target_values(self) -> int:
         """Values that the decoder predicts of a patch: those of its pixels, or its principal components."""
+        return self.pca_target or self.patch_values
+
+    @property
+    def patch_values(self) -> int:
+        """P, the values of a patch's pixels."""
         ph, pw = self.patch_size
-        return self.pca_target or ph * pw * self.in_chans
+        return ph * pw * self.in_chans
 
     def make_mask(self, images: Tensor, noise: Tensor | None, mask_ratio: float) -> Masking:
         """Check the shapes, then choose the hidden patches by `random_masking`; without noise, draw it."""

@@ -18,7 +18,7 @@ from torch import nn
 
 from mae.errors import UserError
 from mae.models.blocks import Block, CheckpointedBlock, faster_kernel
-from mae.models.mae import MaskedAutoencoder
+from mae.models.mae import MaskedAutoencoder, hidden_patches
 from mae.runtime.memory import GIB
 
 FLOAT = 4  # bytes
@@ -199,9 +199,9 @@ def layers_of(network: Any, mask_ratio: float | None, how: Numerics) -> Iterator
 
 
 def autoencoder_layers(network: MaskedAutoencoder, mask_ratio: float, how: Numerics) -> Iterator[Layer]:
-    encoder, patches, patch = network.encoder, network.num_patches, math.prod(network.patch_size) * network.in_chans
-    seen = int(patches * (1 - mask_ratio))
-    hidden, dim = patches - seen, encoder.embed_dim
+    encoder, patches, patch, dim = network.encoder, network.num_patches, network.patch_values, network.encoder.embed_dim
+    hidden = hidden_patches(patches, mask_ratio)
+    seen = patches - hidden
     # The convolution's weight is permuted for the linear layer, which is a copy.
     yield Layer(
         kept=seen * patch * how.half,
@@ -309,12 +309,11 @@ def loss_bytes(network: Any, mask_ratio: float | None, how: Numerics) -> int:
     """Bytes an image at the end of the forward pass, beyond what is kept: of pre-training's loss."""
     if mask_ratio is None:
         return 0
-    seen = int(network.num_patches * (1 - mask_ratio))
-    hidden = network.num_patches - seen
+    hidden = hidden_patches(network.num_patches, mask_ratio)
     predicted = network.num_patches if network.visible_loss_weight else hidden
-    encoded = network.num_patches if network.encoder_mask_tokens else seen
+    encoded = network.num_patches - (0 if network.encoder_mask_tokens else hidden)
     # All patches, the target and the squares in float32, the prediction in half precision.
-    images = network.num_patches * math.prod(network.patch_size) * network.in_chans * FLOAT
+    images = network.num_patches * network.patch_values * FLOAT
     target = (2 * predicted * FLOAT + predicted * how.half) * network.decoder_pred.out_features
     latent = (1 + encoded) * network.encoder.embed_dim * FLOAT * how.mixed
     return int(images + target + latent)

@@ -83,8 +83,8 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: Ba
 
 def test_an_error_names_the_file_that_was_to_be_written(tmp_path: Path) -> None:
     absent, full = tmp_path / "none" / "a.json", tmp_path / "b.json"
-    with pytest.raises(FileNotFoundError) as error, atomic_write(absent):
-        pass
+    with pytest.raises(FileNotFoundError) as error:
+        atomic_write_text(absent, "")
     assert error.value.filename == str(absent)
 
     def fail(other: Path | None) -> None:
